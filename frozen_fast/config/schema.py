@@ -1,0 +1,222 @@
+"""The experiment file's typed form: every key, its type, default and one-line meaning.
+
+Nothing here imports torch. `frozen_fast.config.load` reads YAML into these classes; unknown keys,
+wrong types and values outside what is allowed are UserErrors that name the key's path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Expansion = Literal["zero", "nearest", "bilinear"]
+Attention = Literal["auto", "reference", "sdpa", "xformers", "triton"]
+SourceFormat = Literal["manifest", "webvid", "cc3m", "msrvtt", "msrvtt_clip4clip"]
+DecodeBackend = Literal["auto", "dali", "torchcodec", "decord", "pyav"]
+
+
+def key(default: Any, meaning: str) -> Any:
+    """A config key with its default and one-line meaning (shown by --help-config and in docs)."""
+    if isinstance(default, (list, dict)):
+        raise TypeError("use a tuple or a dataclass instance as a default")
+    return field(default=default, metadata={"meaning": meaning})
+
+
+def section(cls: type, meaning: str) -> Any:
+    """A nested group of keys, filled with its own defaults."""
+    return field(default_factory=cls, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoTowerConfig:
+    """The space-time transformer."""
+
+    size: str = key("base_patch16_224", "named size: width, depth, heads, patch and resolution (models.space_time.VIDEO_SIZES)")
+    weights: str = key("none", "initial ViT weights: none, timm:NAME, or a local .pth/.safetensors file")
+    block: Literal["frozen_in_time", "timesformer"] = key("frozen_in_time", "where the space residual adds: the block's input, or TimeSformer's divided block")
+    attention: Attention = key("auto", "attention backend of frozen_kernels")
+    skip_time_attention_at_one_frame: bool = key(False, "leave temporal attention out in stages of one frame (changes the model)")
+    checkpointed_blocks: int = key(0, "number of blocks whose activations are recomputed in the backward pass")
+    full_last_block: bool = key(False, "compute the last block's patch outputs too, which nothing reads (for timing comparisons)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    """The caption encoder."""
+
+    name: str = key("distilbert-base-uncased", "transformers name, local folder, or package:MODULE/FOLDER inside an installed package")
+    weights: Literal["pretrained", "random"] = key("pretrained", "random keeps the architecture and draws the weights")
+    tokenizer: str | None = key(None, "tokenizer name or folder; none: the tower's own")
+    max_tokens: int = key(77, "captions are cut to this many tokens")
+    pooling: Literal["auto", "cls", "mean", "pooler"] = key("auto", "auto: BERT's pooler where there is one, otherwise token 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dual encoder."""
+
+    checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder or released .pth/.pth.tar file")
+    video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
+    text: TextTowerConfig = section(TextTowerConfig, "text tower")
+    embedding_width: int = key(256, "width of the common space")
+    text_activation: Literal["relu", "none"] = key("relu", "before the text projection: relu as released, none as in the paper")
+    expansion: Expansion = key("zero", "how temporal embeddings for m frames become embeddings for M > m")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One collection of clips with captions."""
+
+    name: str = key("", "name in reports; empty: the format")
+    format: SourceFormat = key("manifest", "layout on disk (docs/data.md)")
+    path: str = key("", "manifest file, or the data set's root folder")
+    split: str = key("train", "train, val or test (a manifest's own split values)")
+    cut: str = key("", "webvid: 2M or 10M; msrvtt: 1k-A, 1k-B or full")
+    captions: Literal["random", "first", "paragraph", "all"] = key("random", "training draws one, takes the first, or joins a random number; evaluation reads all or joins all")
+    max_caption_characters: int = key(350, "captions are cut to this length, 0: never")
+    weight: float = key(1.0, "relative share of optimizer steps among the sources")
+    max_clips: int = key(0, "use the first so many clips only, 0: all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """Training augmentation; one draw per clip, shared by its frames."""
+
+    crop_scale: tuple[float, float] = key((0.5, 1.0), "RandomResizedCrop: smallest and largest share of the area")
+    crop_ratio: tuple[float, float] = key((0.75, 1.3333333333333333), "RandomResizedCrop: smallest and largest aspect ratio")
+    horizontal_flip: float = key(0.5, "probability of a mirror image; 0 for captions that speak of left and right")
+    mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "normalisation mean, RGB in [0, 1]")
+    std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "normalisation standard deviation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How clips become frames."""
+
+    backend: DecodeBackend = key("auto", "decoder; auto takes the fastest that reads the codec on this device")
+    threads: int = key(2, "decoding threads of one loader")
+    workers: int = key(0, "loader processes (torchcodec, decord, pyav); 0: a background thread")
+    prefetch_batches: int = key(2, "batches decoded ahead")
+    on_bad_clip: Literal["auto", "error", "skip"] = key("auto", "auto: skip in training, error in evaluation")
+    max_bad_share: float = key(0.05, "a run fails past this share of unreadable clips")
+    max_image_pixels: int = key(50_000_000, "a picture or frame with more pixels is a bad clip")
+    read_timeout_seconds: float = key(120.0, "a batch that takes longer is an error, not a hang")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training data."""
+
+    sources: tuple[SourceConfig, ...] = key((), "sources; a batch comes from one of them")
+    order: Literal["round_robin", "weighted"] = key("round_robin", "how batches alternate: in turn by weight, or drawn by weight")
+    epoch_ends: Literal["first", "shortest", "longest", "all"] = key("first", "the epoch is over when this source has been read once")
+    decode: DecodeConfig = section(DecodeConfig, "decoding")
+    augmentation: AugmentationConfig = section(AugmentationConfig, "augmentation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One step of the curriculum."""
+
+    frames: int = key(1, "frames per video clip (images are always one frame)")
+    global_batch_size: int = key(96, "clips per forward pass over all ranks, for sources without an entry in batch_sizes")
+    batch_sizes: tuple[tuple[str, int], ...] = key((), "per source name: clips per forward pass over all ranks (a mapping in YAML)")
+    share: float | None = key(None, "share of the curriculum's budget in clips; exactly one of share, steps")
+    steps: int | None = key(None, "optimizer steps of this stage; exactly one of share, steps")
+    learning_rate_scale: float = key(1.0, "factor on optimizer.learning_rate in this stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """The stages, and the budget that they share."""
+
+    stages: tuple[StageConfig, ...] = key((StageConfig(steps=100),), "stages in order; frames may not fall")
+    budget_clips: int | None = key(None, "clips of the whole run; one of budget_clips, budget_epochs where stages name shares")
+    budget_epochs: float | None = key(None, "epochs of the whole run")
+    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step; negatives come from one pass only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = key(3e-5, "peak learning rate")
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW betas")
+    eps: float = key(1e-6, "AdamW epsilon")
+    weight_decay: float = key(0.0, "AdamW weight decay (biases, norms and embeddings of position exempt)")
+    text_learning_rate_scale: float = key(1.0, "factor on the learning rate of the text tower")
+    gradient_clip_norm: float = key(0.0, "largest gradient norm, 0: no clipping")
+    schedule: Literal["constant", "cosine"] = key("constant", "after warm-up")
+    warmup_steps: int = key(0, "linear warm-up, optimizer steps")
+    fused: Literal["auto", "on", "off"] = key("auto", "fused AdamW kernel where there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Symmetric InfoNCE, both directions summed."""
+
+    temperature: float = key(0.05, "divides the cosine similarities")
+    local: bool = key(True, "each rank computes the rows of its own clips only (same value and gradient)")
+    chunk_rows: int = key(0, "compute logits in chunks of so many rows, 0: at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a step runs."""
+
+    precision: Literal["auto", "bf16", "fp32"] = key("auto", "bf16: autocast over fp32 weights; auto: bf16 where the device computes it in hardware, otherwise fp32, said once and reported")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is one")
+    compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
+    expected_world_size: int | None = key(None, "refuse to run with another number of processes")
+    log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)")
+    profile_steps: int = key(0, "trace so many steps of each stage with torch.profiler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved and when."""
+
+    every_steps: int = key(500, "optimizer steps between checkpoints, 0: only at stage ends")
+    keep: int = key(2, "newest so many are kept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Retrieval on held-out clips."""
+
+    sources: tuple[SourceConfig, ...] = key((), "what to evaluate; none: no evaluation")
+    every: Literal["stage", "end", "never"] = key("stage", "after each stage, after the last, or not at all")
+    protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
+    frames: int | None = key(None, "frames per window; none: those of the stage")
+    stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle")
+    max_windows: int = key(0, "at most so many windows a clip, evenly spread, 0: all")
+    batch_size: int = key(32, "windows per forward pass on a rank")
+    resize: int = key(256, "short side before the centre crop, for a 224 model; scaled with the resolution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["off", "offline", "online"] = key("off", "off, offline, online")
+    project: str = key("frozen_fast", "project")
+    name: str | None = key(None, "run name; none: the experiment's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """One experiment: what to train, on what, for how long."""
+
+    name: str = key("experiment", "name in reports")
+    seed: int = key(0, "seed of weights, sampling, augmentation and order")
+    run_folder: str = key("runs/{name}", "where results go; {name} is the experiment's name")
+    paper_row: Literal["none", "1", "4", "1=>4", "8", "1=>4=>8"] = key("none", "row of the paper's Table 4 that this experiment follows")
+    model: ModelConfig = section(ModelConfig, "model")
+    data: DataConfig = section(DataConfig, "training data")
+    curriculum: CurriculumConfig = section(CurriculumConfig, "stages")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer")
+    loss: LossConfig = section(LossConfig, "loss")
+    training: TrainingConfig = section(TrainingConfig, "engine")
+    checkpoints: CheckpointConfig = section(CheckpointConfig, "checkpoints")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "evaluation")
+    wandb: WandbConfig = section(WandbConfig, "Weights & Biases")

@@ -1,1 +1,25 @@
-"""TODO."""
+"""Clips to frames: one protocol, four backends, and errors that name the clip and the cause."""
+
+from frozen_fast.data.decode.types import (
+    Cause,
+    ClipError,
+    Decoded,
+    Decoder,
+    DecodeRequest,
+    Kind,
+    TestView,
+    TrainView,
+    VideoInfo,
+)
+
+__all__ = [
+    "Cause",
+    "ClipError",
+    "DecodeRequest",
+    "Decoded",
+    "Decoder",
+    "Kind",
+    "TestView",
+    "TrainView",
+    "VideoInfo",
+]

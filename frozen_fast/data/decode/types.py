@@ -1,0 +1,144 @@
+"""What decoding takes and gives: requests, views, decoded frames, and the one error of a bad clip.
+
+Axis letters: T frames, C channels (RGB), H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+Kind = Literal["video", "image"]
+Cause = Literal[
+    "missing", "directory", "empty", "not_a_video", "no_frames", "too_large", "truncated", "decode_failed", "timeout"
+]
+
+
+class ClipError(Exception):
+    """A clip that cannot be read; it is the clip's fault, so a caller may replace the clip and go on.
+
+    Attributes:
+        cause: missing, directory, empty (zero bytes), not_a_video (nor an image where one was asked for),
+            no_frames (audio only), too_large (more pixels than allowed), truncated (fewer bytes or frames than the
+            file claims), decode_failed, timeout.
+        message: one line for a log, without the path.
+        path: the file, as it was asked for; empty where it is not known.
+    """
+
+    def __init__(self, cause: Cause, message: str, path: str | Path = "") -> None:
+        super().__init__(cause, message, str(path))
+        self.cause = cause
+        self.message = message
+        self.path = str(path)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.cause}: {self.message}" if self.path else f"{self.cause}: {self.message}"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file holds, found without decoding it where that is exact.
+
+    Attributes:
+        num_frames: frames that decode, counted (a header's claim is not trusted).
+        frames_per_second: mean rate over the presentation times; 1.0 for an image or a single frame without a rate.
+        width: pixels as delivered by every backend, that is upright: after the rotation tag.
+        height: likewise.
+        codec: FFmpeg's name of the codec, such as "vp9", "h264", "mjpeg"; "image" for a picture.
+        rotation_degrees: clockwise turn (0, 90, 180, 270) that makes the stored frames upright; already in
+            width and height, and every backend applies it. 0 for a picture.
+        presentation_seconds: [num_frames] float64, ascending, the first is 0: when each frame appears.
+    """
+
+    num_frames: int
+    frames_per_second: float
+    width: int
+    height: int
+    codec: str
+    rotation_degrees: int = 0
+    presentation_seconds: np.ndarray = field(default_factory=lambda: np.zeros(1), compare=False, repr=False)
+
+    def frame_range(self, start_seconds: float | None, end_seconds: float | None) -> tuple[int, int]:
+        """The frames on screen between two times, from real presentation times (variable rates are right).
+
+        Args:
+            start_seconds: seconds after the first frame; None: the clip's beginning.
+            end_seconds: likewise, exclusive; None: the clip's end.
+
+        Returns:
+            (first, last_exclusive) with at least one frame: the frame on screen at start_seconds is the first, and
+            the last is the one before the first frame that appears at or after end_seconds. Times past the end
+            give the last frame.
+        """
+        times = self.presentation_seconds
+        tolerance = 1e-6  # manifests hold rounded decimals, containers hold milliseconds
+        first = 0
+        if start_seconds is not None:
+            first = int(np.searchsorted(times, start_seconds + tolerance, side="right")) - 1
+        first = min(max(first, 0), self.num_frames - 1)
+        last = self.num_frames
+        if end_seconds is not None:
+            last = int(np.searchsorted(times, end_seconds - tolerance, side="left"))
+        return first, min(max(last, first + 1), self.num_frames)
+
+
+@dataclass(frozen=True)
+class TrainView:
+    """One crop and one flip for all frames of a clip: crop (upright source pixels), resize, flip."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class TestView:
+    """Short side to `resize`, centre crop of `resize` x `resize`, then resize to the resolution."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+    resize: int
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """One clip to decode: which frames (any order, repeats allowed) and which view of them."""
+
+    path: str | Path
+    kind: Kind
+    frame_indices: tuple[int, ...]
+    view: TrainView | TestView
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decoded clip.
+
+    Attributes:
+        frames_TCHW: float32, normalised, [T, 3, resolution, resolution] on the decoder's device.
+        backend: which backend did it ("dali", "torchcodec", "decord", "pyav"; for pictures "dali" or "pil").
+    """
+
+    frames_TCHW: Tensor
+    backend: str
+
+
+class Decoder(Protocol):
+    """Turns requests into frames. One object per process and thread; make it after a fork, not before."""
+
+    name: str
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
+        """Decode a batch, in order; a bad clip becomes a ClipError in its place and harms no other clip."""
+        ...
+
+    def close(self) -> None:
+        """Free what the decoder holds; it may not be used afterwards."""
+        ...

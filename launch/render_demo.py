@@ -1,0 +1,432 @@
+"""Render the demo's data set: clips of moving shapes as real VP9 .webm files, still pictures, and their manifests.
+
+Every clip has a twin: the same frames played backwards, with the caption of the reversed motion. A single frame,
+wherever it is taken from, is as likely under one twin as under the other, so a model that sees one frame can do no
+better than guess between the two. The encoding is lossless, so this holds for the decoded pixels as well.
+
+    python launch/render_demo.py --folder data/demo
+
+The set depends on nothing but the recipe (seed and counts). A second run keeps every file that is there, a run after
+an interruption renders the missing ones, and a run with another recipe renders everything anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import io
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from frozen_fast.common.files import read_json_lines, write_atomically, write_json
+from frozen_fast.errors import UserError
+
+# Axis letters: T frames, H and W pixels, C channels (RGB, uint8).
+
+logger = logging.getLogger("frozen_fast.render_demo")
+
+RECIPE_VERSION = 1
+CLIP_PIXELS = 64
+STILL_PIXELS = 96
+CLIP_FRAMES = 32
+FRAMES_PER_SECOND = 16
+SUPERSAMPLING = 4
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 40, 40),
+    "green": (50, 190, 70),
+    "blue": (55, 90, 235),
+    "yellow": (240, 215, 50),
+    "white": (245, 245, 245),
+    "purple": (170, 60, 200),
+}
+RADII: dict[str, float] = {"small": 0.11, "large": 0.19}  # share of the frame's side
+POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
+    "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
+    "triangle": ((0.0, -1.05), (1.0, 0.8), (-1.0, 0.8)),
+    "cross": (
+        (-0.33, -1.0), (0.33, -1.0), (0.33, -0.33), (1.0, -0.33), (1.0, 0.33), (0.33, 0.33),
+        (0.33, 1.0), (-0.33, 1.0), (-0.33, 0.33), (-1.0, 0.33), (-1.0, -0.33), (-0.33, -0.33),
+    ),
+}  # fmt: skip
+SHAPES = ("circle", *POLYGONS)
+
+# Captions of a motion and of its reverse. {a}: "small red circle"; {b}: the second thing; {c}, {d}: colours.
+MOTIONS: dict[str, tuple[str, str]] = {
+    "right": ("a {a} moves from left to right", "a {a} moves from right to left"),
+    "right_stop": ("a {a} moves from left to right, then stops", "a {a} waits, then moves from right to left"),
+    "left_stop": ("a {a} moves from right to left, then stops", "a {a} waits, then moves from left to right"),
+    "down": ("a {a} moves from top to bottom", "a {a} moves from bottom to top"),
+    "down_stop": ("a {a} moves from top to bottom, then stops", "a {a} waits, then moves from bottom to top"),
+    "up_stop": ("a {a} moves from bottom to top, then stops", "a {a} waits, then moves from top to bottom"),
+    "grow": ("a {a} grows", "a {a} shrinks"),
+    "appear": ("a {a} appears", "a {a} disappears"),
+    "recolour": ("a {a} is first {c}, then {d}", "a {a} is first {d}, then {c}"),
+    "two": ("first a {a}, then a {b}", "first a {b}, then a {a}"),
+}
+STILL_PLACES: dict[str, tuple[float, float]] = {
+    "on the left": (0.22, 0.5),
+    "on the right": (0.78, 0.5),
+    "at the top": (0.5, 0.22),
+    "at the bottom": (0.5, 0.78),
+    "in the middle": (0.5, 0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a set holds; two runs with the same recipe give the same bytes."""
+
+    seed: int = 0
+    train_pairs: int = 220
+    test_pairs: int = 50
+    stills: int = 240
+    version: int = RECIPE_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thing:
+    """A shape in words: what a caption calls "small red circle"."""
+
+    shape: str
+    colour: str = ""
+    size: str = ""
+
+    @property
+    def words(self) -> str:
+        """The words of the caption."""
+        return " ".join(word for word in (self.size, self.colour, self.shape) if word)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What happens in a pair of clips: a motion and the things that take part in it."""
+
+    motion: str
+    first: Thing
+    second: Thing
+
+    def captions(self) -> tuple[str, str]:
+        """The caption of the clip and that of its reverse."""
+        words = {"a": self.first.words, "b": self.second.words, "c": self.first.colour, "d": self.second.colour}
+        if self.motion == "recolour":
+            words["a"] = Thing(shape=self.first.shape, size=self.first.size).words
+        forward, backward = MOTIONS[self.motion]
+        return forward.format(**words), backward.format(**words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spot:
+    """One thing as it is drawn in one frame: centre and radius as shares of the side, opacity from 0 to 1."""
+
+    shape: str
+    rgb: tuple[float, ...]
+    x: float
+    y: float
+    radius: float
+    opacity: float = 1.0
+
+
+def all_scenes(motion: str) -> list[Scene]:
+    """Every scene of a motion; scenes that differ only by the order of two things are one scene (its twin)."""
+    if motion == "recolour":
+        colours = itertools.combinations(COLOURS, 2)
+        return [
+            Scene(
+                motion=motion,
+                first=Thing(shape=shape, colour=one, size=size),
+                second=Thing(shape=shape, colour=other, size=size),
+            )
+            for shape, size, (one, other) in itertools.product(SHAPES, RADII, colours)
+        ]
+    if motion == "two":
+        things = [Thing(shape=shape, colour=colour) for shape, colour in itertools.product(SHAPES, COLOURS)]
+        pairs = itertools.combinations(things, 2)
+        return [Scene(motion=motion, first=one, second=other) for one, other in pairs if one.colour != other.colour]
+    sizes = ("",) if motion == "grow" else tuple(RADII)
+    products = itertools.product(SHAPES, COLOURS, sizes)
+    things = [Thing(shape=shape, colour=colour, size=size) for shape, colour, size in products]
+    return [Scene(motion=motion, first=thing, second=thing) for thing in things]
+
+
+def draw_scenes(recipe: Recipe) -> tuple[list[Scene], list[Scene]]:
+    """Draw the scenes of the training and of the test pairs.
+
+    Motions come in turn. No scene, hence no caption, of the test set is in the training set or twice in the test
+    set, while every colour, shape, size and motion of the test set has been seen in training.
+    """
+    rng = random.Random(f"scenes:{recipe.seed}")
+    decks = {motion: all_scenes(motion) for motion in MOTIONS}
+    for deck in decks.values():
+        rng.shuffle(deck)
+    turns = list(MOTIONS)
+    if recipe.test_pairs > len(turns) * (min(len(deck) for deck in decks.values()) - 1):
+        raise UserError(f"--test-pairs: got {recipe.test_pairs}; allowed up to what leaves scenes for training")
+    test = [decks[turns[index % len(turns)]].pop() for index in range(recipe.test_pairs)]
+    train = []
+    for index in range(recipe.train_pairs):
+        deck = decks[turns[index % len(turns)]]
+        train.append(deck[(index // len(turns)) % len(deck)])
+    return train, test
+
+
+def progress(time: float, start: float, end: float) -> float:
+    """How far a motion between two times has come, from 0 to 1, all times as shares of the clip."""
+    return min(1.0, max(0.0, (time - start) / (end - start)))
+
+
+def plan(scene: Scene, rng: random.Random) -> list[list[Spot]]:
+    """Where everything is in every frame of a clip: CLIP_FRAMES lists of spots. Draws place, speed and timing."""
+    radius = RADII.get(scene.first.size, 0.15) * rng.uniform(0.92, 1.08)
+    near, far = rng.uniform(0.1, 0.2), rng.uniform(0.8, 0.9)
+    across, along = rng.uniform(0.25, 0.75), rng.uniform(0.3, 0.7)
+    start = rng.uniform(0.0, 0.08)
+    end = rng.uniform(0.5, 0.62) if scene.motion.endswith("_stop") else rng.uniform(0.92, 1.0)
+    switch = rng.uniform(0.4, 0.6)
+    smallest, largest = rng.uniform(0.05, 0.08), rng.uniform(0.26, 0.34)
+    places = [(rng.uniform(0.25, 0.75), rng.uniform(0.25, 0.75)) for _ in range(2)]
+
+    def spots(time: float) -> list[Spot]:
+        done = progress(time, start, end)
+        place = near + (far - near) * done
+        colour = COLOURS[scene.first.colour]
+        still = partial(Spot, shape=scene.first.shape, rgb=colour, x=along, y=across, radius=radius)
+        kind = scene.motion.split("_")[0]
+        if kind == "right":
+            return [still(x=place)]
+        if kind == "left":
+            return [still(x=1.0 - place)]
+        if kind == "down":
+            return [still(x=across, y=place)]
+        if kind == "up":
+            return [still(x=across, y=1.0 - place)]
+        if kind == "grow":
+            return [still(radius=smallest + (largest - smallest) * done)]
+        if kind == "appear":
+            return [still(opacity=progress(time, switch - 0.15, switch + 0.15))]
+        if kind == "recolour":
+            share = progress(time, switch - 0.06, switch + 0.06)
+            other = COLOURS[scene.second.colour]
+            return [still(rgb=tuple((1.0 - share) * a + share * b for a, b in zip(colour, other, strict=True)))]
+        thing, (x, y) = (scene.first, places[0]) if time < switch else (scene.second, places[1])
+        return [Spot(shape=thing.shape, rgb=COLOURS[thing.colour], x=x, y=y, radius=radius)]
+
+    return [spots(index / (CLIP_FRAMES - 1)) for index in range(CLIP_FRAMES)]
+
+
+def background_HWC(pixels: int, rng: random.Random) -> np.ndarray:
+    """A dull gradient between two dark colours, float32 [pixels, pixels, 3] from 0 to 255."""
+    ends = [colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.35), rng.uniform(0.08, 0.45)) for _ in range(2)]
+    angle = rng.uniform(0.0, 2.0 * math.pi)
+    steps = np.linspace(-0.5, 0.5, pixels, dtype=np.float32)
+    share_HW = np.clip(0.5 + math.cos(angle) * steps[None, :] + math.sin(angle) * steps[:, None], 0.0, 1.0)[..., None]
+    first, last = (np.asarray(end, dtype=np.float32) * 255.0 for end in ends)
+    return first * (1.0 - share_HW) + last * share_HW
+
+
+def coverage_HW(spot: Spot, pixels: int) -> np.ndarray:
+    """How much of each pixel a spot covers, float32 [pixels, pixels] from 0 to 1, antialiased."""
+    side = pixels * SUPERSAMPLING
+    mask = Image.new("L", (side, side), 0)
+    x, y, radius = spot.x * side, spot.y * side, spot.radius * side
+    if spot.shape == "circle":
+        ImageDraw.Draw(mask).ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    else:
+        corners = [(x + radius * dx, y + radius * dy) for dx, dy in POLYGONS[spot.shape]]
+        ImageDraw.Draw(mask).polygon(corners, fill=255)
+    return np.asarray(mask.reduce(SUPERSAMPLING), dtype=np.float32) / 255.0
+
+
+def paint_HWC(spots: Sequence[Spot], background: np.ndarray) -> np.ndarray:
+    """One picture, uint8 [H, W, 3]: the spots over the background, in order."""
+    picture = background
+    for spot in spots:
+        share_HW = (coverage_HW(spot, background.shape[0]) * spot.opacity)[..., None]
+        picture = picture * (1.0 - share_HW) + np.asarray(spot.rgb, dtype=np.float32) * share_HW
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def render_clip_THWC(scene: Scene, rng: random.Random) -> np.ndarray:
+    """The frames of a scene, uint8 [CLIP_FRAMES, CLIP_PIXELS, CLIP_PIXELS, 3]; its twin is the reverse."""
+    background = background_HWC(CLIP_PIXELS, rng)
+    return np.stack([paint_HWC(spots, background) for spots in plan(scene, rng)])
+
+
+def encode_webm(frames_THWC: np.ndarray) -> bytes:
+    """Encode frames as lossless VP9 in WebM; the same frames always give the same bytes.
+
+    Only the step from RGB to 4:2:0 loses anything, and it looks at one frame at a time: frames that were
+    equal before are equal after decoding, in whatever order they stand.
+    """
+    import av
+
+    buffer = io.BytesIO()
+    options = {"lossless": "1", "deadline": "realtime", "cpu-used": "6", "flags": "+bitexact"}
+    with av.open(buffer, "w", format="webm", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libvpx-vp9", rate=FRAMES_PER_SECOND, options=options)
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def frame_multiset(path: Path) -> tuple[tuple[bytes, int], ...]:
+    """The decoded frames of a clip without their order: what a retriever that sees one frame can draw from."""
+    import av
+
+    with av.open(str(path)) as container:
+        frames = Counter(frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0))
+    return tuple(sorted(frames.items()))
+
+
+def one_frame_ceiling(paths: Sequence[Path]) -> dict[str, Any]:
+    """The best R@1 (percent) that retrieval from a single frame per clip can reach on average.
+
+    Clips with the same frames in another order give a randomly chosen frame the same distribution, so whatever is
+    computed from it ranks one clip of such a group first as often as any other: one hit per group at best.
+    """
+    groups = Counter(frame_multiset(path) for path in paths)
+    return {"clips": len(paths), "groups": len(groups), "R@1": 100.0 * len(groups) / len(paths)}
+
+
+def clip_id(split: str, pair: int, part: str) -> str:
+    """The name of one clip of a pair; part is a (as drawn) or b (reversed)."""
+    return f"{split}_{pair:03d}{part}"
+
+
+def render_pair(folder: Path, recipe: Recipe, split: str, pair: int, scene: Scene) -> int:
+    """Write the two clips of a pair where they are missing; returns how many were written."""
+    paths = [folder / "videos" / f"{clip_id(split, pair, part)}.webm" for part in "ab"]
+    if all(path.exists() for path in paths):
+        return 0
+    frames = render_clip_THWC(scene, random.Random(f"{split}:{pair}:{recipe.seed}"))
+    for path, ordered in zip(paths, (frames, frames[::-1]), strict=True):
+        write_atomically(path, encode_webm(ordered))
+    return len(paths)
+
+
+def pair_rows(split: str, pair: int, scene: Scene) -> list[dict[str, Any]]:
+    """The two manifest lines of a pair."""
+    rows = []
+    for part, other, caption in zip("ab", "ba", scene.captions(), strict=True):
+        name = clip_id(split, pair, part)
+        rows.append(
+            {
+                "id": name,
+                "path": f"videos/{name}.webm",
+                "captions": [caption],
+                "kind": "video",
+                "split": split,
+                "twin": clip_id(split, pair, other),
+            }
+        )
+    return rows
+
+
+def render_still(folder: Path, recipe: Recipe, index: int) -> dict[str, Any]:
+    """Write one still picture where it is missing, JPEG and PNG in turn; returns its manifest line."""
+    rng = random.Random(f"still:{index}:{recipe.seed}")
+    thing = Thing(shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)), size=rng.choice(list(RADII)))
+    place, (x, y) = rng.choice(list(STILL_PLACES.items()))
+    spot = Spot(
+        shape=thing.shape,
+        rgb=COLOURS[thing.colour],
+        x=x + rng.uniform(-0.08, 0.08),
+        y=y + rng.uniform(-0.08, 0.08),
+        radius=RADII[thing.size] * rng.uniform(0.92, 1.08),
+    )
+    name, (suffix, format_name) = f"still_{index:03d}", (("jpg", "JPEG"), ("png", "PNG"))[index % 2]
+    path = folder / "images" / f"{name}.{suffix}"
+    if not path.exists():
+        buffer = io.BytesIO()
+        picture = Image.fromarray(paint_HWC([spot], background_HWC(STILL_PIXELS, rng)))
+        picture.save(buffer, format_name, **({"quality": 92} if format_name == "JPEG" else {}))
+        write_atomically(path, buffer.getvalue())
+    caption = f"a {thing.words} {place}"
+    return {"id": name, "path": f"images/{path.name}", "captions": [caption], "kind": "image", "split": "train"}
+
+
+def start_folder(folder: Path, recipe: Recipe) -> None:
+    """Clear a folder of another recipe and write down the recipe that its files will follow."""
+    recipe_file = folder / "recipe.json"
+    if recipe_file.exists() and json.loads(recipe_file.read_text(encoding="utf-8")) == asdict(recipe):
+        return
+    if not recipe_file.exists() and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--folder: got {folder}, which holds other files; allowed: a new or empty folder, or an older set")
+    for name in ("videos", "images"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("train_videos.jsonl", "train_images.jsonl", "test.jsonl", "ceiling.json"):
+        (folder / name).unlink(missing_ok=True)
+    write_json(recipe_file, asdict(recipe))
+
+
+def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a manifest, unless it already says the same."""
+    if read_json_lines(path) != list(rows):
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def render_set(folder: Path, recipe: Recipe, processes: int) -> int:
+    """Render what is missing of a set, then write its manifests and ceiling.json; returns the clips written."""
+    start_folder(folder, recipe)
+    train, test = draw_scenes(recipe)
+    jobs = [(split, pair, scene) for split, scenes in (("train", train), ("test", test)) for pair, scene in enumerate(scenes)]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        columns = list(zip(*jobs, strict=True))
+        written = sum(pool.map(partial(render_pair, folder, recipe), *columns, chunksize=8))
+    stills = [render_still(folder, recipe, index) for index in range(recipe.stills)]
+    rows = {
+        split: [row for job in jobs if job[0] == split for row in pair_rows(*job)] for split in ("train", "test")
+    }
+    write_manifest(folder / "train_videos.jsonl", rows["train"])
+    write_manifest(folder / "train_images.jsonl", stills)
+    write_manifest(folder / "test.jsonl", rows["test"])
+    if written or not (folder / "ceiling.json").exists():
+        write_json(folder / "ceiling.json", one_frame_ceiling([folder / row["path"] for row in rows["test"]]))
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("data/demo"), help="where the set goes (data/demo)")
+    parser.add_argument("--seed", type=int, default=recipe.seed, help="another seed gives another set")
+    parser.add_argument("--train-pairs", type=int, default=recipe.train_pairs, help="pairs of training clips")
+    parser.add_argument("--test-pairs", type=int, default=recipe.test_pairs, help="pairs of held-out clips")
+    parser.add_argument("--stills", type=int, default=recipe.stills, help="still pictures")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="rendering processes")
+    options = parser.parse_args(arguments)
+    try:
+        wanted = Recipe(seed=options.seed, train_pairs=options.train_pairs, test_pairs=options.test_pairs, stills=options.stills)
+        written = render_set(options.folder, wanted, options.processes)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logger.info("%s: %d clips written, the others were there", options.folder, written)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -39,18 +39,56 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, without gradient, on every rank."""
+    mean = value.detach().clone()
+    if is_distributed():
+        dist.all_reduce(mean)
+        mean /= world_size()
+    return mean
+
+
+def gather_counts(count: int, device: torch.device) -> list[int]:
+    """Every rank's count in rank order; a small collective that reads its result back to the host."""
+    if not is_distributed():
+        return [count]
+    own = torch.tensor([count], dtype=torch.int64, device=device)
+    counts = torch.empty(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, own)
+    return [int(value) for value in counts.tolist()]
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows; the backward pass sums what every rank holds for this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_BD: Tensor) -> Tensor:
+        gathered = rows_BD.new_empty(world_size() * rows_BD.shape[0], *rows_BD.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows_BD.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        rows = gradient.shape[0] // world_size()
+        if gradient.device.type == "cpu":
+            # gloo: the reduction of everything, then this rank's part.
+            gradient = gradient.clone()
+            dist.all_reduce(gradient)
+            return gradient[rank() * rows : (rank() + 1) * rows]
+        own = gradient.new_empty(rows, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient)
+        return own
+
+
 def gather_with_gradient(rows_BD: Tensor) -> Tensor:
     """Concatenate every rank's rows in rank order; the gradient flows back to the rank that owns a row.
 
     Args:
-        rows_BD: this rank's rows [B, D]; B must be equal on all ranks.
+        rows_BD: this rank's rows [B, D]; B must be equal on all ranks (the caller checks).
 
     Returns:
         [world_size * B, D]. The backward pass sums the gradients that all ranks hold for a row,
         which the usual gather with a sliced backward does not (it loses a factor of world_size).
     """
-    if not is_distributed():
-        return rows_BD
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(rows_BD.contiguous()), dim=0)
+    return _GatherRows.apply(rows_BD) if is_distributed() else rows_BD

@@ -109,7 +109,7 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = key((), "sources; a batch comes from one of them")
     order: Literal["round_robin", "weighted"] = key("round_robin", "how batches alternate: in turn by weight, or drawn by weight")
-    epoch_ends: Literal["first", "shortest", "longest", "all"] = key("first", "the epoch is over when this source has been read once")
+    epoch_ends: Literal["first", "shortest", "longest", "all"] = key("first", "an epoch is over when this has been read once: the first source, the one with the fewest clips, with the most clips, or every source")
     decode: DecodeConfig = section(DecodeConfig, "decoding")
     augmentation: AugmentationConfig = section(AugmentationConfig, "augmentation")
 

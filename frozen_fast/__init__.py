@@ -1,0 +1,20 @@
+"""frozen_fast: video-text dual encoders in the manner of Frozen in Time, trained as fast as the hardware allows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frozen_fast.models import DualEncoder
+
+__version__ = "0.1.0"
+__all__ = ["DualEncoder", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the model on first use, so that the command line's --help does not wait for torch."""
+    if name == "DualEncoder":
+        from frozen_fast.models import DualEncoder
+
+        return DualEncoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,155 @@
+"""Curriculum arithmetic: from shares of a budget to optimizer steps. Pure functions, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from frozen_fast.config.schema import DataConfig, ExperimentConfig, SourceConfig, StageConfig
+from frozen_fast.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage with every number settled."""
+
+    index: int
+    frames: int
+    """Frames of a video clip; images are one frame in every stage."""
+    source_frames: dict[str, int]
+    """Per source: frames of its clips in this stage."""
+    batch_sizes: dict[str, int]
+    """Per source: clips of one forward pass over all ranks."""
+    micro_batch_sizes: dict[str, int]
+    """Per source: clips of one forward pass on one rank."""
+    accumulation: int
+    """Forward passes per optimizer step."""
+    steps: int
+    """Optimizer steps."""
+    expected_clips: int
+    """Clips of the whole stage over all ranks; with several sources, what their weights make likely."""
+    learning_rate_scale: float
+
+
+def source_name(source: SourceConfig) -> str:
+    """The name a source goes by: its own, or its format's."""
+    return source.name or source.format
+
+
+def step_fractions(data: DataConfig) -> dict[str, float]:
+    """Share of the optimizer steps that each source gets, by its weight; sums to 1."""
+    total = sum(source.weight for source in data.sources)
+    assert total > 0, "check_for_training lets no config through without a weight above 0"
+    return {source_name(source): source.weight / total for source in data.sources}
+
+
+def steps_per_epoch(data: DataConfig, clips_per_source: Mapping[str, int], clips_per_step: Mapping[str, int]) -> float:
+    """Optimizer steps, over all sources, until data.epoch_ends says that an epoch is over.
+
+    Args:
+        data: sources, their weights and the rule.
+        clips_per_source: clips that each source holds.
+        clips_per_step: clips that one optimizer step takes from each source.
+    """
+    fractions = step_fractions(data)
+    steps = {
+        name: clips_per_source[name] / (fraction * clips_per_step[name])
+        for name, fraction in fractions.items()
+        if fraction > 0
+    }
+    if data.epoch_ends == "all":
+        return max(steps.values())
+    if data.epoch_ends == "shortest":
+        return steps[min(steps, key=lambda name: clips_per_source[name])]
+    if data.epoch_ends == "longest":
+        return steps[max(steps, key=lambda name: clips_per_source[name])]
+    return next(iter(steps.values()))
+
+
+def resolve_stages(
+    config: ExperimentConfig,
+    clips_per_source: Mapping[str, int],
+    world_size: int,
+    *,
+    image_sources: Collection[str] = (),
+) -> tuple[StagePlan, ...]:
+    """Settle every stage's batch sizes and steps.
+
+    A stage with a share of budget_clips takes the steps whose expected clips come nearest to that share; with a
+    share of budget_epochs, so many epochs at its own batch sizes. A stage has at least one step.
+
+    Args:
+        config: a checked config with at least one training source.
+        clips_per_source: clips that each source of data.sources holds, by its name.
+        world_size: number of ranks; every batch size must be a multiple of it.
+        image_sources: names of the sources whose clips are still images: one frame in every stage.
+
+    Returns:
+        One plan per stage, in order.
+
+    Raises:
+        UserError: for a batch size that the ranks cannot share or that is larger than its source.
+    """
+    fractions = step_fractions(config.data)
+    plans = []
+    for index, stage in enumerate(config.curriculum.stages):
+        accumulation = config.curriculum.gradient_accumulation_steps
+        batch_sizes = _batch_sizes(stage, index, clips_per_source, fractions, world_size)
+        clips_per_step = {name: size * accumulation for name, size in batch_sizes.items()}
+        mean_clips_per_step = sum(fraction * clips_per_step[name] for name, fraction in fractions.items())
+        steps = _steps(config, stage, mean_clips_per_step, clips_per_source, clips_per_step)
+        plans.append(
+            StagePlan(
+                index=index,
+                frames=stage.frames,
+                source_frames={name: 1 if name in image_sources else stage.frames for name in batch_sizes},
+                batch_sizes=batch_sizes,
+                micro_batch_sizes={name: size // world_size for name, size in batch_sizes.items()},
+                accumulation=accumulation,
+                steps=steps,
+                expected_clips=round(steps * mean_clips_per_step),
+                learning_rate_scale=stage.learning_rate_scale,
+            )
+        )
+    return tuple(plans)
+
+
+def _steps(
+    config: ExperimentConfig,
+    stage: StageConfig,
+    mean_clips_per_step: float,
+    clips_per_source: Mapping[str, int],
+    clips_per_step: Mapping[str, int],
+) -> int:
+    if stage.steps is not None:
+        return stage.steps
+    assert stage.share is not None, "check() asks for steps or a share"
+    if config.curriculum.budget_clips is not None:
+        steps = config.curriculum.budget_clips / mean_clips_per_step
+    else:
+        assert config.curriculum.budget_epochs is not None, "check() asks for a budget where there are shares"
+        steps = config.curriculum.budget_epochs * steps_per_epoch(config.data, clips_per_source, clips_per_step)
+    return max(1, round(stage.share * steps))
+
+
+def _batch_sizes(
+    stage: StageConfig,
+    index: int,
+    clips_per_source: Mapping[str, int],
+    fractions: Mapping[str, float],
+    world_size: int,
+) -> dict[str, int]:
+    given = dict(stage.batch_sizes)
+    sizes = {}
+    for name, fraction in fractions.items():
+        key = f"curriculum.stages[{index}]." + (f"batch_sizes.{name}" if name in given else "global_batch_size")
+        size = given.get(name, stage.global_batch_size)
+        if size % world_size:
+            raise UserError(f"{key}: got {size} on {world_size} processes; allowed: a multiple of {world_size}")
+        if fraction > 0 and size > clips_per_source[name]:
+            raise UserError(
+                f"{key}: got {size}; allowed: at most {clips_per_source[name]}, "
+                f"the clips of source {name!r} (a batch holds no clip twice)"
+            )
+        sizes[name] = size
+    return sizes

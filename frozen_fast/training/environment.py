@@ -1,0 +1,89 @@
+"""What a run ran on: versions, devices, the commit, the command. Written to environment.json."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    "frozen_fast", "torch", "torchvision", "accelerate", "transformers", "safetensors", "numpy", "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130", "torchcodec", "decord", "av", "xformers", "triton", "timm", "deepspeed", "wandb",
+)  # fmt: skip
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a result or a speed."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """(commit, whether tracked files differ from it) of the checkout this package lies in; (None, None) outside of one."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None, None
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit or None, None if changes is None else bool(changes)
+
+
+def device_description(device: torch.device) -> str:
+    """The device's name as its maker writes it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor's model and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def describe(
+    *, devices: list[str], world_size: int, distributed_type: str, precision: str, precision_reason: str
+) -> dict[str, Any]:
+    """The content of environment.json as known at the start; backends are added once they have been chosen."""
+    commit, dirty = git_state()
+    return {
+        "versions": package_versions(),
+        "python": platform.python_version(),
+        "devices": devices,
+        "world_size": world_size,
+        "distributed_type": distributed_type,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "command": sys.argv,
+        "decode_backends": {},
+        "attention_backends": [],
+        "precision": precision,
+        "precision_reason": precision_reason,
+        "started": time.time(),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,42 @@
+"""Which number format a device computes a training step in."""
+
+from __future__ import annotations
+
+import torch
+
+from frozen_fast.errors import UserError
+
+
+def bf16_hardware(device: torch.device) -> str | None:
+    """What multiplies bf16 matrices in hardware on this device; None where bf16 would be emulated."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"CUDA compute capability {major}.{minor}" if major >= 8 else None
+    if torch.cpu._is_amx_tile_supported():
+        return "CPU with AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "CPU with AVX-512 BF16"
+    return None
+
+
+def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
+    """Resolve training.precision.
+
+    Args:
+        requested: "auto", "bf16" or "fp32".
+        device: where the model runs.
+
+    Returns:
+        ("bf16" or "fp32", one line that says why). bf16 means autocast over fp32 master weights.
+    """
+    if requested == "fp32":
+        return "fp32", "asked for by training.precision"
+    hardware = bf16_hardware(device)
+    if requested == "bf16":
+        where = hardware or f"emulated on this {device.type} device, slower than fp32"
+        return "bf16", f"asked for by training.precision ({where})"
+    if requested != "auto":
+        raise UserError(f"training.precision: got {requested!r}; allowed: auto, bf16, fp32")
+    if hardware:
+        return "bf16", f"{hardware} computes it in hardware"
+    return "fp32", f"this {device.type} device has no bf16 hardware"

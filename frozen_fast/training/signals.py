@@ -1,0 +1,50 @@
+"""SIGTERM and SIGINT become a wish to stop, which the loop grants after the step it is in."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Listens for SIGTERM and SIGINT while in its context; a second SIGINT interrupts at once.
+
+    Outside the main thread signals cannot be heard; then it only holds what set() was told.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._previous[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was told to stop."""
+        return self._event.is_set()
+
+    def set(self) -> None:
+        """Ask to stop, as a signal would."""
+        self._event.set()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._event.set()
+        log.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)

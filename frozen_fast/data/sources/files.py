@@ -1,0 +1,142 @@
+"""What the readers share: metadata files with clear errors, fast existence checks, counted drops."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from frozen_fast.data.sources.clip import Clip
+from frozen_fast.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES_IN_LOG = 3
+NOT_ON_DISK = "file not on disk"
+DUPLICATE_ID = "duplicate id"
+NO_CAPTION = "no caption"
+
+
+def require_folder(path: Path, key: str) -> Path:
+    """The path itself, or a UserError naming the config key where it is no folder."""
+    if not path.is_dir():
+        raise UserError(f"{key}.path: got {str(path)!r}, which is no folder; allowed: the data set's root folder")
+    return path
+
+
+def require_file(path: Path, key: str) -> Path:
+    """The path itself, or a UserError naming the missing metadata file."""
+    if not path.is_file():
+        raise UserError(f"{key}.path: the metadata file {str(path)!r} does not exist; allowed: a folder that holds it")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; other bytes are a UserError naming the file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}; allowed: UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; anything else is a UserError naming the file and the place."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); allowed: one JSON value") from None
+    except RecursionError:
+        raise UserError(f"{path}: JSON nested too deeply") from None
+
+
+def read_list(path: Path) -> list[str]:
+    """The non-empty lines of a list file, stripped."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def read_table(path: Path, columns: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Rows of a comma-separated file with a header, as {column: stripped text} of the columns asked for.
+
+    A cell that a short row lacks reads as empty; a column that the header lacks is a UserError naming it.
+    """
+    wanted = list(columns)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            missing = [name for name in wanted if name not in header]
+            if missing:
+                raise UserError(f"{path}: missing column {', '.join(missing)}; got: {', '.join(header) or 'no header'}")
+            places = [(name, header.index(name)) for name in wanted]
+            for row in reader:
+                if row:
+                    yield {name: row[place].strip() if place < len(row) else "" for name, place in places}
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text; allowed: UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: not a comma-separated table ({error})") from None
+
+
+class FolderListings:
+    """Does a file exist? One listing per folder instead of one call per file: millions of rows in seconds."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            self._names[folder] = self._list(folder)
+        return name in self._names[folder]
+
+    @staticmethod
+    def _list(folder: str) -> frozenset[str]:
+        try:
+            with os.scandir(folder) as entries:
+                return frozenset(entry.name for entry in entries)
+        except (OSError, ValueError):  # ValueError: a NUL in the name
+            return frozenset()
+
+
+class ClipCollector:
+    """Takes candidate clips, keeps the good ones, counts the others by cause."""
+
+    def __init__(self) -> None:
+        self.drops: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+        self._seen: set[str] = set()
+        self._listings = FolderListings()
+
+    def drop(self, cause: str, example: str) -> None:
+        """Count one row that is left out."""
+        self.drops[cause] += 1
+        examples = self._examples.setdefault(cause, [])
+        if len(examples) < _EXAMPLES_IN_LOG:
+            examples.append(example)
+
+    def keep(self, clip: Clip) -> bool:
+        """Whether the clip may stay: its id is new, it has a caption, and its file is there. Else it is counted."""
+        if clip.id in self._seen:
+            self.drop(DUPLICATE_ID, clip.id)
+        elif not clip.captions:
+            self.drop(NO_CAPTION, clip.id)
+        elif clip.path not in self._listings:
+            self.drop(NOT_ON_DISK, clip.path)
+        else:
+            self._seen.add(clip.id)
+            return True
+        return False
+
+    def log(self, name: str, kept: int) -> None:
+        """Say once what was left out."""
+        for cause, count in self.drops.items():
+            examples = ", ".join(self._examples[cause])
+            logger.warning("source %s: %d rows left out: %s (%s%s); %d clips kept", name, count, cause, examples,
+                           ", .." if count > _EXAMPLES_IN_LOG else "", kept)

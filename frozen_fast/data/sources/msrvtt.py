@@ -1,0 +1,132 @@
+"""MSR-VTT: the layout that the released Frozen-in-Time code reads, and CLIP4Clip's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from frozen_fast.config.schema import SourceConfig
+from frozen_fast.data.sources.clip import Clip
+from frozen_fast.data.sources.files import (
+    ClipCollector,
+    read_json,
+    read_list,
+    read_table,
+    require_file,
+    require_folder,
+)
+from frozen_fast.data.sources.pickles import load_plain_pickle
+from frozen_fast.errors import UserError, unknown_name
+
+# cut -> split -> list file. 1k-A is "jsfusion" in the released code, 1k-B "miech".
+RELEASED_LISTS = {
+    "1k-A": {"train": "train_list_jsfusion.txt", "test": "val_list_jsfusion.txt"},
+    "1k-B": {"train": "train_list_miech.txt", "test": "test_list_miech.txt"},
+    "full": {"train": "train_list_full.txt", "val": "val_list_full.txt", "test": "test_list_full.txt"},
+}
+_ONE_CAPTION_INDEX = {("1k-A", "test"): "jsfusion_val_caption_idx.pkl"}
+
+# cut -> split -> table of ids; "1k-A-7k" trains on the smaller of CLIP4Clip's two lists. The full cut has no table:
+# MSRVTT_data.json names each video's split.
+CLIP4CLIP_TABLES = {
+    "1k-A": {"train": "MSRVTT_train.9k.csv", "test": "MSRVTT_JSFUSION_test.csv"},
+    "1k-A-7k": {"train": "MSRVTT_train.7k.csv", "test": "MSRVTT_JSFUSION_test.csv"},
+    "full": {"train": "train", "val": "validate", "test": "test"},
+}
+_TABLE_FOLDERS = (".", "msrvtt_data")
+_VIDEO_FOLDERS = ("videos/all", "MSRVTT_Videos", "videos")
+
+
+def read_msrvtt(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
+    """Clips of annotation/MSR_VTT.json, high-quality/structured-symlinks/*.txt and videos/all/<id>.mp4."""
+    name = _choose(RELEASED_LISTS, config, key)
+    root = require_folder(Path(config.path), key)
+    lists = root / "high-quality" / "structured-symlinks"
+    annotation = require_file(root / "annotation" / "MSR_VTT.json", key)
+    captions = _captions_by_video(read_json(annotation), "annotations", "image_id", annotation)
+    index_file = _ONE_CAPTION_INDEX.get((config.cut, config.split))
+    chosen = _caption_indices(require_file(lists / index_file, key)) if index_file else None
+    for video in read_list(require_file(lists / name, key)):
+        own = captions.get(video, [])
+        if chosen is not None and own:
+            own = _pick(own, chosen.get(video), video, lists / str(index_file))
+        yield _clip(video, own, root / "videos" / "all", config.split)
+
+
+def read_msrvtt_clip4clip(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
+    """Clips of MSRVTT_data.json and CLIP4Clip's tables, in the root or in msrvtt_data/.
+
+    Videos lie in videos/all, MSRVTT_Videos or videos, whichever there is first.
+    """
+    name = _choose(CLIP4CLIP_TABLES, config, key)
+    root = require_folder(Path(config.path), key)
+    tables = _first_with(root, _TABLE_FOLDERS, "MSRVTT_data.json", key)
+    videos = _first_with(root, _VIDEO_FOLDERS, ".", key)
+    if config.split == "test" and config.cut != "full":
+        for row in read_table(require_file(tables / name, key), ("video_id", "sentence")):
+            yield _clip(row["video_id"], [row["sentence"]] if row["sentence"] else [], videos, config.split)
+        return
+    data_file = tables / "MSRVTT_data.json"
+    data = read_json(data_file)
+    captions = _captions_by_video(data, "sentences", "video_id", data_file)
+    if config.cut == "full":
+        rows = _records(data, "videos", ("video_id", "split"), data_file)
+        ids = [row["video_id"] for row in rows if row["split"] == name]
+    else:
+        ids = [row["video_id"] for row in read_table(require_file(tables / name, key), ("video_id",))]
+    for video in ids:
+        yield _clip(video, captions.get(video, []), videos, config.split)
+
+
+def _choose(table: dict[str, dict[str, str]], config: SourceConfig, key: str) -> str:
+    if config.cut not in table:
+        raise unknown_name(f"{key}.cut", config.cut, table)
+    if config.split not in table[config.cut]:
+        raise unknown_name(f"{key}.split", config.split, table[config.cut])
+    return table[config.cut][config.split]
+
+
+def _clip(video: str, captions: list[str], videos: Path, split: str) -> Clip:
+    return Clip(id=video, path=f"{videos}/{video}.mp4", captions=tuple(captions), split=split)
+
+
+def _first_with(root: Path, folders: tuple[str, ...], holds: str, key: str) -> Path:
+    for folder in folders:
+        if (root / folder / holds).exists():
+            return root / folder
+    wanted = ", ".join(str(Path(folder) / holds) for folder in folders)
+    raise UserError(f"{key}.path: got {str(root)!r}, which holds none of: {wanted}")
+
+
+def _records(data: Any, field: str, columns: tuple[str, ...], path: Path) -> list[dict[str, str]]:
+    """data[field] as a list of objects with string columns; a UserError names what is missing."""
+    rows = data.get(field) if isinstance(data, dict) else None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: {field}: missing; allowed: a list of objects with {', '.join(columns)}")
+    for number, row in enumerate(rows):
+        for column in columns:
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                got = row.get(column) if isinstance(row, dict) else row
+                raise UserError(f"{path}: {field}[{number}].{column}: got {got!r}; allowed: a string")
+    return rows
+
+
+def _captions_by_video(data: Any, field: str, id_column: str, path: Path) -> dict[str, list[str]]:
+    captions: dict[str, list[str]] = {}
+    for row in _records(data, field, (id_column, "caption"), path):
+        captions.setdefault(row[id_column], []).append(row["caption"].strip())
+    return captions
+
+
+def _caption_indices(path: Path) -> dict[str, int]:
+    indices = load_plain_pickle(path)
+    if not isinstance(indices, dict) or not all(type(index) is int for index in indices.values()):
+        raise UserError(f"{path}: got {type(indices).__name__}; allowed: a dict of video to caption index")
+    return indices
+
+
+def _pick(captions: list[str], index: int | None, video: str, path: Path) -> list[str]:
+    if index is None or not 0 <= index < len(captions):
+        raise UserError(f"{path}: caption index of {video}: got {index}; allowed: 0 to {len(captions) - 1}")
+    return [captions[index]]

@@ -1,0 +1,69 @@
+"""Reading a published pickle of plain values without running anything that it names."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from frozen_fast.errors import UserError
+
+
+class _IntegerType:
+    """Stands in for numpy.dtype: remembers the integer type's code and byte order, calls nothing."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if str(code).lstrip("<>|=")[:1] not in ("i", "u"):
+            raise pickle.UnpicklingError(f"a numpy value of type {code!r}; allowed: integers")
+        self.code = str(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.code = f"{state[1]}{self.code.lstrip('<>|=')}"
+
+    def value(self, data: bytes) -> int:
+        return int.from_bytes(data, "big" if self.code[0] == ">" else "little", signed="i" in self.code)
+
+
+def _integer(kind: _IntegerType, data: bytes) -> int:
+    """Stands in for numpy's scalar constructor."""
+    return kind.value(data)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Stands in for _codecs.encode, which old pickle protocols use for bytes."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+_STAND_INS = {
+    ("numpy", "dtype"): _IntegerType,
+    ("numpy.core.multiarray", "scalar"): _integer,
+    ("numpy._core.multiarray", "scalar"): _integer,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Knows containers, strings, numbers and NumPy integers; refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is refused")
+        return _STAND_INS[module, name]
+
+
+def load_plain_pickle(path: Path) -> Any:
+    """The value of a pickle file that holds dicts, lists, strings, numbers and NumPy integers (read as int).
+
+    Raises:
+        UserError: the file is no pickle, or names anything else; nothing it names is imported or called.
+    """
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file).load()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception as error:  # noqa: BLE001  a broken pickle raises almost anything
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a pickle of plain values ({type(error).__name__}: {reason})") from None

@@ -56,6 +56,8 @@ class _Converter:
         return cls(**values)
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
+        if hint is Any:
+            return value.value if isinstance(value, CommandLineScalar) else value
         inner = fields.optional_type(hint)
         if inner is not None:
             if value is None or (isinstance(value, CommandLineScalar) and value.value is None):

@@ -1,0 +1,94 @@
+"""The sweep file's typed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from frozen_fast.config import yaml_text
+from frozen_fast.config.convert import build
+from frozen_fast.config.overrides import apply_overrides
+from frozen_fast.config.schema import key, section
+from frozen_fast.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """What a trial may use before it is stopped; passing a limit is a result, not the sweep's end."""
+
+    seconds: float = key(600.0, "wall time of one trial, start-up included")
+    memory_gib: float | None = key(None, "resident memory of a trial's processes together, GiB; none: no limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Which settings to measure, and how."""
+
+    name: str = key("sweep", "name in reports")
+    folder: str = key("runs/sweeps/{name}", "where results go")
+    experiment: str = key("", "experiment file that every trial starts from, relative to the sweep file")
+    accelerate: str | None = key(None, "Accelerate config of trials that name none, relative to the sweep file")
+    overrides: tuple[str, ...] = key((), "key.path=value for every trial's measurement (not part of the winner)")
+    environment: tuple[tuple[str, str], ...] = key((), "environment variables of every trial (a mapping in YAML)")
+    axes: tuple[tuple[str, tuple[Any, ...]], ...] = key(
+        (), "config key (or accelerate) -> values; their product is tried (a mapping in YAML)"
+    )
+    trials: tuple[tuple[tuple[str, Any], ...], ...] = key(
+        (), "single trials beside the product (a list of mappings in YAML)"
+    )
+    max_trials: int = key(0, "try so many, drawn at random, 0: all")
+    seed: int = key(0, "seed of that draw")
+    search: Literal["all", "halving"] = key("all", "all at full length, or successive halving over the rungs")
+    rungs: tuple[tuple[str, ...], ...] = key((), "halving: overrides of each rung, short runs first")
+    keep_share: float = key(0.5, "halving: share of trials that goes on to the next rung")
+    parallel: int = key(0, "trials at a time; 0: one per free group of GPUs, one on CPU")
+    devices_per_trial: int = key(1, "GPUs of one trial")
+    epoch_clips: int = key(2_500_000, "clips of the epoch that GPU-hours are projected for")
+    limits: LimitsConfig = section(LimitsConfig, "limits of one trial")
+    wandb: Literal["off", "offline", "online"] = key("off", "log results to Weights & Biases")
+
+
+def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read and check a sweep file.
+
+    Args:
+        path: the YAML file; the paths in it are relative to its folder.
+        overrides: texts `key.path=value`.
+
+    Raises:
+        UserError: for an unknown key, a wrong type, or a sweep that has nothing to try.
+    """
+    tree, origins = yaml_text.read(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: got a {type(tree).__name__} at the top; allowed: a mapping of keys")
+    apply_overrides(tree, overrides, origins)
+    config = build(SweepConfig, tree, origins=origins)
+    check(config)
+    return config
+
+
+def check(config: SweepConfig) -> None:
+    """Refuse a sweep that cannot run.
+
+    Raises:
+        UserError: no experiment, nothing to try, an empty axis, halving without rungs, limits that allow nothing.
+    """
+    if not config.experiment:
+        raise UserError("experiment: got nothing; allowed: the path of an experiment file")
+    if not config.axes and not config.trials:
+        raise UserError("axes: got nothing; allowed: config keys with lists of values (or trials: a list of mappings)")
+    for name, values in config.axes:
+        if not values:
+            raise UserError(f"axes.{name}: got an empty list; allowed: at least one value")
+    if config.search == "halving" and not config.rungs:
+        raise UserError("rungs: got nothing; allowed with search halving: a list of lists of key.path=value")
+    if not 0 < config.keep_share < 1:
+        raise UserError(f"keep_share: got {config.keep_share}; allowed: between 0 and 1, both excluded")
+    if config.limits.seconds <= 0:
+        raise UserError(f"limits.seconds: got {config.limits.seconds}; allowed: above 0")
+    if config.limits.memory_gib is not None and config.limits.memory_gib <= 0:
+        raise UserError(f"limits.memory_gib: got {config.limits.memory_gib}; allowed: above 0, or null")
+    if config.devices_per_trial < 1:
+        raise UserError(f"devices_per_trial: got {config.devices_per_trial}; allowed: at least 1")

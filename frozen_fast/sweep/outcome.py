@@ -1,0 +1,103 @@
+"""What became of a trial's process: its cause of failure, or its figures from the run folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Cause = Literal["ok", "out_of_memory", "timeout", "nan", "refused", "crash"]
+
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA out of memory|can't allocate memory|std::bad_alloc|MemoryError|"
+    r"cannot allocate memory|NCCL.*out of memory",
+    re.IGNORECASE,
+)
+NOT_FINITE = re.compile(r"loss\b.*\b(nan|inf|not finite)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished trial.
+
+    Attributes:
+        trial: the trial's name.
+        rung: the rung of successive halving it ran at, 0 in a plain sweep.
+        cause: "ok" or why there are no figures.
+        message: the last telling line of a failed trial.
+        seconds: wall time of the whole process.
+        clips_per_second_per_device: clips over training and stall time of non-warm-up steps, per device.
+        gpu_hours_per_epoch: device-hours that one epoch of the sweep's `epoch_clips` would take at that
+            speed, a projection.
+        peak_memory_bytes: largest of the run's stages.
+        stall_share: share of training time in which the device waited for input.
+        mfu: model FLOPs utilisation, None where the peak is unknown.
+    """
+
+    trial: str
+    rung: int
+    cause: Cause
+    message: str = ""
+    seconds: float = 0.0
+    clips_per_second_per_device: float | None = None
+    gpu_hours_per_epoch: float | None = None
+    peak_memory_bytes: int | None = None
+    stall_share: float | None = None
+    mfu: float | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """A JSON-able row for results.jsonl."""
+        return asdict(self)
+
+
+def classify(exit_code: int, output: str, *, timed_out: bool, over_memory: bool) -> Cause:
+    """The cause behind an exit code and the process's output (its own words, then signals)."""
+    if over_memory:
+        return "out_of_memory"
+    if timed_out:
+        return "timeout"
+    if exit_code == 0:
+        return "ok"
+    if OUT_OF_MEMORY.search(output) or exit_code in (-9, 137):
+        return "out_of_memory"
+    if NOT_FINITE.search(output):
+        return "nan"
+    return "refused" if exit_code == 2 else "crash"
+
+
+def telling_line(output: str) -> str:
+    """The line of a failed process's output that says most: the last error line, otherwise the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"error|exception|killed|signal", line, re.IGNORECASE)]
+    chosen = errors or lines
+    return chosen[-1][:300] if chosen else ""
+
+
+def read_figures(run_folder: Path, *, epoch_clips: int) -> dict[str, Any]:
+    """Speed and memory of a finished run, over all its stages, from stages.json.
+
+    Raises:
+        ValueError: the run folder has no finished stage with measured (non-warm-up) steps.
+    """
+    path = run_folder / "stages.json"
+    stages = json.loads(path.read_text()) if path.exists() else []
+    clips = seconds = stall = 0.0
+    for stage in stages:
+        speed = stage["clips_per_second"]
+        if speed:
+            clips += stage["clips"]
+            seconds += stage["clips"] / speed
+            stall += stage["stall_share"] * stage["clips"] / speed
+    if not seconds:
+        raise ValueError(f"{path.name}: no measured steps after warm-up")
+    devices = stages[-1]["num_devices"]
+    mfus = [stage["mfu"] for stage in stages if stage.get("mfu") is not None]
+    return {
+        "clips_per_second_per_device": clips / seconds / devices,
+        "gpu_hours_per_epoch": epoch_clips * seconds / clips * devices / 3600,
+        "peak_memory_bytes": max(stage["peak_memory_bytes"] or 0 for stage in stages) or None,
+        "stall_share": stall / seconds,
+        "mfu": sum(mfus) / len(mfus) if mfus else None,
+    }

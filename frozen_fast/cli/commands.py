@@ -1,0 +1,186 @@
+"""The subcommands: each a function that adds its arguments and one that runs it. Heavy imports wait until then."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import get_args
+
+from frozen_fast.config import (
+    ExperimentConfig,
+    check_for_evaluation,
+    check_for_training,
+    docs_markdown,
+    dump_yaml,
+    help_text,
+    load_config,
+)
+from frozen_fast.config.schema import Expansion
+from frozen_fast.errors import UserError
+
+
+class _HelpConfig(argparse.Action):
+    """Prints every config key and leaves, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        sys.stdout.write(help_text())
+        parser.exit()
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="set one config value, e.g. data.sources[0].path=x"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and leave")
+    parser.add_argument("--with-meanings", action="store_true", help="with --print-config: each key's meaning too")
+    parser.add_argument("--help-config", action=_HelpConfig, nargs=0, help="list every config key and leave")
+
+
+def _print_config(config: ExperimentConfig, arguments: argparse.Namespace) -> int:
+    sys.stdout.write(dump_yaml(config, meanings=arguments.with_meanings))
+    return 0
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `train`."""
+    _config_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|PATH",
+        help="auto: the run folder's newest checkpoint if there is one; none (default): start anew; or a checkpoint",
+    )
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Train as the config says."""
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        return _print_config(config, arguments)
+    check_for_training(config)
+    from frozen_fast.training.run import train as train_run
+
+    return train_run(config, resume=arguments.resume)
+
+
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `evaluate`."""
+    _config_arguments(parser)
+    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder or released file (model.checkpoint)")
+    parser.add_argument("--output", metavar="FILE", help="write the numbers here as JSON too")
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluate a checkpoint on the config's evaluation sources and print the numbers as JSON."""
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        return _print_config(config, arguments)
+    check_for_evaluation(config)
+    checkpoint = arguments.checkpoint or config.model.checkpoint
+    if checkpoint is None:
+        raise UserError("--checkpoint: got none; allowed: a checkpoint folder or a released .pth/.pth.tar file")
+    from frozen_fast.training.run import evaluate_checkpoint
+
+    result = evaluate_checkpoint(config, checkpoint, arguments.output)
+    if _is_first_rank():
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `convert-checkpoint`."""
+    parser.add_argument("source", help="released .pth/.pth.tar file, or a frozen_fast folder")
+    parser.add_argument("output", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--frames", type=_positive, metavar="T", help="expand or cut the temporal embeddings to T")
+    parser.add_argument("--expansion", choices=get_args(Expansion), default="zero", help="how (default zero)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer to save beside the weights")
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Load a checkpoint of either form and save it as a frozen_fast folder."""
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output: got {arguments.output!r}, which holds something; allowed: a new or empty folder")
+    from frozen_fast.models import DualEncoder
+
+    model = DualEncoder.from_pretrained(
+        arguments.source, num_frames=arguments.frames, expansion=arguments.expansion, tokenizer=arguments.tokenizer
+    )
+    model.save_pretrained(output)
+    print(output)
+    return 0
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `report`."""
+    parser.add_argument("run_folder", help="a run folder")
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write the report of a run folder from what the folder holds."""
+    folder = _run_folder(arguments.run_folder)
+    from frozen_fast.training.report import write_report
+
+    write_report(folder)
+    print(folder / "report.html")
+    return 0
+
+
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `compare`."""
+    parser.add_argument("run_folders", nargs="+", metavar="run_folder", help="two or more run folders")
+    parser.add_argument("--output", metavar="FILE", help="write the comparison (markdown) here instead of printing it")
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Put runs side by side."""
+    folders = [_run_folder(text) for text in arguments.run_folders]
+    if len(folders) < 2:
+        raise UserError(f"run_folder: got {len(folders)}; allowed: two or more to compare")
+    from frozen_fast.common.files import write_atomically
+    from frozen_fast.training.report import compare_runs
+
+    text = compare_runs(folders)
+    if arguments.output:
+        write_atomically(Path(arguments.output), text)
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+def config_docs_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `config-docs`."""
+    parser.add_argument("--output", default="docs/config.md", metavar="FILE", help="default docs/config.md; - prints")
+
+
+def config_docs(arguments: argparse.Namespace) -> int:
+    """Write the page of config keys from the schema."""
+    if arguments.output == "-":
+        sys.stdout.write(docs_markdown())
+        return 0
+    path = Path(arguments.output)
+    if not path.parent.is_dir():
+        raise UserError(f"--output: got {arguments.output!r}; allowed: a file in a folder that exists")
+    path.write_text(docs_markdown(), encoding="utf-8")
+    return 0
+
+
+def _run_folder(text: str) -> Path:
+    folder = Path(text)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run_folder: got {text!r}; allowed: a run's folder, which holds config.yaml")
+    return folder
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number, 1 or more")
+    return int(text)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

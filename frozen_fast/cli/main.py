@@ -1,0 +1,101 @@
+"""One table of subcommands, one place where mistakes become a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from frozen_fast import __version__
+from frozen_fast.cli import commands
+from frozen_fast.errors import UserError
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "train": ("train the stages of a config, evaluate, report", commands.train_arguments, commands.train),
+    "evaluate": ("retrieval numbers of a checkpoint", commands.evaluate_arguments, commands.evaluate),
+    "convert-checkpoint": (
+        "turn a released .pth/.pth.tar checkpoint into a frozen_fast folder",
+        commands.convert_arguments,
+        commands.convert,
+    ),
+    "report": ("write a run's report.md and report.html again", commands.report_arguments, commands.report),
+    "compare": ("put several runs side by side", commands.compare_arguments, commands.compare),
+    "config-docs": ("write docs/config.md from the schema", commands.config_docs_arguments, commands.config_docs),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message} (see --help)")
+
+
+def build_parser(program: str = "frozen-fast") -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(prog=program, description="Train and evaluate video-text dual encoders.")
+    parser.add_argument("--version", action="version", version=f"frozen_fast {__version__}")
+    table = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, add_arguments, function) in COMMANDS.items():
+        command_program = program if program == f"{name}.py" else f"{program} {name}"
+        description = summary[0].upper() + summary[1:] + "."
+        command = table.add_parser(name, help=summary, description=description, allow_abbrev=False)
+        command.prog = command_program
+        add_arguments(command)
+        command.set_defaults(function=function)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str = "frozen-fast") -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; None takes sys.argv.
+        program: the name in usage lines.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake of the user's, 75 stopped by a signal with a checkpoint saved,
+        130 interrupted. Anything else raises.
+    """
+    return run_and_report(lambda: _run(arguments, program))
+
+
+def run_and_report(function: Callable[[], int]) -> int:
+    """Call a function; turn a UserError into one line on stderr (of rank 0) and exit code 2."""
+    try:
+        return function()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def console_script() -> NoReturn:
+    """Entry point of `frozen-fast`."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_DONE
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None, program: str) -> int:
+    parser = build_parser(program)
+    parsed, rest = parser.parse_known_args(arguments)
+    unknown = [text for text in rest if text.startswith("-") or not hasattr(parsed, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:  # argparse takes only the first group of overrides when options stand between them
+        parsed.overrides += rest
+    return parsed.function(parsed)

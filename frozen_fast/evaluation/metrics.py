@@ -116,7 +116,7 @@ def twin_accuracy(
     videos = sim_QV.shape[1]
     if len(twin) != videos or twin.min() < -1 or twin.max() >= videos or bool((twin == np.arange(videos)).any()):
         raise UserError(
-            f"twin_of_video: got {len(twin)} values for {videos} videos; allowed: one a video, the column of another or -1"
+            f"twin_of_video: got {len(twin)} values for {videos} videos; allowed: for each the column of another, or -1"
         )
     keep = twin[own] >= 0
     if not keep.any():

@@ -1,0 +1,222 @@
+"""The dual encoder: a video tower and a text tower, each with a projection into one common space.
+
+Axis letters: B batch, T frames, C channels, H and W pixels, L text tokens, D width of the common space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from frozen_fast.errors import UserError
+from frozen_fast.models.space_time import INIT_STD, SpaceTimeTransformer
+from frozen_fast.models.temporal import expand_temporal_embedding
+from frozen_fast.models.text import TextTower
+
+TextActivation = Literal["relu", "none"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+NORM_EPS = 1e-8
+"""Smallest norm that a raw embedding is divided by (the released code's)."""
+
+
+class DualEncoder(nn.Module):
+    """Video and captions -> one common space. State dict names are those of the released checkpoints.
+
+    Attributes:
+        learned_frames: rows of the video tower's temporal_embed that hold learned values (or are being learned).
+        mean, std: RGB normalisation of the training data, in [0, 1]; encode_video applies it to uint8 clips.
+    """
+
+    def __init__(
+        self,
+        video_model: SpaceTimeTransformer,
+        text_model: TextTower,
+        *,
+        embedding_width: int = 256,
+        text_activation: TextActivation = "relu",
+        learned_frames: int | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        """Join two towers.
+
+        Args:
+            video_model: the video tower.
+            text_model: the text tower.
+            embedding_width: D.
+            text_activation: before the text projection: "relu" as released, "none" as in the paper.
+            learned_frames: None: all rows of temporal_embed.
+            mean: of the training data's pixels, RGB in [0, 1].
+            std: likewise.
+        """
+        super().__init__()
+        if embedding_width < 1:
+            raise UserError(f"model.embedding_width: got {embedding_width}; allowed: 1 or more")
+        if text_activation not in ("relu", "none"):
+            raise UserError(f"model.text_activation: got {text_activation!r}; allowed: relu, none")
+        self.video_model = video_model
+        self.text_model = text_model
+        self.embedding_width = embedding_width
+        self.text_activation: TextActivation = text_activation
+        activation = nn.ReLU() if text_activation == "relu" else nn.Identity()
+        self.txt_proj = nn.Sequential(activation, nn.Linear(text_model.width, embedding_width))
+        self.vid_proj = nn.Sequential(nn.Linear(video_model.size.width, embedding_width))
+        for projection in (self.txt_proj[1], self.vid_proj[0]):
+            linear = cast(nn.Linear, projection)
+            nn.init.trunc_normal_(linear.weight, std=INIT_STD)
+            nn.init.zeros_(linear.bias)
+        self.learned_frames = video_model.max_frames if learned_frames is None else learned_frames
+        if not 1 <= self.learned_frames <= video_model.max_frames:
+            raise UserError(f"learned_frames: got {self.learned_frames}; allowed: 1 to {video_model.max_frames}")
+        self.mean = tuple(float(value) for value in mean)
+        self.std = tuple(float(value) for value in std)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"mean, std: got {self.mean}, {self.std}; allowed: three numbers each, std above 0")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.video_model.cls_token.device
+
+    def forward(self, video_BTCHW: Tensor, text: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Raw embeddings of clips and captions, for a loss that normalises them.
+
+        Args:
+            video_BTCHW: as for encode_video.
+            text: {"input_ids", "attention_mask"}, int64 [B, L].
+
+        Returns:
+            (video_BD, text_BD), not normalised.
+        """
+        text_BD = self.encode_text(text, normalize=False)
+        return self.encode_video(video_BTCHW, normalize=False), text_BD
+
+    def encode_video(self, video_BTCHW: Tensor, normalize: bool = True) -> Tensor:
+        """Embed clips; follows train() and eval(), differentiable.
+
+        Args:
+            video_BTCHW: [B, T, 3, R, R] with the tower's resolution R and 1 <= T <= learned_frames; floats that are
+                normalised already, or uint8 pixels, which are normalised here.
+            normalize: divide by the L2 norm.
+
+        Returns:
+            [B, D].
+
+        Raises:
+            ValueError: for another shape or dtype, or more frames than there are learned temporal embeddings for.
+        """
+        if not isinstance(video_BTCHW, Tensor):
+            raise ValueError(f"video: got {type(video_BTCHW).__name__}; allowed: a tensor [B, T, 3, H, W]")
+        if video_BTCHW.dim() == 5 and self.learned_frames < video_BTCHW.shape[1]:
+            raise ValueError(
+                f"video: got {video_BTCHW.shape[1]} frames; allowed: up to {self.learned_frames}, those with a learned "
+                "temporal embedding (from_pretrained(..., num_frames=T) or expand_frames(T, method) makes more)"
+            )
+        self.video_model.check_video(video_BTCHW)
+        raw_BD = self.vid_proj(self.video_model(self._normalised(video_BTCHW)))
+        return F.normalize(raw_BD, dim=-1, eps=NORM_EPS) if normalize else raw_BD
+
+    def _normalised(self, video_BTCHW: Tensor) -> Tensor:
+        """Move a clip batch to the weights' device, as floats of their dtype, uint8 pixels normalised."""
+        dtype = self.video_model.cls_token.dtype
+        video = video_BTCHW.to(self.device)
+        if video.is_floating_point():
+            return video.to(dtype)
+        if video.dtype != torch.uint8:
+            raise ValueError(f"video: got dtype {video.dtype}; allowed: normalised floats, or uint8")
+        mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
+        return (video.float().div_(255).sub_(mean).div_(std)).to(dtype)
+
+    def encode_text(self, texts: Sequence[str] | Mapping[str, Tensor], normalize: bool = True) -> Tensor:
+        """Embed captions; follows train() and eval(), differentiable.
+
+        Args:
+            texts: a list of strings, or a dict of input_ids and attention_mask [B, L] (other keys that a tokenizer
+                may add, such as token_type_ids, say nothing about single captions and are left out).
+            normalize: divide by the L2 norm.
+
+        Returns:
+            [B, D].
+
+        Raises:
+            ValueError: for other types or shapes, or more tokens than the tower has positions.
+        """
+        tokens = texts if isinstance(texts, Mapping) else self.text_model.tokenize(texts)
+        ids_BL, mask_BL = self._checked_tokens(tokens)
+        raw_BD = self.txt_proj(self.text_model(ids_BL, mask_BL))
+        return F.normalize(raw_BD, dim=-1, eps=NORM_EPS) if normalize else raw_BD
+
+    def _checked_tokens(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Ids and mask on the weights' device."""
+        absent = [key for key in ("input_ids", "attention_mask") if not isinstance(tokens.get(key), Tensor)]
+        if absent:
+            raise ValueError(f"text: got no tensor {absent[0]!r}; allowed: a dict of input_ids and attention_mask")
+        ids_BL, mask_BL = tokens["input_ids"], tokens["attention_mask"]
+        if ids_BL.dim() != 2 or 0 in ids_BL.shape or ids_BL.shape != mask_BL.shape or ids_BL.is_floating_point():
+            raise ValueError(
+                f"text: got input_ids {list(ids_BL.shape)} {ids_BL.dtype} and attention_mask {list(mask_BL.shape)}; "
+                "allowed: two whole-number tensors [B, L] of one shape"
+            )
+        if ids_BL.shape[1] > self.text_model.max_positions:
+            raise ValueError(f"text: got {ids_BL.shape[1]} tokens; allowed: up to {self.text_model.max_positions}")
+        return ids_BL.to(self.device), mask_BL.to(self.device)
+
+    def expand_frames(self, num_frames: int, method: str = "zero") -> None:
+        """Fill rows learned_frames.. of temporal_embed in place, and count them as learned from now on.
+
+        Args:
+            num_frames: up to the tower's max_frames; fewer than learned_frames or as many changes nothing.
+            method: "zero", "nearest" or "bilinear" (temporal.expand_temporal_embedding).
+
+        Raises:
+            UserError: for more frames than the tower was built for.
+        """
+        embed = self.video_model.temporal_embed
+        if not 1 <= num_frames <= embed.shape[1]:
+            raise UserError(f"num_frames: got {num_frames}; allowed: 1 to {embed.shape[1]}, the tower's max_frames")
+        if num_frames <= self.learned_frames:
+            return
+        with torch.no_grad():
+            expanded = expand_temporal_embedding(embed[:, : self.learned_frames], num_frames, method)
+            embed[:, :num_frames] = expanded
+        self.learned_frames = num_frames
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors, config.json and the tokenizer, from which from_pretrained needs no hub."""
+        from frozen_fast.models.checkpoint import save_pretrained
+
+        save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        num_frames: int | None = None,
+        expansion: str = "zero",
+        tokenizer: str | None = None,
+    ) -> DualEncoder:
+        """Load a checkpoint; the model comes in eval mode.
+
+        Args:
+            path: a folder that save_pretrained or training wrote, or a released .pth or .pth.tar file.
+            num_frames: frames that the model shall take; None: those that the checkpoint learned. Fewer keep the
+                first temporal embeddings, more expand them.
+            expansion: "zero", "nearest" or "bilinear".
+            tokenizer: transformers name, local folder or package:MODULE/FOLDER; None: the checkpoint's own (released
+                files have none: they then take token ids only).
+
+        Raises:
+            UserError: for a missing, damaged or foreign checkpoint.
+        """
+        from frozen_fast.models.checkpoint import from_pretrained
+
+        return from_pretrained(Path(path), num_frames, expansion, tokenizer)

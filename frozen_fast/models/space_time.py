@@ -1,0 +1,299 @@
+"""The space-time transformer of Frozen in Time (section 3.2 of the paper), with the released parameter names.
+
+Axis letters: B batch, T frames, C channels, H and W pixels, P patches per frame, S = 1 + T*P tokens (CLS first,
+then frame by frame), N heads, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from frozen_kernels import divided_attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from frozen_fast.errors import UserError
+
+Block = Literal["frozen_in_time", "timesformer"]
+TimeInit = Literal["zero_output", "released", "random"]
+
+LAYER_NORM_EPS = 1e-6
+INIT_STD = 0.02
+"""Standard deviation of the truncated normal that ViT and the released code draw linear weights from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSize:
+    """The sizes of a video tower; frames are square."""
+
+    resolution: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit together."""
+        for name in ("resolution", "patch", "width", "depth", "heads", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.video.{name}: got {getattr(self, name)}; allowed: 1 or more")
+        if self.resolution % self.patch:
+            raise UserError(f"model.video.resolution: got {self.resolution}; allowed: multiples of patch {self.patch}")
+        if self.width % self.heads:
+            raise UserError(f"model.video.width: got {self.width}; allowed: multiples of heads {self.heads}")
+
+    @property
+    def patches_per_frame(self) -> int:
+        """P."""
+        return (self.resolution // self.patch) ** 2
+
+
+VIDEO_SIZES: dict[str, VideoSize] = {
+    "base_patch16_224": VideoSize(resolution=224, patch=16, width=768, depth=12, heads=12),
+    "base_patch32_224": VideoSize(resolution=224, patch=32, width=768, depth=12, heads=12),
+    "small_patch16_224": VideoSize(resolution=224, patch=16, width=384, depth=12, heads=6),
+    "tiny_patch16_224": VideoSize(resolution=224, patch=16, width=192, depth=12, heads=3),
+    "mini_patch16_96": VideoSize(resolution=96, patch=16, width=192, depth=6, heads=3),
+    "mini_patch8_64": VideoSize(resolution=64, patch=8, width=192, depth=6, heads=3),
+    "mini_patch16_64": VideoSize(resolution=64, patch=16, width=192, depth=6, heads=3),
+    "nano_patch16_96": VideoSize(resolution=96, patch=16, width=128, depth=4, heads=2),
+    "nano_patch16_64": VideoSize(resolution=64, patch=16, width=128, depth=4, heads=2),
+    "nano_patch8_64": VideoSize(resolution=64, patch=8, width=128, depth=4, heads=2),
+    "pico_patch16_32": VideoSize(resolution=32, patch=16, width=64, depth=2, heads=2),
+}
+"""Named sizes: base, small and tiny are ViT's; mini, nano and pico are for demonstrations and tests on a CPU."""
+
+
+class PatchEmbedding(nn.Module):
+    """Frames -> one token per patch: a convolution whose stride is its kernel, computed as one matrix product."""
+
+    def __init__(self, size: VideoSize) -> None:
+        """Hold the projection under its released name, proj."""
+        super().__init__()
+        self.patch = size.patch
+        self.proj = nn.Conv2d(3, size.width, kernel_size=size.patch, stride=size.patch)
+
+    def forward(self, video_BTCHW: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, T, P, D], patches row by row."""
+        batch, frames, channels, height, width = video_BTCHW.shape
+        patch = self.patch
+        grid = video_BTCHW.reshape(batch, frames, channels, height // patch, patch, width // patch, patch)
+        patches = grid.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, -1, channels * patch * patch)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Divided attention over one axis: qkv, attention of frozen_kernels, output projection."""
+
+    def __init__(self, width: int, heads: int, axis: Literal["time", "space"], backend: str) -> None:
+        """Hold the two linear layers under their released names."""
+        super().__init__()
+        self.heads = heads
+        self.axis = axis
+        self.backend = backend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BSD: Tensor, num_frames: int) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        qkv_BS3ND = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1))
+        return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=self.backend))
+
+    def forward_cls(self, x_BSD: Tensor) -> Tensor:
+        """The CLS row alone, [B, S, D] -> [B, 1, D]: keys and values of all tokens, the query of CLS only."""
+        width = x_BSD.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        query_B1ND = F.linear(x_BSD[:, :1], weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))
+        kv_BS2ND = F.linear(x_BSD, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
+        key_BNSD, value_BNSD = kv_BS2ND.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(query_B1ND.transpose(1, 2), key_BNSD, value_BNSD)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """fc1, exact GELU, fc2."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        """Hold the two linear layers under their released names."""
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SpaceTimeBlock(nn.Module):
+    """One block: time attention, space attention, MLP, each on a normalised input.
+
+    time = timeattn(norm3(x)); space = attn(norm1(x + time)); then Frozen in Time adds space to the block's INPUT,
+    y = x + space, and TimeSformer's divided block adds it to x + time; out = y + mlp(norm2(y)).
+    """
+
+    def __init__(self, size: VideoSize, block: Block, backend: str, skip_time_at_one_frame: bool) -> None:
+        """Build the block; see SpaceTimeTransformer for the arguments."""
+        super().__init__()
+        self.residual_from_input = block == "frozen_in_time"
+        self.skip_time_at_one_frame = skip_time_at_one_frame
+        self.norm1 = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(size.width, size.heads, "space", backend)
+        self.timeattn = Attention(size.width, size.heads, "time", backend)
+        self.norm2 = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(size.width, size.width * size.mlp_ratio)
+        self.norm3 = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
+
+    def _add_time(self, x_BSD: Tensor, num_frames: int) -> Tensor:
+        """Return x + time attention.
+
+        A skipped branch stays in the graph times zero: DDP refuses parameters without a gradient, and ZeRO-3
+        applies the gradient of an earlier step to them.
+        """
+        if num_frames == 1 and self.skip_time_at_one_frame:
+            branch = (*self.norm3.parameters(), *self.timeattn.parameters())
+            return x_BSD + 0.0 * torch.stack([parameter.flatten()[0] for parameter in branch]).sum()
+        return x_BSD + self.timeattn(self.norm3(x_BSD), num_frames)
+
+    def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False) -> Tensor:
+        """[B, S, D] -> [B, S, D], or [B, 1, D] with cls_only: the same CLS row, without what nothing reads."""
+        with_time = self._add_time(x_BSD, num_frames)
+        residual = x_BSD if self.residual_from_input else with_time
+        if cls_only:
+            y = residual[:, :1] + self.attn.forward_cls(self.norm1(with_time))
+        else:
+            y = residual + self.attn(self.norm1(with_time), num_frames)
+        return y + self.mlp(self.norm2(y))
+
+
+class SpaceTimeTransformer(nn.Module):
+    """Video tower: frames -> the CLS token after the last LayerNorm."""
+
+    def __init__(
+        self,
+        size: VideoSize,
+        max_frames: int,
+        *,
+        block: Block = "frozen_in_time",
+        attention: str = "auto",
+        time_init: TimeInit = "zero_output",
+        skip_time_attention_at_one_frame: bool = False,
+        checkpointed_blocks: int = 0,
+        full_last_block: bool = False,
+    ) -> None:
+        """Build the tower with random weights.
+
+        Args:
+            size: one of VIDEO_SIZES, or another.
+            max_frames: rows of temporal_embed; its shape never changes, so that optimizers and shards keep theirs.
+            block: where the space residual adds (SpaceTimeBlock).
+            attention: backend of frozen_kernels.divided_attention.
+            time_init: how time attention starts (init_weights).
+            skip_time_attention_at_one_frame: leave it out at T=1; another model than the released one.
+            checkpointed_blocks: the first so many blocks recompute their activations in the backward pass.
+            full_last_block: compute the last block's patch outputs too, as the released code does.
+        """
+        super().__init__()
+        if max_frames < 1:
+            raise UserError(f"max_frames: got {max_frames}; allowed: 1 or more")
+        if not 0 <= checkpointed_blocks <= size.depth:
+            raise UserError(
+                f"model.video.checkpointed_blocks: got {checkpointed_blocks}; allowed: 0 to {size.depth}, the depth"
+            )
+        if block not in ("frozen_in_time", "timesformer"):
+            raise UserError(f"model.video.block: got {block!r}; allowed: frozen_in_time, timesformer")
+        self.size = size
+        self.max_frames = max_frames
+        self.block = block
+        self.attention = attention
+        self.skip_time_attention_at_one_frame = skip_time_attention_at_one_frame
+        self.checkpointed_blocks = checkpointed_blocks
+        self.full_last_block = full_last_block
+        self.patch_embed = PatchEmbedding(size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + size.patches_per_frame, size.width))
+        self.temporal_embed = nn.Parameter(torch.zeros(1, max_frames, size.width))
+        self.blocks = nn.ModuleList(
+            SpaceTimeBlock(size, block, attention, skip_time_attention_at_one_frame) for _ in range(size.depth)
+        )
+        self.norm = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
+        self.init_weights(time_init)
+
+    def init_weights(self, time_init: TimeInit = "zero_output") -> None:
+        """Draw the weights: truncated normals of 0.02, biases 0; patches as LeCun (std fan_in^-0.5); temporal_embed 0.
+
+        Args:
+            time_init: how time attention starts.
+                zero_output: qkv drawn, output projection 0. Like "released" its output is 0 at the start, so a ViT's
+                weights keep their meaning; unlike it, every parameter learns.
+                released: qkv 0, projection weight 1, bias 0, what the released code does at more than one frame.
+                Queries and keys are then 0 and so are their gradients, for good, and all value channels stay equal.
+                random: drawn like the rest, what the released code does at one frame (where its curriculum starts).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=self.patch_embed.proj.weight[0].numel() ** -0.5)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
+        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
+        nn.init.zeros_(self.temporal_embed)
+        for block in self.blocks:
+            init_time_attention(block.timeattn, time_init)
+
+    def embed(self, video_BTCHW: Tensor) -> Tensor:
+        """Patches, positions and CLS -> [B, S, D]."""
+        num_frames = video_BTCHW.shape[1]
+        patches_BTPD = self.patch_embed(video_BTCHW)
+        position_1TPD = self.pos_embed[:, None, 1:] + self.temporal_embed[:, :num_frames, None]
+        tokens = (patches_BTPD + position_1TPD).flatten(1, 2)
+        cls_11D = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls_11D.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+
+    def forward(self, video_BTCHW: Tensor) -> Tensor:
+        """Embed clips.
+
+        Args:
+            video_BTCHW: [B, T, 3, resolution, resolution], normalised floats, 1 <= T <= max_frames.
+
+        Returns:
+            [B, D]: the CLS token after the last LayerNorm.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        self.check_video(video_BTCHW)
+        num_frames = video_BTCHW.shape[1]
+        x = self.embed(video_BTCHW)
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            cls_only = index == last and not self.full_last_block
+            if index < self.checkpointed_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, num_frames, cls_only, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, num_frames, cls_only)
+        return self.norm(x[:, 0])
+
+    def check_video(self, video_BTCHW: Tensor) -> None:
+        """Raise a ValueError that names the expected shape, unless the clip batch has it."""
+        side = self.size.resolution
+        expected = f"[B, T, 3, {side}, {side}] with 1 <= T <= {self.max_frames}"
+        shape = tuple(video_BTCHW.shape)
+        if len(shape) != 5 or shape[0] < 1 or shape[2:] != (3, side, side) or not 1 <= shape[1] <= self.max_frames:
+            raise ValueError(f"video: got shape {list(shape)}; allowed: {expected}")
+
+
+def init_time_attention(attention: Attention, time_init: TimeInit) -> None:
+    """Set a time attention's start; the choices are told at SpaceTimeTransformer.init_weights."""
+    if time_init == "released":
+        nn.init.zeros_(attention.qkv.weight)
+        nn.init.ones_(attention.proj.weight)
+    elif time_init == "zero_output":
+        nn.init.zeros_(attention.proj.weight)
+    elif time_init != "random":
+        raise UserError(f"model.video.time_init: got {time_init!r}; allowed: random, released, zero_output")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from frozen_fast.common.files import append_json_line, read_json_lines
 from frozen_fast.sweep.config import SweepConfig
@@ -148,7 +148,7 @@ class Sweep:
         )
         output = log_path.read_text(errors="replace")
         cause = classify(result.exit_code, output, timed_out=result.timed_out, over_memory=result.over_memory)
-        common = {"trial": trial.name, "rung": rung, "seconds": result.seconds}
+        common: dict[str, Any] = {"trial": trial.name, "rung": rung, "seconds": result.seconds}
         if cause != "ok":
             limit = {
                 "timeout": f"limits.seconds={limits.seconds:g}",

@@ -41,7 +41,7 @@ def shown(value: float | None, pattern: str) -> str:
 
 def table_rows(outcomes: Sequence[Outcome], trials: Mapping[str, Trial]) -> list[tuple[str, ...]]:
     """The ranked table's cells, one tuple a trial, in the order of COLUMNS."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for position, row in enumerate(rank(outcomes), start=1):
         memory_gib = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**30
         rows.append(

@@ -14,7 +14,7 @@ command -v "$python" >/dev/null || { echo "install: $python was not found; Pytho
 
 # The environment holds absolute paths (this folder, the interpreter), so they are part of the stamp.
 stamp="$({ echo "$root"; "$python" -c 'import sys; print(sys.version, sys.base_prefix)'
-    cat "$root/constraints.txt" "$root/setup.py" "$root/pyproject.toml"; } | sha256sum | cut -d' ' -f1)"
+    cat "$root/constraints.txt" "$root/setup.py"; } | sha256sum | cut -d' ' -f1)"
 
 mkdir -p "$(dirname "$venv")"
 if command -v flock >/dev/null; then  # two commands started at once share one installation

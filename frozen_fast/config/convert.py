@@ -117,7 +117,7 @@ class _Converter:
     def unknown_key(self, cls: type, path: str, name: str) -> UserError:
         """The error for a key that the schema does not have: the nearest one here, or of that name elsewhere."""
         here = [info.name for info in fields.keys_of(cls)]
-        near = [join_path(path, match) for match in get_close_matches(name, here, n=1)]
+        near = [join_path(path, match) for match in get_close_matches(name, here, n=1, cutoff=0.5)]
         near = near or [other for other, info in fields.walk_keys(ExperimentConfig) if info.name == name]
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         full = join_path(path, name)

@@ -98,12 +98,17 @@ def check_for_training(config: ExperimentConfig) -> None:
     """Refuse a config that is sound but has nothing to train on.
 
     Raises:
-        UserError: when data.sources is empty, or no source has any weight.
+        UserError: when data.sources is empty, no source has any weight, or the one that ends an epoch has none.
     """
     if not config.data.sources:
         raise UserError("data.sources: got none; allowed: one or more sources to train on")
     if not any(source.weight > 0 for source in config.data.sources):
         raise UserError("data.sources: got weight 0 for every source; allowed: at least one weight above 0")
+    if config.data.epoch_ends == "first" and config.data.sources[0].weight == 0:
+        raise UserError(
+            "data.epoch_ends: got 'first' while data.sources[0] has weight 0 and is never read; "
+            "allowed: a weight above 0 for it, or another end"
+        )
 
 
 def check_for_evaluation(config: ExperimentConfig) -> None:

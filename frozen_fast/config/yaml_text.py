@@ -84,8 +84,9 @@ def parse(text: str, *, name: str, root: str = "") -> tuple[Any, Origins]:
     Raises:
         UserError: on bad YAML, a duplicate key or a key that is not text, with the line.
     """
-    loader = _StrictLoader(text)
+    loader = None
     try:
+        loader = _StrictLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
@@ -101,7 +102,8 @@ def parse(text: str, *, name: str, root: str = "") -> tuple[Any, Origins]:
             raise
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def read(path: Path) -> tuple[Any, Origins]:

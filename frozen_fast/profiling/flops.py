@@ -63,7 +63,7 @@ class TextShape:
         hidden = values.get("hidden_dim") or values.get("intermediate_size")
         if not (width and layers and hidden):
             raise UserError(
-                f"model.text: got a {type(config).__name__}; allowed: a config that names width, layers and hidden width"
+                f"model.text: got a {type(config).__name__}; allowed: one that names width, layers, hidden width"
             )
         return cls(width=width, layers=layers, feed_forward_width=hidden, pooler=pooler)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from frozen_kernels.attention_batched import attention_batched
 from frozen_kernels.attention_reference import attention_reference, cls_reference
 from frozen_kernels.attention_sdpa import attention_sdpa, cls_sdpa
 from frozen_kernels.layout import Layout, read_layout
@@ -26,6 +27,7 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(attention_reference, cls_reference),
     "sdpa": Backend(attention_sdpa, cls_sdpa),
+    "batched": Backend(attention_batched, cls_sdpa),
 }
 
 

@@ -1,0 +1,130 @@
+"""The launchers' dry runs: the exact command, and one line with exit code 2 for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENT = "configs/pretrain/webvid_1_4_8.yaml"
+
+
+def call(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    return subprocess.run(
+        ["bash", f"launch/{script}", *arguments],
+        cwd=ROOT,
+        env={**clean, "FROZEN_FAST_PYTHON": sys.executable, "FROZEN_FAST_VENV": "/nowhere", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def without_gpus(tmp_path: Path, count: int) -> str:
+    """A PATH on which nvidia-smi reports so many GPUs."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\n" + "".join(f"echo {index}\n" for index in range(count)))
+    fake.chmod(0o755)
+    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "config", "processes"),
+    [(0, "cpu.yaml", None), (1, "gpu_1.yaml", None), (4, "gpu_8.yaml", "4"), (8, "gpu_8.yaml", "8")],
+)
+def test_single_node_takes_the_config_of_its_gpus(
+    tmp_path: Path, gpus: int, config: str, processes: str | None
+) -> None:
+    result = call("single_node.sh", "--dry-run", EXPERIMENT, "seed=3", "name=a b", PATH=without_gpus(tmp_path, gpus))
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(result.stdout)
+    assert words[1:3] == ["-m", "accelerate.commands.launch"]
+    assert Path(words[words.index("--config_file") + 1]).name == config
+    assert Path(words[words.index("--config_file") + 1]).exists()
+    assert ("--num_processes" in words) == (processes is not None)
+    if processes:
+        assert words[words.index("--num_processes") + 1] == processes
+    assert words[-6:] == ["--config", EXPERIMENT, "--resume", "auto", "seed=3", "name=a b"]
+
+
+def test_multi_node_passes_the_rendezvous_on() -> None:
+    result = call(
+        "multi_node.sh", "--dry-run", "--processes", "16", EXPERIMENT,
+        NODES="2", NODE_RANK="1", RENDEZVOUS="node0:29500",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(result.stdout)
+    pairs = dict(zip(words, words[1:], strict=False))
+    assert (pairs["--num_machines"], pairs["--machine_rank"], pairs["--num_processes"]) == ("2", "1", "16")
+    assert (pairs["--main_process_ip"], pairs["--main_process_port"]) == ("node0", "29500")
+    assert pairs["--rdzv_backend"] == "c10d"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "environment", "message"),
+    [
+        ("single_node.sh", ["nowhere.yaml"], {}, "experiment: got nowhere.yaml"),
+        ("single_node.sh", [], {}, "experiment: got nothing"),
+        ("single_node.sh", ["--fast", EXPERIMENT], {}, "got the option --fast"),
+        ("single_node.sh", ["--processes", "two", EXPERIMENT], {}, "--processes: got two"),
+        ("single_node.sh", ["--accelerate", "nowhere.yaml", EXPERIMENT], {}, "--accelerate: got nowhere.yaml"),
+        (
+            "multi_node.sh", ["--processes", "3", EXPERIMENT],
+            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a:1"}, "multiples of NODES=2",
+        ),
+        (
+            "multi_node.sh", ["--processes", "4", EXPERIMENT],
+            {"NODES": "2", "NODE_RANK": "2", "RENDEZVOUS": "a:1"}, "NODE_RANK: got 2; allowed: 0 to 1",
+        ),
+        (
+            "multi_node.sh", ["--processes", "4", EXPERIMENT],
+            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a"}, "RENDEZVOUS: got a; allowed: HOST:PORT",
+        ),
+        ("slurm.sh", [], {}, "experiment: got nothing"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(
+    script: str, arguments: list[str], environment: dict[str, str], message: str
+) -> None:
+    result = call(script, *arguments, **environment)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_slurm_prints_its_step_and_what_a_node_runs() -> None:
+    result = call("slurm.sh", EXPERIMENT, "seed=3", DRY_RUN="1")
+    assert result.returncode == 0, result.stderr
+    step, node = (shlex.split(line) for line in result.stdout.strip().splitlines())
+    assert step[0] == "srun" and EXPERIMENT in step
+    assert node[node.index("--num_processes") + 1] == "16"
+
+
+def fake_command(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(("state", "requeued", "code"), [("stopped", True, 0), ("failed", False, 1)])
+def test_slurm_puts_a_stopped_run_back_and_a_failed_one_not(
+    tmp_path: Path, state: str, requeued: bool, code: int
+) -> None:
+    """srun and scontrol are stand-ins; srun plays a run that leaves its state and torchrun's exit code 1."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    status = json.dumps({"state": state})
+    fake_command(tmp_path, "srun", f"sleep 1.1; echo '{status}' > {run_folder}/status.json; exit 1")
+    fake_command(tmp_path, "scontrol", f'[ "$1" = requeue ] && echo "$2" > {tmp_path}/requeued; echo node7')
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = call("slurm.sh", EXPERIMENT, f"run_folder={run_folder}", PATH=path, SLURM_JOB_ID="41",
+                  PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")  # fmt: skip
+    assert result.returncode == code, result.stderr
+    assert (tmp_path / "requeued").exists() == requeued

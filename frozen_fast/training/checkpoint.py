@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,14 +48,7 @@ _MAY_CHANGE = (
     "wandb.",
 )
 _MUST_NOT_CHANGE = ("training.precision",)
-
-
-class Saves(Protocol):
-    """A model that writes itself to a folder."""
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, architecture and tokenizer."""
-        ...
+_SOURCE_PATH = re.compile(r"data\.sources\[\d+\]\.path")  # moved data: RunState.sources tells whether it is the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +62,10 @@ class RunState:
         stage_complete: the stage has no step left (its evaluation may still be to come).
         position: how far each source has been read (frozen_fast.data.samplers.DataPosition as a dict).
         meter: totals of the stage so far (StageMeter.state()).
-        clips_read: clips read in training so far, over all ranks.
-        clips_bad: of those, how many could not be read.
+        bad_clips: clips read and not read in training so far (BadClipLedger.to_json()).
         learned_frames: rows of the temporal embedding that hold learned values.
         config: the run's config in plain values.
+        sources: name -> fingerprint of a training source's clips, so that a changed collection is noticed.
     """
 
     step: int
@@ -80,10 +74,10 @@ class RunState:
     stage_complete: bool
     position: dict[str, Any]
     meter: dict[str, Any]
-    clips_read: int
-    clips_bad: int
+    bad_clips: dict[str, Any]
     learned_frames: int
     config: dict[str, Any] = field(repr=False)
+    sources: dict[str, str]
 
 
 def checkpoint_name(step: int) -> str:
@@ -91,13 +85,15 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save_checkpoint(folder: Path, state: RunState, model: Saves, optimizer: OptimizerState, *, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, state: RunState, write_model: Callable[[Path], None], optimizer: OptimizerState, *, keep: int
+) -> Path:
     """Write a checkpoint, then delete the oldest beyond `keep`.
 
     Args:
         folder: the run's checkpoints folder.
         state: where the run stands.
-        model: its save_pretrained writes model.safetensors.
+        write_model: writes model.safetensors, config.json and the tokenizer into a folder.
         optimizer: tensors by parameter name and key.
         keep: how many of the newest stay.
 
@@ -113,7 +109,7 @@ def save_checkpoint(folder: Path, state: RunState, model: Saves, optimizer: Opti
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        model.save_pretrained(temporary)
+        write_model(temporary)
         torch.save({"format": _FORMAT, "optimizer": _on_cpu(optimizer)}, temporary / "training_state.pt")
         write_json(temporary / "state.json", {"format": _FORMAT, **asdict(state)})
         _flush(temporary)
@@ -139,7 +135,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose state can be read, None if there is none; unreadable ones are told and passed over."""
+    """The newest checkpoint whose state can be read, None without one; unreadable ones are told and passed over."""
     for path in checkpoints(folder):
         try:
             read_state(path)
@@ -195,13 +191,22 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
     """
     old, new = dict(_flat(saved)), dict(_flat(current))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    harmless = [key for key in changed if key.startswith(_MAY_CHANGE) and key not in _MUST_NOT_CHANGE]
-    harmful = [key for key in changed if key not in harmless]
+    harmful = [key for key in changed if not _may_change(key)]
     if harmful:
         shown = "; ".join(f"{key} was {old.get(key)!r}, got {new.get(key)!r}" for key in harmful[:4])
         more = f" and {len(harmful) - 4} more" if len(harmful) > 4 else ""
-        raise UserError(f"--resume: the config differs from the run's: {shown}{more}; allowed: the same values, or another run_folder")
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in harmless]
+        raise UserError(
+            f"--resume: the config differs from the run's: {shown}{more}; "
+            "allowed: the same values, or another run_folder"
+        )
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+
+
+def _may_change(key: str) -> bool:
+    """Whether a run may go on with another value of this key."""
+    if key in _MUST_NOT_CHANGE:
+        return False
+    return key.startswith(_MAY_CHANGE) or _SOURCE_PATH.fullmatch(key) is not None
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -30,7 +30,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """(commit, whether tracked files differ from it) of the checkout this package lies in; (None, None) outside of one."""
+    """(commit, whether tracked files differ from it) of this package's checkout; (None, None) outside of one."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None, None

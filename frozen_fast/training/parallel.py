@@ -46,6 +46,7 @@ class Parallel:
         precision: "bf16" (autocast over fp32 weights) or "fp32".
         precision_reason: one line, why.
         distributed_type: Accelerate's name for the strategy.
+        failure_is_shared: agree() has raised, so every rank is on its way out.
     """
 
     def __init__(self, accelerator: Accelerator, precision: str, precision_reason: str) -> None:
@@ -56,6 +57,7 @@ class Parallel:
         self.precision = precision
         self.precision_reason = precision_reason
         self.distributed_type = str(accelerator.distributed_type.value)
+        self.failure_is_shared = False
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self._model: nn.Module | None = None
         self._wrapped: nn.Module | None = None
@@ -180,9 +182,8 @@ class Parallel:
             on_device = {}
             for key, tensor in tensors.items():
                 if tensor.ndim and tensor.shape != parameter.shape:
-                    raise UserError(
-                        f"checkpoint: got {key} of shape {list(tensor.shape)} for {name}; allowed: {list(parameter.shape)}"
-                    )
+                    shapes = f"got {key} of shape {list(tensor.shape)} for {name}; allowed: {list(parameter.shape)}"
+                    raise UserError(f"checkpoint: {shapes}")
                 whole = key != "step" or self._step_on_device()
                 on_device[key] = tensor.to(parameter.device if whole else "cpu", copy=True)
             self.optimizer.state[parameter] = on_device
@@ -241,7 +242,9 @@ class Parallel:
         dist.all_reduce(row, group=self._control)
         failed, stopped, *sums = row.tolist()
         if failed:
-            own = None if error is None else (isinstance(error, UserError), f"{type(error).__name__}: {error}", str(error))
+            self.failure_is_shared = True
+            kind = type(error).__name__
+            own = None if error is None else (isinstance(error, UserError), f"{kind}: {error}", str(error))
             reports = self.gather_objects(own)
             if error is not None:
                 raise error
@@ -291,7 +294,7 @@ def _wants_cpu(requested: str) -> bool:
         if not torch.cuda.is_available():
             raise UserError("training.device: got 'cuda', but PyTorch finds no CUDA device; allowed: auto, cpu")
         if told_cpu:
-            raise UserError("training.device: got 'cuda', but accelerate was launched with use_cpu; allowed: one of them")
+            raise UserError("training.device: got 'cuda', but accelerate was launched with use_cpu; make them agree")
         return False
     return requested == "cpu" or told_cpu or not torch.cuda.is_available()
 
@@ -303,9 +306,13 @@ def _check_launch(training: TrainingConfig) -> None:
             raise UserError(f"accelerate config: got {strategy}; allowed: one process or distributed data parallel")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", "bf16"):
-        raise UserError(f"accelerate config: mixed_precision: got {launched!r}; allowed: no, bf16 (training.precision decides)")
+        raise UserError(
+            f"accelerate config: mixed_precision: got {launched!r}; allowed: no, bf16 (training.precision decides)"
+        )
     if launched == "bf16" and training.precision == "fp32":
-        raise UserError("training.precision: got 'fp32', but accelerate was launched with mixed_precision bf16; make them agree")
+        raise UserError(
+            "training.precision: got 'fp32', but accelerate was launched with mixed_precision bf16; make them agree"
+        )
 
 
 def _check_world(num_processes: int, expected: int | None) -> None:
@@ -316,4 +323,4 @@ def _check_world(num_processes: int, expected: int | None) -> None:
             "launch with torchrun or an accelerate config from configs/accelerate/"
         )
     if expected is not None and expected != num_processes:
-        raise UserError(f"training.expected_world_size: got a world of {num_processes} process(es); allowed: {expected}")
+        raise UserError(f"training.expected_world_size: got {num_processes} process(es); allowed: {expected}")

@@ -48,7 +48,9 @@ class RunFolder:
             write_atomically(self.path / ".writable", "")
             (self.path / ".writable").unlink()
         except OSError as error:
-            raise UserError(f"run_folder: got {str(self.path)!r}; allowed: a folder that can be written to ({error})") from None
+            raise UserError(
+                f"run_folder: got {str(self.path)!r}; allowed: a folder that can be written to ({error})"
+            ) from None
 
     def refuse_to_overwrite(self) -> None:
         """Raise if a new run would write into an earlier one.
@@ -58,16 +60,21 @@ class RunFolder:
         """
         if self.holds_a_run():
             raise UserError(
-                f"run_folder: got {str(self.path)!r}, which already holds a run; allowed: --resume auto to go on with it, "
-                "or another run_folder"
+                f"run_folder: got {str(self.path)!r}, which already holds a run; "
+                "allowed: --resume auto to go on with it, or another run_folder"
             )
 
-    def write_status(self, state: str, *, step: int, stage: int, exit_code: int | None = None, message: str = "") -> None:
+    def write_status(
+        self, state: str, *, step: int, stage: int, exit_code: int | None = None, message: str = ""
+    ) -> None:
         """Say how the run stands: state is running, done, stopped or failed."""
-        write_json(
-            self.status,
-            {"state": state, "exit_code": exit_code, "message": message, "step": step, "stage": stage, "time": time.time()},
-        )
+        where = {"step": step, "stage": stage, "time": time.time()}
+        write_json(self.status, {"state": state, "exit_code": exit_code, "message": message, **where})
+
+    def update_environment(self, **changes: Any) -> None:
+        """Replace some keys of environment.json."""
+        known = json.loads(self.environment.read_text(encoding="utf-8"))
+        write_json(self.environment, {**known, **changes})
 
     def append_steps(self, rows: Sequence[Row]) -> None:
         """Append rows to steps.jsonl in one write."""
@@ -107,10 +114,15 @@ class RunFolder:
             stage: the stage it lies in.
             stage_complete: the checkpoint closes its stage, so that the stage's evaluation and row may stand.
         """
-        _rewrite(self.steps, lambda row: row["step"] <= step)
-        _rewrite(self.bad_clips, lambda row: row["step"] <= step)
-        finished = [row for row in self.stage_rows() if row["stage"] < stage or (row["stage"] == stage and stage_complete)]
+        last = stage if stage_complete else stage - 1
+        finished = [row for row in self.stage_rows() if row["stage"] <= last]
         closed = stage_complete and any(row["stage"] == stage for row in finished)
+        _rewrite(self.steps, lambda row: row["step"] <= step)
+        # Clips that nothing replaced are those of an evaluation.
+        _rewrite(
+            self.bad_clips,
+            lambda row: row["step"] < step or (row["step"] == step and (closed or row["replaced_by"] is not None)),
+        )
         if self.stages.exists():
             write_json(self.stages, finished)
         if self.metrics.exists():

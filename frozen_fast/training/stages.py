@@ -1,0 +1,48 @@
+"""What changes between the stages of the curriculum, in one process."""
+
+from __future__ import annotations
+
+import logging
+
+from frozen_fast.models import DualEncoder
+from frozen_fast.models.temporal import expand_temporal_embedding
+from frozen_fast.training.parallel import Parallel
+
+log = logging.getLogger(__name__)
+
+TEMPORAL_EMBEDDING = "video_model.temporal_embed"
+
+_WARM_UP_STEPS = 3
+_LARGEST_WARM_UP_SHARE = 0.25
+
+
+def expand_frames(parallel: Parallel, model: DualEncoder, num_frames: int, method: str) -> None:
+    """Let the model see num_frames frames: expand the temporal embeddings, and the optimizer's state with them.
+
+    The parameter keeps its shape ([1, most frames of the run, D]); its first num_frames rows are filled from the
+    learned ones. The optimizer's running averages take the same map, so that a row starts with the history of what it
+    was made from (and with none where it is new: zero). Fewer frames than are learned change nothing: a checkpoint that
+    has learned more than the first stage needs keeps it.
+
+    Args:
+        parallel: gives the whole parameter, whatever the sharding.
+        model: the bare model.
+        num_frames: frames of the stage.
+        method: "zero", "nearest" or "bilinear".
+    """
+    learned = model.learned_frames
+    if num_frames <= learned:
+        return
+    with parallel.edit_parameter(TEMPORAL_EMBEDDING) as state:
+        model.expand_frames(num_frames, method)
+        for tensor_1TD in state.values():
+            tensor_1TD[:, :num_frames] = expand_temporal_embedding(tensor_1TD[:, :learned], num_frames, method)
+    log.info("temporal embeddings: %d -> %d frames (%s)", learned, num_frames, method)
+
+
+def warm_up_steps(stage_steps: int, num_sources: int) -> int:
+    """How many first steps of a stage are left out of speeds: buffers, autotuning and compilation, once per source.
+
+    Never more than a quarter of the stage, so that a short stage still has a speed.
+    """
+    return min(_WARM_UP_STEPS * num_sources, int(stage_steps * _LARGEST_WARM_UP_SHARE))

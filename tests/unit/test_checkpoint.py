@@ -1,0 +1,193 @@
+"""Checkpoints: complete or absent, the last good one always there, and only the same run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from frozen_fast.errors import UserError
+from frozen_fast.training import checkpoint as module
+from frozen_fast.training.checkpoint import (
+    RunState,
+    check_same_run,
+    checkpoint_name,
+    checkpoints,
+    newest_checkpoint,
+    read_state,
+    read_tensors,
+    remove_leftovers,
+    save_checkpoint,
+)
+
+
+class Weights:
+    """Stands for a model: writes one tensor."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        save_file({"w": torch.full((3,), self.value)}, Path(folder) / "model.safetensors")
+
+
+def state(step: int = 7, **changes: object) -> RunState:
+    base = RunState(
+        step=step, stage=1, steps_in_stage=2, stage_complete=False, position={"step": step, "consumed": {"a": 40}},
+        meter={"clips": 12}, clips_read=40, clips_bad=1, learned_frames=4, config={"seed": 3}, sources={"a": "f"},
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def optimizer_state(value: float) -> dict:
+    return {"w": {"exp_avg": torch.full((3,), value), "exp_avg_sq": torch.full((3,), value), "step": torch.tensor(7.0)}}
+
+
+def save(folder: Path, step: int, value: float = 1.0, keep: int = 2) -> Path:
+    return save_checkpoint(folder, state(step), Weights(value), optimizer_state(value), keep=keep)
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    path = save(tmp_path, 7, value=0.1)
+    assert path.name == "step_00000007"
+    assert read_state(path) == state(7)
+    weights, optimizer = read_tensors(path)
+    assert torch.equal(weights["w"], torch.full((3,), 0.1))
+    assert all(torch.equal(optimizer["w"][key], tensor) for key, tensor in optimizer_state(0.1)["w"].items())
+
+
+def test_the_newest_are_kept_and_sorted_by_step(tmp_path: Path) -> None:
+    for step in (9, 10, 100, 11):
+        save(tmp_path, step, keep=10)
+    save(tmp_path, 101, keep=3)
+    assert [path.name for path in checkpoints(tmp_path)] == [checkpoint_name(step) for step in (101, 100, 11)]
+
+
+def test_older_ones_go_only_after_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, keep=1)
+
+    def fail_before_rename(temporary: Path, final: Path) -> None:
+        assert all((temporary / name).exists() for name in ("model.safetensors", "training_state.pt", "state.json"))
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "_move_into_place", fail_before_rename)
+    with pytest.raises(UserError, match="could not write checkpoint .*step_00000002 .*No space left"):
+        save(tmp_path, 2, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert read_state(tmp_path / "step_00000001").step == 1
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import module, save
+module._move_into_place = lambda temporary, final: os.kill(os.getpid(), signal.SIGKILL)
+save(Path(sys.argv[1]), 2, keep=1)
+"""
+
+
+def test_a_kill_while_writing_leaves_the_previous_one_good(tmp_path: Path) -> None:
+    save(tmp_path, 1, value=0.5, keep=1)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    leftovers = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert len(leftovers) == 1
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "step_00000001"
+    assert torch.equal(read_tensors(newest)[0]["w"], torch.full((3,), 0.5))
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_incomplete_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1, keep=5)
+    (save(tmp_path, 2, keep=5) / "state.json").write_text("{", encoding="utf-8")
+    (save(tmp_path, 3, keep=5) / "training_state.pt").unlink()
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None and newest.name == "step_00000001"
+    assert newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    (save(tmp_path, 2) / "state.json").write_text("{", encoding="utf-8")
+    save(tmp_path, 2, value=5.0)
+    assert read_state(tmp_path / "step_00000002").step == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt"])
+def test_damaged_tensors_are_one_line(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 1)
+    (path / name).write_bytes(b"not this")
+    with pytest.raises(UserError, match="step_00000001: cannot be read") as caught:
+        read_tensors(path)
+    assert "\n" not in str(caught.value)
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple:
+        return (os.system, ("true",))
+
+
+def test_code_in_a_training_state_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    torch.save({"format": 1, "optimizer": RunsCode()}, path / "training_state.pt")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_tensors(path)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    (path / "state.json").write_text(json.dumps({**values, "format": 99}), encoding="utf-8")
+    with pytest.raises(UserError, match="got format 99; allowed: 1"):
+        read_state(path)
+
+
+BASE = {
+    "seed": 0,
+    "model": {"video": {"attention": "auto", "size": "a"}},
+    "data": {"sources": [{"name": "x", "path": "here"}], "decode": {"workers": 0}},
+    "optimizer": {"betas": [0.9, 0.99], "fused": "auto"},
+    "training": {"log_every_steps": 10, "precision": "fp32"},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("data", {**BASE["data"], "decode": {"workers": 4}}),
+        ("data", {**BASE["data"], "sources": [{"name": "x", "path": "there"}]}),
+        ("training", {"log_every_steps": 1, "precision": "fp32"}),
+        ("model", {"video": {"attention": "sdpa", "size": "a"}}),
+    ],
+)
+def test_settings_of_speed_and_place_may_change(section: str, change: dict) -> None:
+    differences = check_same_run(BASE, {**BASE, section: change})
+    assert len(differences) == 1 and " -> " in differences[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 1}, "seed was 0, got 1"),
+        ({"optimizer": {"betas": [0.9, 0.95], "fused": "auto"}}, r"optimizer.betas\[1\] was 0.99, got 0.95"),
+        ({"training": {"log_every_steps": 10, "precision": "bf16"}}, "training.precision was 'fp32', got 'bf16'"),
+        ({"model": {"video": {"attention": "auto", "size": "b"}}}, "model.video.size was 'a', got 'b'"),
+        ({"data": {**BASE["data"], "sources": []}}, r"data.sources"),
+    ],
+)
+def test_settings_of_meaning_may_not(change: dict, key: str) -> None:
+    with pytest.raises(UserError, match=f"^--resume: the config differs from the run's: .*{key}"):
+        check_same_run(BASE, {**BASE, **change})

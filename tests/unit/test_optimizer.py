@@ -1,0 +1,91 @@
+"""Parameter groups, the learning rate's course, and AdamW against its formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from frozen_fast.config.schema import OptimizerConfig
+from frozen_fast.training.optimizer import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
+
+
+class Towers(nn.Module):
+    """A model with the released parameter names that the groups go by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.video_model = nn.Module()
+        self.video_model.temporal_embed = nn.Parameter(torch.ones(1, 4, 3))
+        self.video_model.pos_embed = nn.Parameter(torch.ones(1, 5, 3))
+        self.video_model.cls_token = nn.Parameter(torch.ones(1, 1, 3))
+        self.video_model.norm = nn.LayerNorm(3)
+        self.video_model.fc = nn.Linear(3, 3)
+        self.text_model = nn.Module()
+        self.text_model.position_embeddings = nn.Embedding(4, 3)
+        self.text_model.fc = nn.Linear(3, 3)
+
+
+def test_groups_hold_every_parameter_once_and_exempt_biases_norms_and_positions_from_decay() -> None:
+    model = Towers()
+    groups = parameter_groups(model.named_parameters(), OptimizerConfig(weight_decay=0.1, text_learning_rate_scale=0.5))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (group["weight_decay"], group["scale"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert found == {
+        "video_model.temporal_embed": (0.0, 1.0),
+        "video_model.pos_embed": (0.0, 1.0),
+        "video_model.cls_token": (0.0, 1.0),
+        "video_model.norm.weight": (0.0, 1.0),
+        "video_model.norm.bias": (0.0, 1.0),
+        "video_model.fc.weight": (0.1, 1.0),
+        "video_model.fc.bias": (0.0, 1.0),
+        "text_model.position_embeddings.weight": (0.0, 0.5),
+        "text_model.fc.weight": (0.1, 0.5),
+        "text_model.fc.bias": (0.0, 0.5),
+    }
+
+
+@pytest.mark.parametrize("fused", ["auto", "off", "on"])
+def test_adamw_follows_the_published_update(fused: str) -> None:
+    config = OptimizerConfig(learning_rate=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.2, fused=fused)
+    model = nn.Linear(2, 1, bias=False)
+    start = model.weight.detach().clone()
+    optimizer = build_optimizer(model, config)
+    mean, square, expected = torch.zeros(1, 2), torch.zeros(1, 2), start
+    for step in (1, 2, 3):
+        gradient = torch.tensor([[1.0, -2.0]]) * step
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        mean = 0.8 * mean + 0.2 * gradient
+        square = 0.9 * square + 0.1 * gradient**2
+        update = (mean / (1 - 0.8**step)) / ((square / (1 - 0.9**step)).sqrt() + 1e-6)
+        expected = expected - 0.1 * 0.2 * expected - 0.1 * update
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_warm_up_is_linear_and_reaches_the_peak() -> None:
+    config = OptimizerConfig(warmup_steps=4)
+    assert [learning_rate_factor(step, 100, config) for step in (1, 2, 3, 4, 5, 100)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_cosine_starts_at_the_peak_passes_the_half_and_ends_just_above_zero() -> None:
+    config = OptimizerConfig(warmup_steps=2, schedule="cosine")
+    factors = [learning_rate_factor(step, 12, config) for step in range(1, 13)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[2 + 5] == pytest.approx(0.5)
+    assert factors[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))
+    assert all(earlier > later > 0 for earlier, later in zip(factors[2:], factors[3:], strict=False))
+
+
+def test_a_run_of_nothing_but_warm_up_has_no_division_by_zero() -> None:
+    config = OptimizerConfig(warmup_steps=3, schedule="cosine")
+    assert [learning_rate_factor(step, 3, config) for step in (1, 2, 3)] == [pytest.approx(i / 3) for i in (1, 2, 3)]
+
+
+def test_learning_rate_reaches_the_groups_with_their_scale() -> None:
+    groups = [{"scale": 1.0, "lr": 9.0}, {"scale": 0.1, "lr": 9.0}]
+    set_learning_rate(groups, 2e-3)
+    assert [group["lr"] for group in groups] == [2e-3, pytest.approx(2e-4)]

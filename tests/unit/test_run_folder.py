@@ -1,0 +1,95 @@
+"""A run folder: what counts as a run, what is cut off on resuming, what rows replace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from frozen_fast.common.files import read_json_lines
+from frozen_fast.errors import UserError
+from frozen_fast.training.run_folder import RunFolder
+
+
+def filled(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.create()
+    folder.append_steps([{"step": step, "stage": 0 if step <= 3 else 1} for step in range(1, 7)])
+    folder.append_bad_clips([{"step": 2, "clip_id": "a"}, {"step": 5, "clip_id": "b"}])
+    folder.add_evaluations([{"step": 3, "stage": 0}])
+    folder.add_evaluations([{"step": 6, "stage": 1}])
+    folder.put_stage_row({"stage": 0, "steps": 3})
+    folder.put_stage_row({"stage": 1, "steps": 3})
+    return folder
+
+
+def content(folder: RunFolder) -> tuple[list[int], list[str], list[int], list[int]]:
+    return (
+        [row["step"] for row in read_json_lines(folder.steps)],
+        [row["clip_id"] for row in read_json_lines(folder.bad_clips)],
+        [row["step"] for row in folder.evaluations()],
+        [row["stage"] for row in folder.stage_rows()],
+    )
+
+
+def test_an_empty_folder_is_no_run_and_a_step_makes_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.holds_a_run()
+    folder.create()
+    folder.refuse_to_overwrite()
+    folder.append_steps([{"step": 1}])
+    with pytest.raises(UserError, match="already holds a run; allowed: --resume auto"):
+        folder.refuse_to_overwrite()
+
+
+@pytest.mark.parametrize(
+    ("step", "stage", "stage_complete", "expected"),
+    [
+        (5, 1, False, ([1, 2, 3, 4, 5], ["a", "b"], [3], [0])),
+        (3, 0, True, ([1, 2, 3], ["a"], [3], [0])),
+        (2, 0, False, ([1, 2], ["a"], [], [])),
+        (0, 0, False, ([], [], [], [])),
+        (6, 1, True, ([1, 2, 3, 4, 5, 6], ["a", "b"], [3, 6], [0, 1])),
+    ],
+)
+def test_cutting_back_leaves_what_the_checkpoint_knows(tmp_path: Path, step, stage, stage_complete, expected) -> None:
+    folder = filled(tmp_path)
+    folder.cut_back(step, stage, stage_complete=stage_complete)
+    assert content(folder) == expected
+
+
+def test_an_evaluation_without_its_stage_row_is_done_again(tmp_path: Path) -> None:
+    """Killed between the two writes: the evaluation goes, so that it cannot stand twice."""
+    folder = filled(tmp_path)
+    folder.stages.write_text(json.dumps([{"stage": 0, "steps": 3}]), encoding="utf-8")
+    folder.cut_back(6, 1, stage_complete=True)
+    assert content(folder)[2:] == ([3], [0])
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    with folder.steps.open("a", encoding="utf-8") as file:
+        file.write('{"step": 7, "sta')
+    folder.cut_back(6, 1, stage_complete=True)
+    folder.append_steps([{"step": 7, "stage": 1}])
+    assert [row["step"] for row in read_json_lines(folder.steps)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_stage_row_replaces_its_earlier_self(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    folder.put_stage_row({"stage": 0, "steps": 30})
+    assert folder.stage_rows() == [{"stage": 0, "steps": 30}, {"stage": 1, "steps": 3}]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="^run_folder: got .*file/run.*; allowed: a folder that can be written to"):
+        RunFolder(tmp_path / "file" / "run").create()
+
+
+def test_status_names_the_step_and_the_exit_code(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_status("stopped", step=4, stage=1, exit_code=75, message="SIGTERM")
+    status = json.loads(folder.status.read_text(encoding="utf-8"))
+    assert (status["state"], status["exit_code"], status["step"], status["stage"]) == ("stopped", 75, 4, 1)

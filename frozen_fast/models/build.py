@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError, unknown_name
@@ -36,7 +37,7 @@ def build_dual_encoder(
         UserError: naming the key under model.
     """
     video = config.video
-    options = {
+    options: dict[str, Any] = {
         "block": video.block,
         "attention": video.attention,
         "skip_time_attention_at_one_frame": video.skip_time_attention_at_one_frame,
@@ -62,7 +63,7 @@ def build_dual_encoder(
     )
 
 
-def _from_checkpoint(config: ModelConfig, max_frames: int, first_frames: int, options: dict[str, object]) -> DualEncoder:
+def _from_checkpoint(config: ModelConfig, max_frames: int, first_frames: int, options: dict[str, Any]) -> DualEncoder:
     """Start from a checkpoint, with room for max_frames."""
     assert config.checkpoint is not None
     path = Path(config.checkpoint).expanduser()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from frozen_fast.common.files import write_atomically, write_json
+from frozen_fast.common.files import write_json
 from frozen_fast.errors import UserError
 from frozen_fast.models.dual_encoder import DualEncoder
 from frozen_fast.models.released import read_released, shape_of, text_config, video_size
@@ -19,6 +21,7 @@ from frozen_fast.models.space_time import SpaceTimeTransformer, VideoSize
 from frozen_fast.models.temporal import expand_temporal_embedding
 from frozen_fast.models.text import TextTower, config_from_dict, load_tokenizer, model_from_config
 from frozen_fast.models.tokenizer import TOKENIZER_FILE, Tokenizer
+from frozen_fast.models.wording import some
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -26,6 +29,8 @@ FORMAT = "frozen_fast.dual_encoder"
 FORMAT_VERSION = 1
 DEFAULT_MAX_TOKENS = 77
 TEMPORAL = "video_model.temporal_embed"
+DROPPED_TEXT_KEYS = ("dtype", "transformers_version", "id2label", "label2id", "architectures")
+"""Keys of a transformers config that do not say how the encoder computes."""
 
 
 def architecture(model: DualEncoder) -> dict[str, Any]:
@@ -38,7 +43,6 @@ def architecture(model: DualEncoder) -> dict[str, Any]:
             "size": asdict(video.size),
             "max_frames": video.max_frames,
             "block": video.block,
-            "attention": video.attention,
             "skip_time_attention_at_one_frame": video.skip_time_attention_at_one_frame,
         },
         "text": {
@@ -57,7 +61,7 @@ def architecture(model: DualEncoder) -> dict[str, Any]:
 def _plain_text_config(text: TextTower) -> dict[str, Any]:
     """The transformers config, without the paths and versions of the machine it was made on."""
     values = json.loads(text.config.to_json_string(use_diff=False))
-    return {key: value for key, value in values.items() if not key.startswith("_") and key not in ("dtype", "transformers_version")}
+    return {key: value for key, value in values.items() if not key.startswith("_") and key not in DROPPED_TEXT_KEYS}
 
 
 def save_pretrained(model: DualEncoder, folder: Path, state: dict[str, Tensor] | None = None) -> None:
@@ -71,7 +75,9 @@ def save_pretrained(model: DualEncoder, folder: Path, state: dict[str, Tensor] |
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict() if state is None else state
     contiguous = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    write_atomically(folder / WEIGHTS_FILE, save(contiguous, metadata={"format": "pt"}))
+    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}.tmp"
+    save_file(contiguous, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / WEIGHTS_FILE)
     write_json(folder / CONFIG_FILE, architecture(model))
     if model.text_model.tokenizer is not None:
         model.text_model.tokenizer.save(folder)
@@ -105,8 +111,9 @@ def from_pretrained(
     parts.state[TEMPORAL] = expand_temporal_embedding(
         expand_temporal_embedding(rows_learned_1TD, learned, expansion), rows, "zero"
     )
-    video = SpaceTimeTransformer(parts.size, rows, **{**parts.video_options, **(video_options or {})})
-    model = DualEncoder(video, parts.text, learned_frames=learned, **parts.options)
+    with torch.device("meta"):  # drawing weights that the file replaces would take seconds
+        video = SpaceTimeTransformer(parts.size, rows, **{**parts.video_options, **(video_options or {})})
+    model = DualEncoder(video.to_empty(device="cpu"), parts.text, learned_frames=learned, **parts.options)
     load_weights(model, parts.state, path)
     return model.eval()
 
@@ -120,14 +127,11 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     own = model.state_dict()
     for label, names in (("lacks", set(own) - set(state)), ("has unknown", set(state) - set(own))):
         if names:
-            some = sorted(names)
-            more = f" and {len(some) - 3} more" if len(some) > 3 else ""
-            raise UserError(f"checkpoint: got {path}, which {label} {', '.join(some[:3])}{more}")
+            raise UserError(f"checkpoint: got {path}, which {label} {some(names)}")
     for name, value in own.items():
-        if value.shape != state[name].shape:
-            raise UserError(
-                f"checkpoint: got {path}, whose {name} has shape {list(state[name].shape)}; allowed: {list(value.shape)}"
-            )
+        got = list(state[name].shape)
+        if got != list(value.shape):
+            raise UserError(f"checkpoint: got {path}, whose {name} has shape {got}; allowed: {list(value.shape)}")
     model.load_state_dict(state)
 
 
@@ -185,7 +189,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint: got {path.parent}, whose {CONFIG_FILE} cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(f"checkpoint: got {path.parent}; allowed: a folder that frozen_fast wrote, or a released .pth file")
+        raise UserError(f"checkpoint: got {path.parent}; allowed: a folder that frozen_fast wrote, or a released file")
     if config.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"checkpoint: got {path.parent} of format version {config.get('format_version')}; allowed: {FORMAT_VERSION}"

@@ -37,7 +37,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
         if isinstance(name, str) and isinstance(value, LazyTensor):
             tensors[name.removeprefix(PARALLEL_PREFIX)] = value
     if "video_model.cls_token" not in tensors:
-        raise UserError(f"checkpoint: got {path}, whose state_dict lacks video_model.cls_token; allowed: a released model")
+        raise UserError(f"checkpoint: got {path}, whose state_dict lacks video_model.cls_token")
     wanted = [name for name in tensors if name not in IGNORED_KEYS]
     return {name: tensor.float() for name, tensor in read_tensors(path, tensors, wanted).items()}
 
@@ -72,14 +72,14 @@ def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
 
 def video_size(state: Mapping[str, Tensor]) -> VideoSize:
     """The video tower's sizes, from its tensors' shapes."""
-    width, channels, patch, _ = _rank(shape_of(state, "video_model.patch_embed.proj.weight"), 4, "patch_embed.proj.weight")
+    width, channels, patch, _ = _shape(state, "video_model.patch_embed.proj.weight", 4)
     if channels != 3:
         raise UserError(f"checkpoint: video_model.patch_embed.proj.weight has {channels} channels; allowed: 3")
-    _, positions, _ = _rank(shape_of(state, "video_model.pos_embed"), 3, "pos_embed")
+    _, positions, _ = _shape(state, "video_model.pos_embed", 3)
     side = math.isqrt(positions - 1)
     if side * side != positions - 1:
         raise UserError(f"checkpoint: video_model.pos_embed has {positions} rows; allowed: 1 + a square number")
-    hidden, _ = _rank(shape_of(state, "video_model.blocks.0.mlp.fc1.weight"), 2, "blocks.0.mlp.fc1.weight")
+    hidden, _ = _shape(state, "video_model.blocks.0.mlp.fc1.weight", 2)
     return VideoSize(
         resolution=side * patch,
         patch=patch,
@@ -92,8 +92,8 @@ def video_size(state: Mapping[str, Tensor]) -> VideoSize:
 
 def text_config(state: Mapping[str, Tensor]) -> PreTrainedConfig:
     """The text tower's architecture, from its tensors' names and shapes: DistilBERT or BERT, no hub needed."""
-    vocabulary, width = _rank(shape_of(state, "text_model.embeddings.word_embeddings.weight"), 2, "word_embeddings")
-    positions, _ = _rank(shape_of(state, "text_model.embeddings.position_embeddings.weight"), 2, "position_embeddings")
+    vocabulary, width = _shape(state, "text_model.embeddings.word_embeddings.weight", 2)
+    positions, _ = _shape(state, "text_model.embeddings.position_embeddings.weight", 2)
     heads = heads_of(width, "text_model.embeddings.word_embeddings.weight")
     layers = count_layers(state, "text_model.transformer.layer.")
     if layers:
@@ -118,7 +118,8 @@ def text_config(state: Mapping[str, Tensor]) -> PreTrainedConfig:
     )
 
 
-def _rank(shape: tuple[int, ...], rank: int, name: str) -> tuple[int, ...]:
+def _shape(state: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
+    shape = shape_of(state, name)
     if len(shape) != rank:
         raise UserError(f"checkpoint: {name} has shape {list(shape)}; allowed: {rank} axes")
     return shape

@@ -7,15 +7,15 @@ then frame by frame), N heads, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from frozen_kernels import divided_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from frozen_fast.errors import UserError
+from frozen_kernels import divided_attention
 
 Block = Literal["frozen_in_time", "timesformer"]
 TimeInit = Literal["zero_output", "released", "random"]
@@ -244,7 +244,7 @@ class SpaceTimeTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
         nn.init.zeros_(self.temporal_embed)
         for block in self.blocks:
-            init_time_attention(block.timeattn, time_init)
+            init_time_attention(cast(SpaceTimeBlock, block).timeattn, time_init)
 
     def embed(self, video_BTCHW: Tensor) -> Tensor:
         """Patches, positions and CLS -> [B, S, D]."""

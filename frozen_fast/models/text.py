@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from frozen_fast.errors import UserError
 from frozen_fast.models.tokenizer import TOKENIZER_FILE, Tokenizer
+from frozen_fast.models.wording import reason, some
 
 Pooling = Literal["auto", "cls", "mean", "pooler"]
 
@@ -62,7 +63,7 @@ class TextTower(nn.Module):
         if pooling == "pooler" and pooler is None:
             raise UserError("model.text.pooling: got 'pooler', but the model has none; allowed: auto, cls, mean")
         if pooling != "pooler" and pooler is not None:
-            model.pooler = None  # its weights would take no part in any step, which DDP refuses
+            model.register_module("pooler", None)  # its weights would take no part in any step, which DDP refuses
         if next(model.named_parameters(recurse=False), None) or next(model.named_buffers(recurse=False), None):
             raise UserError(f"model.text.name: got {type(model).__name__}, which holds weights outside its parts")
         self._held = (model,)  # in a tuple: not registered, so that names carry no extra prefix
@@ -209,7 +210,7 @@ def config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"text.config: got a model that transformers does not know ({_first_line(error)})") from error
+        raise UserError(f"text.config: got a model that transformers does not know ({reason(error)})") from error
 
 
 def _load_model(name: str, weights: str) -> nn.Module:
@@ -227,7 +228,7 @@ def _load_model(name: str, weights: str) -> nn.Module:
     model, info = _from_transformers(load, name, folder, "model.text.name")
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
-        raise UserError(f"model.text.name: got {name!r}, whose weights lack {_some(missing)}")
+        raise UserError(f"model.text.name: got {name!r}, whose weights lack {some(missing)}")
     if info["missing_keys"]:
         model.pooler = None  # a masked-language checkpoint has none: random weights must not pass for learned ones
     return model
@@ -252,20 +253,9 @@ def _from_transformers(load: Callable[..., Any], name: str, folder: Path | None,
                 return load(name)
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(
-            f"{field}: got {name!r}, which could not be loaded ({_first_line(error)}); allowed: a transformers name, "
+            f"{field}: got {name!r}, which could not be loaded ({reason(error)}); allowed: a transformers name, "
             "a local folder, package:MODULE/FOLDER"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def _some(names: Sequence[str]) -> str:
-    """Up to three names and how many more."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 @contextmanager

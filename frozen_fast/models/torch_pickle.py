@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from frozen_fast.errors import UserError
+from frozen_fast.models.wording import reason
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """First pickle of torch's layout before 1.6 (torch.serialization.MAGIC_NUMBER)."""
@@ -298,7 +299,7 @@ def load_torch_pickle(path: Path) -> Any:
     try:
         return archive.load()
     except Exception as error:  # a damaged pickle raises anything at all
-        raise UserError(f"checkpoint: got {path}, which is no readable torch checkpoint ({_reason(error)})") from error
+        raise UserError(f"checkpoint: got {path}, which is no readable torch checkpoint ({reason(error)})") from error
 
 
 def read_tensors(path: Path, tensors: dict[str, LazyTensor], wanted: Sequence[str]) -> dict[str, Tensor]:
@@ -310,9 +311,4 @@ def read_tensors(path: Path, tensors: dict[str, LazyTensor], wanted: Sequence[st
     try:
         return {name: tensors[name].read() for name in wanted}
     except Exception as error:  # zip and struct errors of a damaged file
-        raise UserError(f"checkpoint: got {path}, which is damaged ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+        raise UserError(f"checkpoint: got {path}, which is damaged ({reason(error)})") from error

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from frozen_fast.errors import UserError
 from frozen_fast.models.space_time import SpaceTimeTransformer
+from frozen_fast.models.wording import reason, some
 
 FIELD = "model.video.weights"
 TIMM_PREFIX = "timm:"
@@ -38,19 +39,16 @@ def load_vit_weights(model: SpaceTimeTransformer, weights: str) -> None:
     """
     state = _timm_state(weights[len(TIMM_PREFIX) :]) if weights.startswith(TIMM_PREFIX) else _file_state(weights, model)
     wanted = {name: value for name, value in model.state_dict().items() if not _is_own(name)}
-    missing = sorted(set(wanted) - set(state))
+    missing = set(wanted) - set(state)
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{FIELD}: got {weights!r}, which lacks {', '.join(missing[:3])}{more}")
-    unknown = sorted(name for name in state if name not in wanted and not name.startswith(HEAD_PREFIXES))
+        raise UserError(f"{FIELD}: got {weights!r}, which lacks {some(missing)}")
+    unknown = [name for name in state if name not in wanted and not name.startswith(HEAD_PREFIXES)]
     if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise UserError(f"{FIELD}: got {weights!r}, with {', '.join(unknown[:3])}{more}; allowed: a plain ViT of this size")
+        raise UserError(f"{FIELD}: got {weights!r}, with {some(unknown)}; allowed: a plain ViT of this size")
     for name, target in wanted.items():
-        if state[name].shape != target.shape:
-            raise UserError(
-                f"{FIELD}: got {weights!r}, whose {name} has shape {list(state[name].shape)}; allowed: {list(target.shape)}"
-            )
+        got = list(state[name].shape)
+        if got != list(target.shape):
+            raise UserError(f"{FIELD}: got {weights!r}, whose {name} has shape {got}; allowed: {list(target.shape)}")
     with torch.no_grad():
         for name, target in wanted.items():
             target.copy_(state[name])
@@ -73,9 +71,8 @@ def _timm_state(name: str) -> dict[str, Tensor]:
     try:
         return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
     except Exception as error:  # the download raises many kinds
-        line = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"{FIELD}: got {TIMM_PREFIX + name!r}, which could not be had ({type(error).__name__}: {line[:200]}); "
+            f"{FIELD}: got {TIMM_PREFIX + name!r}, which could not be had ({reason(error)}); "
             "allowed: timm:NAME with a network or a filled cache, a local file, none"
         ) from error
 
@@ -94,8 +91,7 @@ def _file_state(weights: str, model: SpaceTimeTransformer) -> dict[str, Tensor]:
             return _jax_state(path, model)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises anything at all
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{FIELD}: got {weights!r}, which cannot be read ({type(error).__name__}: {line[:200]})") from error
+        raise UserError(f"{FIELD}: got {weights!r}, which cannot be read ({reason(error)})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

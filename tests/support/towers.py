@@ -11,8 +11,8 @@ from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertMode
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = (
     "a an the of and then in on at to from with small large red green blue yellow white black circle square triangle "
-    "star ball dog cat man woman moves runs walks jumps turns stops starts left right up down top bottom quickly slowly "
-    "background image video clip one two three four five six seven eight nine ten"
+    "star ball dog cat man woman moves runs walks jumps turns stops starts left right up down top bottom quickly "
+    "slowly background image video clip one two three four five six seven eight nine ten"
 ).split()
 PIECES = [*"abcdefghijklmnopqrstuvwxyz0123456789.,!?-'", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
 
@@ -63,15 +63,23 @@ def make_text_tower(folder: Path, kind: str = "distilbert", *, width: int = 32, 
         if kind == "distilbert":
             model = DistilBertModel(
                 DistilBertConfig(
-                    vocab_size=len(tokenizer), dim=width, hidden_dim=2 * width, n_layers=layers, n_heads=2,
+                    vocab_size=len(tokenizer),
+                    dim=width,
+                    hidden_dim=2 * width,
+                    n_layers=layers,
+                    n_heads=2,
                     max_position_embeddings=64,
                 )
             )
         elif kind == "bert":
             model = BertModel(
                 BertConfig(
-                    vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                    num_attention_heads=2, max_position_embeddings=64,
+                    vocab_size=len(tokenizer),
+                    hidden_size=width,
+                    intermediate_size=2 * width,
+                    num_hidden_layers=layers,
+                    num_attention_heads=2,
+                    max_position_embeddings=64,
                 )
             )
         else:

@@ -1,1 +1,25 @@
-"""TODO."""
+"""From collections of clips to batches of tensors: sources, frame sampling, decoding, planning, loading."""
+
+from frozen_fast.data.bad_clips import BadClip, BadClipLedger
+from frozen_fast.data.batches import Batch, ClipReader, TrainingLoader
+from frozen_fast.data.evaluation_loader import EvaluationBatch, EvaluationLoader
+from frozen_fast.data.samplers import BatchSpec, DataPosition, epoch_steps, plan_steps
+from frozen_fast.data.sources import Clip, Source, read_source, read_sources
+
+__all__ = [
+    "BadClip",
+    "BadClipLedger",
+    "Batch",
+    "BatchSpec",
+    "Clip",
+    "ClipReader",
+    "DataPosition",
+    "EvaluationBatch",
+    "EvaluationLoader",
+    "Source",
+    "TrainingLoader",
+    "epoch_steps",
+    "plan_steps",
+    "read_source",
+    "read_sources",
+]

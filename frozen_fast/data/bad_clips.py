@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from frozen_fast.common.files import append_json_line
 from frozen_fast.errors import UserError
@@ -58,7 +59,7 @@ class BadClipLedger:
         self._path = path
         self._max_share = max_share
         self._minimum_clips = minimum_clips
-        self._last: BadClip | None = None
+        self._last = ""
 
     @property
     def bad(self) -> int:
@@ -76,24 +77,24 @@ class BadClipLedger:
         self.clips += clips
         for bad in bad_clips:
             self.causes[bad.cause] += 1
-            self._last = bad
+            self._last = f"; the last: {bad.path}: {bad.message}"
             if self._path is not None:
                 append_json_line(self._path, {"step": step, **asdict(bad)})
 
     def check(self, *, final: bool = False) -> None:
         """Raise a UserError past the allowed share, once enough clips were tried or the run is over."""
         tried = self.clips + self.bad
-        if (final or tried >= self._minimum_clips) and self.share > self._max_share and self._last is not None:
+        if (final or tried >= self._minimum_clips) and self.share > self._max_share:
             causes = ", ".join(f"{cause}: {count}" for cause, count in self.causes.most_common())
             raise UserError(
                 f"data.decode.max_bad_share: {self.bad} of {tried} clips could not be read, {100 * self.share:.1f} % "
-                f"({causes}; the last: {self._last.path}: {self._last.message}); allowed: {100 * self._max_share:g} %"
+                f"({causes}{self._last}); allowed: {100 * self._max_share:g} %"
             )
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The counts, for a checkpoint."""
         return {"clips": self.clips, "causes": dict(self.causes)}
 
-    def resume(self, clips: int, causes: dict[str, int]) -> None:
-        """Take up a checkpoint's counts."""
-        self.clips, self.causes = clips, Counter(causes)
+    def resume(self, counts: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's counts, as to_json gave them."""
+        self.clips, self.causes = int(counts["clips"]), Counter(counts["causes"])

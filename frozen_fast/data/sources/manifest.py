@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data.sources.clip import Clip
@@ -112,7 +112,7 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any) -> TypeGuard[str]:
     """Whether it is a string with something in it that a file name or a tokenizer can take."""
     return (
         isinstance(value, str) and bool(value.strip()) and "\0" not in value
@@ -122,8 +122,7 @@ def _is_text(value: Any) -> bool:
 
 def _captions(row: dict[str, Any], where: str) -> tuple[str, ...]:
     value = row.get("captions")
-    fits = isinstance(value, list) and value and all(_is_text(text) for text in value)
-    if not fits:
+    if not isinstance(value, list) or not value or not all(_is_text(text) for text in value):
         got = _shown(value) if "captions" in row else "nothing"
         raise UserError(f"{where}: captions: got {got}; allowed: a list of at least one non-empty string")
     return tuple(text.strip() for text in value)

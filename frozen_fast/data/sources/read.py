@@ -61,8 +61,8 @@ def read_source(config: SourceConfig, key: str = "source") -> Source:
         raise UserError(f"{key}: no clip is left of {config.path!r} ({causes}); allowed: at least one readable row")
     if len(kinds) > 1:
         raise UserError(
-            f"{key}: got both kinds (video: {kinds['video']!r}, image: {kinds['image']!r}); allowed: one kind a source, "
-            "so write two manifests and name both under data.sources"
+            f"{key}: got both kinds (video: {kinds['video']!r}, image: {kinds['image']!r}); allowed: one kind a "
+            "source, so write two manifests and name both under data.sources"
         )
     rule = CaptionRule(config.captions, config.max_caption_characters)
     logger.info("source %s: %d clips (%s, %s)", name, len(clips), config.format, next(iter(kinds)))
@@ -75,4 +75,7 @@ def read_sources(configs: Sequence[SourceConfig], key: str = "data.sources") -> 
     for index, name in enumerate(names):
         if name in names[:index]:
             raise UserError(f"{key}[{index}].name: got {name!r} twice; allowed: a name for each source")
-    return {name: read_source(config, f"{key}[{index}]") for index, (name, config) in enumerate(zip(names, configs, strict=True))}
+    return {
+        name: read_source(config, f"{key}[{index}]")
+        for index, (name, config) in enumerate(zip(names, configs, strict=True))
+    }

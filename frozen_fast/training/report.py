@@ -1,0 +1,375 @@
+"""The report of a run: report.md and report.html, from the files of its run folder and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from frozen_fast.common.files import write_atomically
+from frozen_fast.training.report_compare import compare_runs
+from frozen_fast.training.report_data import RunData, StageTotals, read_run
+from frozen_fast.training.report_document import (
+    Block,
+    Bullets,
+    Caution,
+    Document,
+    Figure,
+    Listing,
+    Plot,
+    Section,
+    Table,
+    Text,
+    count,
+    duration,
+    gibibytes,
+    number,
+    percent,
+    significant,
+    to_markdown,
+)
+from frozen_fast.training.report_html import to_html
+from frozen_fast.training.report_paper import compare_with_paper
+from frozen_fast.training.report_plots import hours_plot, loss_plot, retrieval_plot
+
+__all__ = ["build_report", "compare_runs", "write_report"]
+
+MAX_BAD_CLIPS_LISTED = 30
+STATES = {
+    "done": "finished",
+    "running": "still running, or killed without a word",
+    "stopped": "stopped by a signal after a checkpoint; it can be resumed",
+    "failed": "failed",
+}
+
+
+def write_report(folder: str | Path) -> tuple[Path, Path]:
+    """Write report.md and report.html into a run folder, finished or not.
+
+    Returns:
+        The paths of both.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    folder = Path(folder)
+    document = build_report(read_run(folder))
+    markdown, html = folder / "report.md", folder / "report.html"
+    write_atomically(markdown, to_markdown(document))
+    write_atomically(html, to_html(document))
+    return markdown, html
+
+
+def build_report(run: RunData) -> Document:
+    """The report's blocks."""
+    sections = [
+        _state(run),
+        _retrieval(run),
+        _stages(run),
+        _paper(run),
+        _loss(run),
+        _bad_clips(run),
+        _machine(run),
+        _config(run),
+    ]
+    return Document(
+        title=run.name,
+        subtitle=_subtitle(run),
+        figures=_figures(run),
+        sections=[section for section in sections if section is not None],
+    )
+
+
+def _subtitle(run: RunData) -> str:
+    totals = run.totals()
+    frames = " => ".join(str(total.frames) for total in totals) or "no"
+    started = run.environment.get("started")
+    when = time.strftime(", started %Y-%m-%d %H:%M UTC", time.gmtime(started)) if started else ""
+    steps = sum(total.steps for total in totals)
+    clips = sum(total.clips for total in totals)
+    return f"{frames} frames, {count(steps)} optimizer steps, {count(clips)} clips on {_devices(run)}{when}"
+
+
+def _devices(run: RunData) -> str:
+    names = Counter(str(name) for name in run.environment.get("devices", []))
+    return " and ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items()) or "unknown devices"
+
+
+def _figures(run: RunData) -> list[Figure]:
+    figures = []
+    plain = [row for row in run.evaluations if row["protocol"] != "v2t_max_over_captions"]
+    if plain:
+        last = plain[-1]
+        first = next(row for row in plain if row["source"] == last["source"])
+        earlier = "" if first is last else f", {number(first['metrics']['t2v/R@1'])} % at {_frames(first['frames'])}"
+        figures.append(
+            Figure(
+                f"Text-to-video R@1, {_frames(last['frames'])}",
+                f"{number(last['metrics']['t2v/R@1'])} %",
+                f"chance {number(100 / last['num_videos'], 2)} %{earlier}",
+            )
+        )
+        if "twin_accuracy" in last["metrics"]:
+            before = (
+                ""
+                if first is last or "twin_accuracy" not in first["metrics"]
+                else (f", {number(first['metrics']['twin_accuracy'])} % at {_frames(first['frames'])}")
+            )
+            value = f"{number(last['metrics']['twin_accuracy'])} %"
+            figures.append(Figure("Twins told apart", value, f"one frame cannot: 50 %{before}"))
+    if run.stages:
+        hours = sum(row["gpu_hours"] for row in run.stages)
+        evaluation = sum(row["evaluation_gpu_hours"] for row in run.stages)
+        unfinished = len(run.totals()) - len(run.stages)
+        note = f"evaluation {significant(evaluation)} more" + (", finished stages only" if unfinished > 0 else "")
+        figures.append(Figure(_hours_name(run), significant(hours), note))
+    totals = run.totals()
+    if totals and totals[-1].clips_per_second:
+        last_total = totals[-1]
+        note = f"stall {percent(last_total.stall_share)}"
+        figures.append(
+            Figure(f"Clips/s at {_frames(last_total.frames)}", significant(last_total.clips_per_second), note)
+        )
+    return figures
+
+
+def _state(run: RunData) -> Section | None:
+    blocks: list[Block] = []
+    state = run.status.get("state")
+    if state != "done":
+        words = STATES.get(str(state), "unknown")
+        message = f": {run.status['message']}" if run.status.get("message") else ""
+        code = f" (exit code {run.status['exit_code']})" if run.status.get("exit_code") else ""
+        blocks.append(Caution(f"This run is not complete. State: {words}{message}{code}"))
+    if run.missing:
+        blocks += [Text("Not in the run folder:"), Bullets(run.missing)]
+    return Section("State", blocks) if blocks else None
+
+
+def _retrieval(run: RunData) -> Section | None:
+    if not run.evaluations:
+        return Section("Retrieval", [Text("No evaluation has finished.")])
+    shown = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR", "Geom")
+    twins = any("twin_accuracy" in row["metrics"] for row in run.evaluations)
+    blocks: list[Block] = []
+    for direction, title in (("t2v", "Text to video"), ("v2t", "Video to text")):
+        with_twins = twins and direction == "t2v"
+        rows = []
+        for row in run.evaluations:
+            if direction == "t2v" and row["protocol"] == "v2t_max_over_captions":
+                continue
+            metrics = row["metrics"]
+            cells = [f"stage {row['stage'] + 1}", row["source"], row["protocol"], str(row["frames"])]
+            cells += [count(row["windows"]), count(row["num_queries"]), count(row["num_videos"])]
+            cells += [number(metrics.get(f"{direction}/{name}")) for name in shown]
+            rows.append(cells + ([number(metrics.get("twin_accuracy"))] if with_twins else []))
+        rows += _chance_rows(run, direction, with_twins)
+        header = ["After", "Set", "Protocol", "Frames", "Windows", "Queries", "Videos", *shown]
+        blocks += [Text(f"{title}:"), Table(header + (["Twins"] if with_twins else []), rows, words=3)]
+    plot = retrieval_plot(run)
+    if plot:
+        blocks.insert(0, Plot(plot, "What more frames bring: text-to-video retrieval after each stage."))
+    notes = "R@k and twins in percent; MdR and MnR are the median and mean rank from 1, ties at their mean rank."
+    if twins:
+        notes += (
+            " Twins: share of captions that score their own clip above its twin, which shows the same frames in "
+            "another order; what one frame shows cannot decide it."
+        )
+    return Section("Retrieval", [*blocks, Text(notes)])
+
+
+def _chance_rows(run: RunData, direction: str, with_twins: bool) -> list[list[str]]:
+    """What a constant similarity would score on each set with one caption a clip."""
+    rows = []
+    for source in dict.fromkeys(row["source"] for row in run.evaluations):
+        row = next(row for row in run.evaluations if row["source"] == source)
+        if direction == "v2t" and row["num_queries"] != row["num_videos"]:
+            continue
+        size = row["num_videos"]
+        recalls = [min(100.0, 100.0 * k / size) for k in (1, 5, 10, 50)]
+        geometric = (recalls[0] * recalls[1] * recalls[2]) ** (1 / 3)
+        cells = ["chance", source, "", "", "", "", count(size), *(number(value) for value in recalls)]
+        cells += [number((size + 1) / 2), number((size + 1) / 2), number(geometric)]
+        rows.append(cells + (["50.0"] if with_twins else []))
+    return rows
+
+
+def _stages(run: RunData) -> Section | None:
+    totals = run.totals()
+    if not totals:
+        return Section("Stages", [Text("No optimizer step has finished.")])
+    header = ["Stage", "Frames", "Batch", "Steps", "Clips", "Wall time", _hours_name(run), "Clips/s", "Stall"]
+    header += ["Peak memory", "MFU", "Recompiled"]
+    rows = [_stage_cells(run, total) for total in totals]
+    blocks: list[Block] = []
+    if len(rows) > 1:
+        finished = len(run.stages) == len(totals)
+        hours = sum(row["gpu_hours"] for row in run.stages) if finished else None
+        wall = sum(row["seconds"] for row in run.stages) if finished else None
+        sums = ["all", "", "", count(sum(t.steps for t in totals)), count(sum(t.clips for t in totals))]
+        rows.append([*sums, duration(wall), significant(hours), "", "", "", "", ""])
+    blocks.append(Table(header, rows, total=len(totals) > 1))
+    plot = hours_plot(run)
+    if plot:
+        blocks.append(Plot(plot, "Where each stage's time went."))
+        blocks.append(_parts_table(run))
+    blocks.append(Text(_stage_notes(run)))
+    found = run.disagreements()
+    if found:
+        blocks += [Caution("stages.json and the sums of steps.jsonl disagree:"), Bullets(found)]
+    elif run.stages:
+        blocks.append(Text("Checked: steps, clips, seconds and stall of stages.json equal the sums over steps.jsonl."))
+    return Section("Stages", blocks)
+
+
+def _stage_cells(run: RunData, total: StageTotals) -> list[str]:
+    """One stage's row: clips, speed and stall from steps.jsonl, the rest from stages.json."""
+    row = run.stage_row(total.stage)
+    cells = [str(total.stage + 1), str(total.frames)]
+    if row is None:
+        unfinished = [f"{cells[0]} (unfinished)", cells[1], "n/a", count(total.steps), count(total.clips)]
+        speed = [significant(total.clips_per_second), percent(total.stall_share)]
+        return [*unfinished, duration(total.seconds), "n/a", *speed, "n/a", "n/a", "n/a"]
+    sizes = row["batch_sizes"]
+    batch = str(next(iter(sizes.values()))) if len(sizes) == 1 else ", ".join(f"{k} {v}" for k, v in sizes.items())
+    return [
+        *cells,
+        batch,
+        count(total.steps),
+        count(total.clips),
+        duration(row["seconds"]),
+        significant(row["gpu_hours"]),
+        significant(total.clips_per_second),
+        percent(total.stall_share),
+        gibibytes(row["peak_memory_bytes"]),
+        percent(row.get("mfu")),
+        count(row.get("recompilations")),
+    ]
+
+
+def _parts_table(run: RunData) -> Table:
+    parts = ("training", "stall", "warmup", "checkpoint", "evaluation", "other")
+    rows = [
+        [str(row["stage"] + 1), *(duration(row[f"{part}_seconds"]) for part in parts), duration(row["seconds"])]
+        for row in run.stages
+    ]
+    return Table(["Stage", "Training", "Stall", "Warm-up", "Checkpoints", "Evaluation", "Other", "Wall time"], rows)
+
+
+def _stage_notes(run: RunData) -> str:
+    notes = (
+        f"{_hours_name(run)}: wall time of training, stall, warm-up and checkpoints x devices; evaluation is counted "
+        "apart. Clips/s, stall and MFU leave the warm-up steps out; stall is the time the device waits for a batch."
+    )
+    sources = {row["peak_source"] for row in run.stages if row.get("peak_source")}
+    if sources:
+        return f"{notes} MFU: model FLOPs over the peak of {'; '.join(sorted(sources))}."
+    return f"{notes} MFU is n/a where the device's peak or the model's FLOPs are not known."
+
+
+def _paper(run: RunData) -> Section | None:
+    comparison = compare_with_paper(run)
+    if comparison is None:
+        return None
+    row, hours = comparison.row, comparison.comparable_hours
+    if comparison.covers:
+        kind = "measured"
+    else:
+        kind = "projection" if hours is not None else "no projection: a stage has no speed yet"
+    header = ["", "What", "Clips", "Hours", "R@1 after finetuning", "R@10", "MedR"]
+    paper = [
+        f"Paper, Table 4, {row.pretraining_frames} frames",
+        "PTT, hardware not stated",
+        count(comparison.paper_clips),
+    ]
+    paper += [number(row.ptt_hours), number(row.recall_at_1), number(row.recall_at_10), number(row.median_rank)]
+    rows = [paper]
+    if not comparison.covers:
+        own = significant(comparison.measured_gpu_hours)
+        rows.append(["This run, itself", "measured, not comparable", count(comparison.clips), own, "", "", ""])
+    label = "This run" if comparison.covers else "This run, at the paper's clips"
+    clips = comparison.clips if comparison.covers else comparison.paper_clips
+    rows.append([label, kind, count(clips), significant(hours), "", "", ""])
+    blocks: list[Block] = [Table(header, rows, words=2)]
+    if hours and comparison.same_model:
+        what = "hours" if comparison.covers else "projected hours"
+        blocks.append(Text(f"The paper's PTT is {significant(row.ptt_hours / hours)} x this run's {what}."))
+    return Section("Beside the paper", [*blocks, Bullets(comparison.notes)])
+
+
+def _loss(run: RunData) -> Section | None:
+    plot = loss_plot(run)
+    if plot is None:
+        return None
+    rows = []
+    for total in run.totals():
+        losses = [float(row["loss"]) for row in run.steps if row["stage"] == total.stage]
+        last = losses[-20:]
+        rows.append([str(total.stage + 1), str(total.frames), number(losses[0], 3), number(sum(last) / len(last), 3)])
+    table = Table(["Stage", "Frames", "First loss", "Mean of the last 20"], rows)
+    return Section("Loss", [Plot(plot, "Loss of every step (light) and its moving average."), table])
+
+
+def _bad_clips(run: RunData) -> Section:
+    counts = run.bad_clip_counts()
+    if not counts:
+        return Section("Unreadable clips", [Text("None.")])
+    seen = sum(total.clips for total in run.totals())
+    share = f", {percent(len(run.bad_clips) / seen, 2)} of the clips read" if seen else ""
+    table = Table(["Set", "Cause", "Clips"], [[source, cause, count(n)] for source, cause, n in counts], words=2)
+    listed = [
+        f"step {row.get('step')}  {row.get('source')}  {row.get('clip_id')}  {row.get('path')}  "
+        f"{row.get('cause')}: {row.get('message')}  (replaced by {row.get('replaced_by')})"
+        for row in run.bad_clips[:MAX_BAD_CLIPS_LISTED]
+    ]
+    title = f"The first {len(listed)}" if len(run.bad_clips) > len(listed) else "Each of them"
+    text = Text(f"{count(len(run.bad_clips))} clips could not be read and were left out or replaced{share}.")
+    return Section("Unreadable clips", [text, table, Listing(title, "\n".join(listed))])
+
+
+def _machine(run: RunData) -> Section | None:
+    environment = run.environment
+    if not environment:
+        return None
+    dirty = " with local changes" if environment.get("git_dirty") else ""
+    command = environment.get("command")
+    facts = {
+        "Devices": _devices(run),
+        "Processes": f"{environment.get('world_size')} ({environment.get('distributed_type')})",
+        "Precision": " ".join(
+            str(environment[key]) for key in ("precision", "precision_reason") if environment.get(key)
+        ),
+        "Decoding": _backends(environment.get("decode_backends") or {}),
+        "Attention": "; ".join(_attention(entry) for entry in environment.get("attention_backends") or []),
+        "Commit": f"{environment.get('git_commit') or 'not a checkout'}{dirty}",
+        "Command": " ".join(command) if isinstance(command, list) else str(command or ""),
+        "Python": str(environment.get("python", "")),
+        "Packages": ", ".join(f"{name} {value}" for name, value in (environment.get("versions") or {}).items()),
+    }
+    rows = [[name, value or "not recorded"] for name, value in facts.items()]
+    blocks: list[Block] = [Table(["What", "Value"], rows, words=2)]
+    blocks += [Listing(f"Most expensive operators, {name}", text) for name, text in run.operators.items()]
+    return Section("Machine and versions", blocks)
+
+
+def _backends(backends: dict[str, Any]) -> str:
+    return "; ".join(f"{name}: {value}" for name, value in backends.items())
+
+
+def _attention(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return str(entry)
+    return ", ".join(f"{key} {value}" for key, value in entry.items())
+
+
+def _config(run: RunData) -> Section | None:
+    return Section("Config", [Listing("config.yaml, resolved", run.config_text)]) if run.config_text else None
+
+
+def _hours_name(run: RunData) -> str:
+    return "GPU-hours" if run.on_gpu or not run.stages else "CPU process-hours"
+
+
+def _frames(frames: int) -> str:
+    return f"{frames} frame" + ("" if frames == 1 else "s")

@@ -1,0 +1,289 @@
+"""The report of a made-up run: every figure against the folder's files, unfinished and broken folders, escaping."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frozen_fast.errors import UserError
+from frozen_fast.training.report import compare_runs, write_report
+from frozen_fast.training.report_data import read_run
+from support.run_folder import make_run_folder
+
+
+def table_after(markdown: str, heading: str, header: str) -> list[list[str]]:
+    """Body rows of the first table below a heading whose header holds a word."""
+    text = markdown.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|") and header in line)
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("*") for cell in line.strip("|").split("|")])
+    return rows
+
+
+def report_of(folder: Path) -> tuple[str, str]:
+    markdown, html = write_report(folder)
+    return markdown.read_text(), html.read_text()
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def edit_json(path: Path, change: Any) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run_folder(tmp_path / "run")
+
+
+def test_the_stage_table_is_the_sum_of_the_steps(run: Path) -> None:
+    markdown, _ = report_of(run)
+    rows = table_after(markdown, "Stages", "Clips/s")
+    steps = rows_of(run)
+    for stage, row in enumerate(rows[:3]):
+        own = [step for step in steps if step["stage"] == stage]
+        timed = [step for step in own if not step["warmup"]]
+        seconds = sum(step["seconds"] for step in timed)
+        assert int(row[3]) == len(own)
+        assert int(row[4].replace(",", "")) == sum(step["clips"] for step in own)
+        assert float(row[7]) == pytest.approx(sum(step["clips"] for step in timed) / seconds, rel=0.005)
+        assert float(row[8].split()[0]) == pytest.approx(
+            100 * sum(step["stall_seconds"] for step in timed) / seconds, abs=0.06
+        )
+    stages = json.loads((run / "stages.json").read_text())
+    assert [float(row[6]) for row in rows[:3]] == pytest.approx([stage["gpu_hours"] for stage in stages], rel=0.005)
+    assert rows[3][0] == "all" and float(rows[3][6]) == pytest.approx(sum(s["gpu_hours"] for s in stages), rel=0.005)
+    assert "Checked: steps, clips, seconds and stall" in markdown and "disagree" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("clips", lambda v: v + 1, r"stage 2: clips 961 in stages.json, 960 in steps.jsonl"),
+        ("steps", lambda v: v - 1, r"stage 2: steps 39 in stages.json, 40 in steps.jsonl"),
+        ("training_seconds", lambda v: v * 1.1, r"stage 2: seconds of steps"),
+        ("stall_seconds", lambda v: v + 0.5, r"stage 2: stall seconds"),
+    ],
+)
+def test_disagreement_of_the_files_is_said(run: Path, key: str, change: Any, message: str) -> None:
+    edit_json(run / "stages.json", lambda stages: stages[1].update({key: change(stages[1][key])}))
+    markdown, _ = report_of(run)
+    assert "disagree" in markdown and "Checked:" not in markdown
+    assert re.search(message, markdown)
+    assert "stage 1:" not in markdown and "stage 3:" not in markdown
+
+
+def test_one_frame_and_the_last_stage_stand_side_by_side(run: Path) -> None:
+    markdown, _ = report_of(run)
+    rows = table_after(markdown, "Retrieval", "Twins")
+    assert [(row[0], row[3], row[7], row[-1]) for row in rows] == [
+        ("stage 1", "1", "3.0", "50.0"),
+        ("stage 2", "4", "12.5", "68.5"),
+        ("stage 3", "8", "22.0", "87.0"),
+        ("chance", "", "0.8", "50.0"),
+    ]
+    assert "**Text-to-video R@1, 8 frames: 22.0 %** (chance 0.83 %, 3.0 % at 1 frame)" in markdown
+
+
+def test_several_captions_show_the_second_protocol_for_video_to_text_only(run: Path) -> None:
+    def add(value: dict) -> None:
+        for row in list(value["evaluations"]):
+            row["protocol"] = "several_captions"
+            row["num_queries"] = 600
+            value["evaluations"].append({**row, "protocol": "v2t_max_over_captions"})
+
+    edit_json(run / "metrics.json", add)
+    markdown, _ = report_of(run)
+    text_to_video, video_to_text = markdown.split("Video to text:")
+    assert "v2t_max_over_captions" not in text_to_video
+    assert video_to_text.count("| v2t_max_over_captions") == 3
+    assert "| chance" not in video_to_text.split("## Stages")[0]
+
+
+def test_a_short_run_beside_the_paper_is_a_projection(tmp_path: Path) -> None:
+    run = make_run_folder(tmp_path / "run", paper_row="1=>4=>8", device="cuda", num_devices=2, size="base_patch16_224")
+    markdown, _ = report_of(run)
+    rows = table_after(markdown, "Beside the paper", "Hours")
+    assert rows[0][1:] == ["PTT, hardware not stated", "2,500,000", "36.0", "27.4", "67.3", "4.0"]
+    assert rows[1][1] == "measured, not comparable" and rows[2][1] == "projection"
+    steps = [step for step in rows_of(run) if not step["warmup"]]
+    # Three stages of equal clips; two devices.
+    hours = sum(
+        2.5e6 / 3 * sum(s["seconds"] for s in own) / sum(s["clips"] for s in own) * 2 / 3600
+        for own in ([s for s in steps if s["stage"] == stage] for stage in range(3))
+    )
+    assert float(rows[2][3]) == pytest.approx(hours, rel=0.005)
+    ratio = re.search(r"The paper's PTT is ([\d.]+) x this run's projected hours", markdown)
+    assert ratio and float(ratio[1]) == pytest.approx(36 / hours, rel=0.005)
+    assert "does not state its hardware" in markdown and "not comparable" in markdown
+    assert "another model" not in markdown and "computed on CPUs" not in markdown
+
+
+def test_a_run_of_a_whole_epoch_is_measured(tmp_path: Path) -> None:
+    run = make_run_folder(
+        tmp_path / "run", frames=(1,), clips_per_step=42_000, paper_row="1", device="cuda", size="base_patch16_224"
+    )
+    markdown, _ = report_of(run)
+    rows = table_after(markdown, "Beside the paper", "Hours")
+    assert [row[1] for row in rows] == ["PTT, hardware not stated", "measured"]
+    (stage,) = json.loads((run / "stages.json").read_text())
+    assert float(rows[1][3]) == pytest.approx(stage["gpu_hours"], rel=0.005)
+    assert "not comparable. The projection" not in markdown
+
+
+def test_another_model_on_a_cpu_claims_no_ratio(tmp_path: Path) -> None:
+    run = make_run_folder(tmp_path / "run", frames=(1, 4), paper_row="1=>4")
+    markdown, _ = report_of(run)
+    assert "nano_patch16_64, the paper's is base_patch16_224" in markdown
+    assert "wall time x processes, not GPU-hours" in markdown
+    assert "The paper's PTT is" not in markdown
+
+
+def test_an_unfinished_curriculum_has_no_projection(tmp_path: Path) -> None:
+    run = make_run_folder(tmp_path / "run", paper_row="1=>4=>8", state="stopped", finished_stages=1)
+    lines = (run / "steps.jsonl").read_text().splitlines()
+    (run / "steps.jsonl").write_text("\n".join(lines[:50]) + '\n{"step": 51, "sta')  # killed while writing
+    markdown, html = report_of(run)
+    assert "**Note:** This run is not complete. State: stopped by a signal after a checkpoint" in markdown
+    assert "(exit code 75)" in markdown
+    rows = table_after(markdown, "Stages", "Clips/s")
+    assert [row[0] for row in rows] == ["1", "2 (unfinished)", "all"]
+    assert rows[1][3] == "10" and rows[1][6] == "n/a" and rows[2][6] == "n/a"
+    assert "no projection: a stage has no speed yet" in markdown
+    assert "The stages so far have 1=>4 frames, the row 1=>4=>8" in markdown
+    assert 'class="caution"' in html
+
+
+@pytest.mark.parametrize(
+    "name", ["stages.json", "metrics.json", "environment.json", "status.json", "steps.jsonl", "config.yaml"]
+)
+def test_missing_and_broken_files_are_named(run: Path, name: str) -> None:
+    (run / name).write_text('{"cut": [1, 2' if name != "steps.jsonl" else '{"cut\n{"step": 1}\n')
+    broken, _ = report_of(run)
+    assert f"{name} cannot be read" in broken
+    (run / name).unlink()
+    missing, html = report_of(run)
+    assert f"{name} is missing: " in missing and f"{name} is missing: " in html
+
+
+def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: young\npaper_row: '8'\n")
+    markdown, html = report_of(tmp_path)
+    assert markdown.startswith("# young\n") and "No optimizer step has finished." in markdown
+    assert "No evaluation has finished." in markdown and "<svg" not in html
+    assert markdown.count("is missing: ") == 5
+
+
+def test_no_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run folder: got .*; allowed: a folder with config.yaml or steps.jsonl"):
+        write_report(tmp_path)
+
+
+class Page(HTMLParser):
+    """Collects tags and what would be fetched; checks that tags close."""
+
+    VOID = {"meta", "br", "path", "use", "rect"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_html_is_whole_safe_and_fetches_nothing(run: Path) -> None:
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("name: demo", "name: <script>alert('x')</script>"))
+    _, html = report_of(run)
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert page.tags.count("svg") == 3 and "script" not in page.tags and "link" not in page.tags
+    assert all(address.startswith("#") for address in page.addresses)
+    assert "@import" not in html and "url(http" not in html
+    assert "&lt;script&gt;alert" in html and "videos/&lt;clip &amp; 0&gt;.webm" in html
+
+
+def test_bad_clips_are_counted_by_cause_and_named(run: Path) -> None:
+    markdown, _ = report_of(run)
+    assert table_after(markdown, "Unreadable clips", "Cause") == [
+        ["clips", "truncated", "2"],
+        ["clips", "missing", "1"],
+    ]
+    assert "videos/<clip & 1>.webm  truncated: ends after 3 of 60 frames  (replaced by clip_101)" in markdown
+    (run / "bad_clips.jsonl").unlink()
+    assert "## Unreadable clips\n\nNone." in report_of(run)[0]
+
+
+def test_backends_versions_config_and_traces_are_shown(run: Path) -> None:
+    (run / "traces").mkdir()
+    (run / "traces" / "stage_0.operators.txt").write_text("aten::mm  12.5 ms\n")
+    markdown, _ = report_of(run)
+    facts = dict(tuple(row) for row in table_after(markdown, "Machine and versions", "Value"))
+    assert facts["Decoding"] == "clips: dali; stills: pyav"
+    assert facts["Attention"] == "axis time, frames 4, backend sdpa"
+    assert facts["Commit"].endswith("with local changes")
+    assert "torch 2.10.0" in facts["Packages"]
+    assert "aten::mm  12.5 ms" in markdown and "patch16_64" in markdown.split("## Config")[1]
+
+
+def test_writing_twice_gives_the_same_report(run: Path) -> None:
+    assert report_of(run) == report_of(run)
+
+
+def test_a_long_run_keeps_the_plot_small(tmp_path: Path) -> None:
+    run = make_run_folder(tmp_path / "run", frames=(1,), steps_per_stage=6000)
+    _, html = report_of(run)
+    assert len(html) < 250_000
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    first = make_run_folder(tmp_path / "first", paper_row="1=>4=>8")
+    second = make_run_folder(tmp_path / "second", frames=(4,), steps_per_stage=20, seed=1, bad_clips=0)
+    text = compare_runs([first, second])
+    rows = {row[0]: row[1:] for row in table_after("## all\n" + text, "all", "demo (first)")}
+    assert rows["steps"] == ["120", "20"] and rows["unreadable clips"] == ["3", "0"]
+    assert rows["stage 1: frames"] == ["1", "4"] and rows["stage 3: frames"] == ["8", "n/a"]
+    assert rows["held_out (plain): t2v/R@1"] == ["22.0", "3.0"]
+    assert rows["paper's row, hours"][0].endswith("projected; paper 36, hardware not stated")
+    hours = [sum(row["gpu_hours"] for row in read_run(folder).stages) for folder in (first, second)]
+    assert [float(cell) for cell in rows["device-hours"]] == pytest.approx(hours, rel=0.005)
+    different = {row[0]: row[1:] for row in table_after(text, "Settings that differ", "Key")}
+    assert different["curriculum.stages[0].frames"] == ["1", "4"]
+    assert different["curriculum.stages[2].steps"] == ["40", "(not set)"]
+    assert different["paper_row"] == ["1=>4=>8", "none"] and "model.video.size" not in different
+
+
+def test_comparing_takes_two_runs(tmp_path: Path) -> None:
+    run = make_run_folder(tmp_path / "run")
+    with pytest.raises(UserError, match="run folders: got 1; allowed: two or more"):
+        compare_runs([run])
+    with pytest.raises(UserError, match="run folder: got"):
+        compare_runs([run, tmp_path / "nothing"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,10 +12,10 @@ _MASK = 2**64 - 1
 
 def keyed_rng(seed: int, *keys: int | str) -> np.random.Generator:
     """A generator that is a pure function of the run's seed and some keys, such as a source's name and a position."""
-    return np.random.default_rng([seed & _MASK, *(_as_int(key) & _MASK for key in keys)])
+    numbers = [key & _MASK if isinstance(key, int) else _hashed(key) for key in keys]
+    return np.random.default_rng([seed & _MASK, *numbers])
 
 
-def _as_int(key: int | str) -> int:
-    if isinstance(key, int):
-        return key
+@lru_cache(maxsize=1024)
+def _hashed(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

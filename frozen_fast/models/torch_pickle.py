@@ -259,6 +259,8 @@ class _LegacyArchive:
             if numel < 0:
                 raise pickle.UnpicklingError("a storage has a negative size")
             file.seek(numel * self._dtypes[key].itemsize, io.SEEK_CUR)
+        if file.tell() > self.path.stat().st_size:
+            raise pickle.UnpicklingError("it ends before its storages do")
 
     def read_storage(self, storage: StoredBytes) -> Tensor:
         if storage.key not in self.positions:

@@ -48,6 +48,7 @@ setup(
         "accelerate>=1.10,<2",
         "transformers>=5,<6",
         "tokenizers>=0.22,<1",
+        "huggingface-hub>=1,<3",
         "timm>=1.0,<2",
         "safetensors>=0.5,<1",
         "numpy>=1.26,<3",

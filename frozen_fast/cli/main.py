@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -16,6 +17,8 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
+
+OTHER_RANKS_WAIT_SECONDS = 5.0
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("train the stages of a config, evaluate, report", commands.train_arguments, commands.train),
@@ -68,15 +71,28 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "frozen-fast"
 
 
 def run_and_report(function: Callable[[], int]) -> int:
-    """Call a function; turn a UserError into one line on stderr (of rank 0) and exit code 2."""
+    """Call a function; turn a UserError into one line on stderr and exit code 2."""
     try:
         return function()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(" ".join(str(error).split()))
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _tell(message: str) -> None:
+    """Print the line on rank 0; other ranks only if rank 0 had nothing to say.
+
+    A mistake is most often the same on every rank. The launcher ends all processes when the first one leaves, so the
+    others wait: that lets rank 0 print before it is ended, and one who is still there afterwards is the only one
+    who knows.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        message = f"[rank {rank}] {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def console_script() -> NoReturn:

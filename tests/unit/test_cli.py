@@ -90,9 +90,23 @@ def test_a_mistake_as_a_user_sees_it(config_file: Path) -> None:
     )
 
 
-def test_only_rank_0_tells_the_mistake(config_file: Path) -> None:
-    result = run("train.py", "--config", str(config_file), "seed=x", RANK="1")
-    assert (result.returncode, result.stderr) == (2, "")
+def test_other_ranks_let_rank_0_speak_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for rank, line in (("0", "error: command"), ("3", "error: [rank 3] command")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "--config", "nowhere.yaml"]) == 2
+        assert capsys.readouterr().err.startswith(line.replace("command", "config: got 'nowhere.yaml'"))
+    assert len(waits) == 1 and waits[0] > 1
+
+
+def test_a_mistake_under_two_processes_is_told_once() -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run(*launcher, "train.py", "--config", "nowhere.yaml", OMP_NUM_THREADS="1")
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1 and "error: config: got 'nowhere.yaml'" in result.stderr
 
 
 def test_print_config_shows_what_would_run(

@@ -1,0 +1,168 @@
+"""Every file under configs/: it loads, reads its data layout, its stages add up, its model builds at a tiny size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from frozen_fast.config import (
+    ExperimentConfig,
+    check_for_evaluation,
+    check_for_training,
+    load_config,
+    resolve_stages,
+    source_name,
+)
+from frozen_fast.profiling.paper import table_4
+from frozen_fast.training.build import build_model, read_evaluation_sources, read_training_sources
+from support import datasets
+from support.towers import make_text_tower
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+NOT_EXPERIMENTS = {"accelerate", "deepspeed", "sweeps"}
+EXPERIMENTS = sorted(
+    path.relative_to(CONFIGS).as_posix()
+    for path in CONFIGS.rglob("*.yaml")
+    if not path.name.startswith("_") and path.relative_to(CONFIGS).parts[0] not in NOT_EXPERIMENTS
+)
+ACCELERATE = sorted(path.name for path in (CONFIGS / "accelerate").glob("*.yaml"))
+FRAMES_TO_BATCH = {1: 96, 4: 24, 8: 16}
+CLIPS = 240
+
+
+def config_of(name: str, *overrides: str) -> ExperimentConfig:
+    return load_config(CONFIGS / name, overrides)
+
+
+@pytest.fixture(scope="module")
+def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_tower(tmp_path_factory.mktemp("tower"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data sets that the configs name, in their own layouts, with files that are no clips."""
+    root = tmp_path_factory.mktemp("data")
+    for split in ("train", "val"):
+        datasets.write_webvid(root / "WebVid", CLIPS, split=split)
+        datasets.write_cc3m(root / "CC3M", CLIPS, split=split)
+    datasets.write_msrvtt(root / "MSRVTT", CLIPS)
+    return root
+
+
+def with_data(name: str, data: Path) -> ExperimentConfig:
+    """The config with its data/ moved into the test's folder."""
+    overrides = []
+    config = config_of(name)
+    for key, sources in (("data", config.data.sources), ("evaluation", config.evaluation.sources)):
+        for index, source in enumerate(sources):
+            assert source.path.startswith("data/"), f"{name}: paths in configs are under data/"
+            overrides.append(f"{key}.sources[{index}].path={data / Path(source.path).relative_to('data')}")
+    return config_of(name, *overrides)
+
+
+def test_the_expected_files_are_there() -> None:
+    assert {f"pretrain/webvid_{row}.yaml" for row in ("1", "4", "1_4", "8", "1_4_8")} <= set(EXPERIMENTS)
+    assert {"pretrain/cc3m_webvid.yaml", "finetune/msrvtt_1kA.yaml"} <= set(EXPERIMENTS)
+    assert {f"eval/msrvtt_{cut}.yaml" for cut in ("1kA", "1kB", "full")} <= set(EXPERIMENTS)
+    assert {"cpu.yaml", "cpu_2.yaml", "gpu_1.yaml", "gpu_8.yaml"} <= set(ACCELERATE)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_loads_and_builds(name: str, text_tower: Path) -> None:
+    config = config_of(
+        name,
+        "model.checkpoint=null",
+        "model.video.size=pico_patch16_32",
+        "model.video.weights=none",
+        f"model.text.name={text_tower}",
+        "model.text.weights=random",
+        "model.text.max_tokens=16",
+        "training.device=cpu",
+    )
+    model = build_model(config, torch.device("cpu"))
+    text = model.text_model.tokenize(["a dog runs"])
+    for stage in config.curriculum.stages:
+        if stage.frames > model.learned_frames:
+            model.expand_frames(stage.frames, config.model.expansion)
+        video_BD, text_BD = model(torch.rand(1, stage.frames, 3, 32, 32), text)
+        assert video_BD.shape == text_BD.shape == (1, config.model.embedding_width)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_what_it_is_and_has_its_own_name(name: str) -> None:
+    text = (CONFIGS / name).read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert "name" in yaml.safe_load(text), "without a name of its own it would write into another's run folder"
+    config = config_of(name)
+    if name.startswith("eval/"):
+        check_for_evaluation(config)
+    else:
+        check_for_training(config)
+    names = [config_of(other).name for other in EXPERIMENTS]
+    assert names.count(config.name) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "/" in name])
+def test_sources_are_read_from_their_layouts_and_stages_resolve(name: str, data: Path) -> None:
+    config = with_data(name, data)
+    evaluated = read_evaluation_sources(config)
+    assert evaluated and all(source.clips for source in evaluated.values())
+    if name.startswith("eval/"):
+        return
+    sources = read_training_sources(config)
+    sizes = {name: len(source.clips) for name, source in sources.items()}
+    assert list(sizes) == [source_name(source) for source in config.data.sources] and min(sizes.values()) >= 96
+    for world_size in (1, 2, 8):
+        plans = resolve_stages(config, sizes, world_size)
+        assert len(plans) == len(config.curriculum.stages)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("pretrain/webvid_")])
+def test_a_row_of_table_4_follows_the_paper(name: str) -> None:
+    config = config_of(name)
+    stages = config.curriculum.stages
+    assert config.paper_row == "=>".join(str(stage.frames) for stage in stages)
+    assert config.curriculum.budget_epochs == 1 and config.optimizer.learning_rate == 1e-5
+    assert config.optimizer.weight_decay == 0 and config.loss.temperature == 0.05
+    assert [stage.global_batch_size for stage in stages] == [FRAMES_TO_BATCH[stage.frames] for stage in stages]
+    table = table_4()
+    hours = 0.0
+    for stage in stages:
+        speed = table.hours_per_million_clips(stage.frames)
+        assert stage.share is not None and speed is not None
+        hours += stage.share * table.clips / 1e6 * speed
+    assert hours == pytest.approx(table.row(config.paper_row).ptt_hours, abs=0.1), "the shares imply the printed hours"
+
+
+def test_images_and_videos_take_turns() -> None:
+    config = config_of("pretrain/cc3m_webvid.yaml")
+    assert {source.format for source in config.data.sources} == {"webvid", "cc3m"}
+    for stage in config.curriculum.stages:
+        sizes = dict(stage.batch_sizes)
+        assert sizes["webvid"] == FRAMES_TO_BATCH[stage.frames] and sizes["cc3m"] == 96
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_accelerate_files_are_accelerates_own(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = CONFIGS / "accelerate" / name
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_machines >= 1 and loaded.num_processes % loaded.num_machines == 0
+    assert loaded.mixed_precision in ("no", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "cpu"), [("cpu", 1, True), ("cpu_2", 2, True), ("gpu_1", 1, False), ("gpu_8", 8, False)]
+)
+def test_accelerate_files_start_what_their_names_say(name: str, processes: int, cpu: bool) -> None:
+    values = yaml.safe_load((CONFIGS / "accelerate" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert (values["num_processes"], values["use_cpu"]) == (processes, cpu)
+    # The only type for which Accelerate's launcher starts several local processes.
+    assert (values["distributed_type"] == "MULTI_GPU") == (processes > 1)

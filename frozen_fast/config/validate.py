@@ -71,7 +71,7 @@ _RANGES_IF_SET: dict[str, _Rule] = {
 _CUTS: dict[str, tuple[str, ...]] = {
     "webvid": ("2M", "10M"),
     "msrvtt": ("1k-A", "1k-B", "full"),
-    "msrvtt_clip4clip": ("1k-A", "1k-B", "full"),
+    "msrvtt_clip4clip": ("1k-A", "1k-A-7k", "full"),
 }
 
 
@@ -150,7 +150,8 @@ def _check_sources(path: str, sources: Sequence[SourceConfig]) -> None:
     for index, source in enumerate(sources):
         here = f"{path}[{index}]"
         _check_value(f"{here}.path", source.path, _NOT_EMPTY)
-        _check_value(f"{here}.split", source.split, _NOT_EMPTY)
+        if source.format != "manifest":
+            _check_value(f"{here}.split", source.split, _NOT_EMPTY)
         _check_value(f"{here}.max_caption_characters", source.max_caption_characters, _NOT_NEGATIVE)
         _check_value(f"{here}.weight", source.weight, _NOT_NEGATIVE)
         _check_value(f"{here}.max_clips", source.max_clips, _NOT_NEGATIVE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from frozen_fast.cli.main import COMMANDS, build_parser, main, run_and_report
-from frozen_fast.config import dump_yaml, load_config
+from frozen_fast.config import docs_markdown, dump_yaml, load_config
 from frozen_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,7 +222,7 @@ def test_report_and_compare_take_run_folders(
 
 def test_config_docs_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config-docs", "--output", "-"]) == 0
-    assert capsys.readouterr().out == (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == docs_markdown()
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

@@ -40,6 +40,7 @@ TREE = {
         (["data.sources[1].name=a"], r"^data\.sources: got 2 sources called 'a'"),
         (["data.sources[1].weight=-1"], r"^data\.sources\[1\]\.weight"),
         (["data.sources[0].cut=2M"], r"cut: got '2M'; allowed: nothing, format manifest"),
+        (["data.sources[0].format=cc3m", "data.sources[0].split="], r"sources\[0\]\.split: got ''"),
         (["data.sources[0].format=webvid"], r"cut: got ''; allowed: 10M, 2M"),
         (["data.sources[0].format=msrvtt", "data.sources[0].cut=1kA"], r"cut: got '1kA' \(did you mean '1k-A'\?\)"),
         (["curriculum.stages=[]"], r"^curriculum\.stages: got none"),

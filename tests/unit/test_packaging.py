@@ -88,7 +88,7 @@ def test_pins_lie_within_the_declared_ranges(arguments: dict[str, Any]) -> None:
 
 def test_what_the_library_imports_is_declared(arguments: dict[str, Any]) -> None:
     """Third-party modules imported at the top of a module of frozen_fast are core requirements."""
-    module_of = {"pyyaml": "yaml", "pillow": "pil"}
+    module_of = {"pyyaml": "yaml", "pillow": "pil", "huggingface-hub": "huggingface_hub"}
     core = {canonicalize_name(Requirement(text).name) for text in arguments["install_requires"]}
     core = {module_of.get(name, name) for name in core}
     pattern = re.compile(r"^(?:import|from)\s+(\w+)", re.MULTILINE)

@@ -29,6 +29,8 @@ def test_packed_clips_come_back_as_they_were() -> None:
     assert list(packed) == clips and len(packed) == 3
     assert packed[-1] == clips[-1] and packed[0:3:2] == clips[0:3:2]
     assert list(pickle.loads(pickle.dumps(packed))) == clips
+    assert list(packed) == clips, "still readable here after it was sent to a process"
+    assert list(pickle.loads(pickle.dumps(PackedClips([])))) == []
     with pytest.raises(IndexError):
         packed[3]
     assert len(PackedClips([])) == 0

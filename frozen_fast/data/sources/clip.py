@@ -63,6 +63,10 @@ class PackedClips(Sequence[Clip]):
         self._bytes_view, self._ends_view = self._bytes.numpy().data, self._ends.numpy().data
 
     def __getstate__(self) -> dict[str, torch.Tensor]:
+        if not self._bytes.is_shared():
+            # Copies, because moving a tensor into shared memory frees the memory that the views read.
+            self._bytes, self._ends = self._bytes.clone().share_memory_(), self._ends.clone().share_memory_()
+            self._make_views()
         return {"bytes": self._bytes, "ends": self._ends}
 
     def __setstate__(self, state: dict[str, torch.Tensor]) -> None:

@@ -117,7 +117,7 @@ def _figures(run: RunData) -> list[Figure]:
                 else (f", {number(first['metrics']['twin_accuracy'])} % at {_frames(first['frames'])}")
             )
             value = f"{number(last['metrics']['twin_accuracy'])} %"
-            figures.append(Figure("Twins told apart", value, f"one frame cannot: 50 %{before}"))
+            figures.append(Figure("Twins told apart", value, f"chance 50 %{before}"))
     if run.stages:
         hours = sum(row["gpu_hours"] for row in run.stages)
         evaluation = sum(row["evaluation_gpu_hours"] for row in run.stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -150,8 +151,9 @@ def significant(value: float | None, digits: int = 3) -> str:
         return NOT_AVAILABLE
     if value == 0:
         return "0"
-    text = f"{value:.{digits}g}"
-    return f"{float(text):,.10f}".rstrip("0").rstrip(".") if "e" in text or abs(value) >= 1000 else text
+    magnitude = math.floor(math.log10(abs(value)))
+    decimals = max(0, digits - 1 - magnitude)
+    return f"{round(value, digits - 1 - magnitude):,.{decimals}f}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

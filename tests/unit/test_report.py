@@ -13,6 +13,7 @@ import pytest
 from frozen_fast.errors import UserError
 from frozen_fast.training.report import compare_runs, write_report
 from frozen_fast.training.report_data import read_run
+from frozen_fast.training.report_document import duration, significant
 from support.run_folder import make_run_folder
 
 
@@ -279,6 +280,29 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert different["curriculum.stages[0].frames"] == ["1", "4"]
     assert different["curriculum.stages[2].steps"] == ["40", "(not set)"]
     assert different["paper_row"] == ["1=>4=>8", "none"] and "model.video.size" not in different
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "n/a"),
+        (0, "0"),
+        (0.012, "0.0120"),
+        (36.0, "36.0"),
+        (284.4, "284"),
+        (12345.6, "12,300"),
+        (0.00004, "0.0000400"),
+    ],
+)
+def test_figures_have_three_significant_digits(value: float | None, text: str) -> None:
+    assert significant(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "n/a"), (4.25, "4.2 s"), (59.97, "60.0 s"), (205, "3:25 min"), (7405.4, "2:03:25 h")]
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_comparing_takes_two_runs(tmp_path: Path) -> None:

@@ -14,12 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from frozen_kernels import chosen_backends
 
 from frozen_fast.config import ExperimentConfig, StagePlan, to_plain
 from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, TrainingLoader, plan_steps
 from frozen_fast.errors import UserError
-from frozen_fast.losses import gathered_contrastive_loss
 from frozen_fast.models import DualEncoder
 from frozen_fast.models.checkpoint import save_pretrained
 from frozen_fast.profiling.meter import StageMeter, StepTime
@@ -34,7 +32,9 @@ from frozen_fast.training.parallel import Parallel, seed_step
 from frozen_fast.training.run_folder import RunFolder
 from frozen_fast.training.signals import StopRequest
 from frozen_fast.training.stages import expand_frames, warm_up_steps
+from frozen_fast.training.step import forward_backward, update
 from frozen_fast.training.trace import StageTrace
+from frozen_kernels import chosen_backends
 
 log = logging.getLogger(__name__)
 
@@ -190,22 +190,17 @@ class Engine:
             for pass_index in range(plan.accumulation):
                 batch, bad = self._next_batch(batches, timing, step)
                 bad_clips += bad
-                with parallel.accumulate(last=pass_index == plan.accumulation - 1):
-                    video_BD, text_BD = parallel.forward(batch.video_BTCHW, batch.text)
-                    loss, value = gathered_contrastive_loss(
-                        video_BD,
-                        text_BD,
-                        config.loss.temperature,
-                        local=config.loss.local,
-                        chunk_rows=config.loss.chunk_rows,
-                    )
-                    parallel.backward(loss / plan.accumulation)
-                total += value / plan.accumulation
+                total += forward_backward(
+                    parallel,
+                    batch.video_BTCHW,
+                    batch.text,
+                    config.loss,
+                    accumulation=plan.accumulation,
+                    last=pass_index == plan.accumulation - 1,
+                )
                 clips, tokens = plan.batch_sizes[batch.source], batch.text["input_ids"].shape[1]
                 timing.count(clips, batch.frames, self._parts.flops_per_clip(batch.frames, tokens, clips))
-            largest = config.optimizer.gradient_clip_norm
-            norm = parallel.clip_gradients(largest) if largest else None
-            parallel.optimizer_step()
+            norm = update(parallel, config.optimizer.gradient_clip_norm)
         self._position = batch.spec.after
         self._journal.add(
             StepResult(

@@ -67,8 +67,15 @@ def _from_checkpoint(config: ModelConfig, max_frames: int, first_frames: int, op
     """Start from a checkpoint, with room for max_frames."""
     assert config.checkpoint is not None
     path = Path(config.checkpoint).expanduser()
-    tokenizer = config.text.tokenizer
-    model = from_pretrained(path, None, config.expansion, tokenizer, max_frames=max_frames, video_options=options)
+    model = from_pretrained(
+        path,
+        None,
+        config.expansion,
+        config.text.tokenizer,
+        max_frames=max_frames,
+        max_tokens=config.text.max_tokens,
+        video_options=options,
+    )
     model.expand_frames(max(first_frames, model.learned_frames), config.expansion)
     if model.text_model.tokenizer is None:
         raise UserError("model.text.tokenizer: got none, and the checkpoint carries none; allowed: a name or folder")

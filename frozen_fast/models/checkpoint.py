@@ -90,6 +90,7 @@ def from_pretrained(
     tokenizer: str | None = None,
     *,
     max_frames: int | None = None,
+    max_tokens: int | None = None,
     video_options: dict[str, Any] | None = None,
 ) -> DualEncoder:
     """Load a checkpoint; DualEncoder.from_pretrained tells the first four arguments.
@@ -100,9 +101,12 @@ def from_pretrained(
         expansion: how more of them are made.
         tokenizer: None: the checkpoint's own.
         max_frames: rows of temporal_embed to allocate; None: num_frames. The rows above num_frames are 0.
+        max_tokens: captions are cut to so many tokens; None: as the checkpoint has it (a released file: 77, or as many
+            as its text tower takes).
         video_options: keywords of SpaceTimeTransformer that replace the checkpoint's.
     """
-    parts = _read_folder(path, tokenizer) if path.is_dir() else _read_released(path, tokenizer)
+    read = _read_folder if path.is_dir() else _read_released
+    parts = read(path, tokenizer, max_tokens)
     learned = parts.learned_frames if num_frames is None else num_frames
     if learned < 1:
         raise UserError(f"num_frames: got {learned}; allowed: 1 or more")
@@ -158,7 +162,7 @@ class _Parts:
             raise UserError(f"checkpoint: {TEMPORAL} has shape {list(shape)} and {learned_frames} learned frames")
 
 
-def _read_folder(path: Path, tokenizer_name: str | None) -> _Parts:
+def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None) -> _Parts:
     """A frozen_fast checkpoint folder."""
     config = _read_config(path / CONFIG_FILE)
     try:
@@ -169,7 +173,7 @@ def _read_folder(path: Path, tokenizer_name: str | None) -> _Parts:
         video, text = dict(config["video"]), config["text"]
         size = VideoSize(**video.pop("size"))
         video.pop("max_frames")
-        tokenizer = _folder_tokenizer(path, tokenizer_name, text["max_tokens"])
+        tokenizer = _folder_tokenizer(path, tokenizer_name, max_tokens or text["max_tokens"])
         tower = TextTower(model_from_config(config_from_dict(text["config"])), tokenizer, text["pooling"])
         options = {key: config[key] for key in ("embedding_width", "text_activation", "mean", "std")}
         return _Parts(state, size, video, tower, options, int(config["learned_frames"]))
@@ -197,10 +201,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_released(path: Path, tokenizer_name: str | None) -> _Parts:
+def _read_released(path: Path, tokenizer_name: str | None, max_tokens: int | None) -> _Parts:
     """A released .pth or .pth.tar file: DistilBERT or BERT, ReLU before the text projection."""
     state = read_released(path)
-    tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name, DEFAULT_MAX_TOKENS)
-    tower = TextTower(model_from_config(text_config(state)), tokenizer, "auto")
+    config = text_config(state)
+    longest = max_tokens or min(DEFAULT_MAX_TOKENS, config.max_position_embeddings)
+    tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name, longest)
+    tower = TextTower(model_from_config(config), tokenizer, "auto")
     options = {"embedding_width": shape_of(state, "vid_proj.0.weight")[0], "text_activation": "relu"}
     return _Parts(state, video_size(state), {}, tower, options, shape_of(state, TEMPORAL)[1])

@@ -240,7 +240,7 @@ def test_weights_gathered_elsewhere_are_written_instead(tower_folder: Path, tmp_
     ]
 
 
-def test_loading_leaves_the_random_state_of_video_weights_alone(tower_folder: Path, tmp_path: Path) -> None:
+def test_loading_twice_gives_the_same(tower_folder: Path, tmp_path: Path) -> None:
     make_model(tower_folder).save_pretrained(tmp_path)
     first, second = (DualEncoder.from_pretrained(tmp_path).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -196,7 +196,8 @@ class _Run:
                     folder.cut_back(0, 0, stage_complete=False)
                 else:
                     folder.cut_back(state.step, state.stage, stage_complete=state.stage_complete)
-                closed = len(folder.stage_rows())
+                    rows = folder.stage_rows()
+                    closed = state.stage + any(row["stage"] == state.stage for row in rows)
                 write_atomically(folder.config, dump_yaml(config))
                 self._write_status("running")
         if found is not None:

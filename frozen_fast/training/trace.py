@@ -38,7 +38,7 @@ class StageTrace:
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-            self._profiler = profile(activities=activities)
+            self._profiler = profile(activities=activities, acc_events=True)
             self._profiler.start()
 
     def after_step(self, index: int) -> None:

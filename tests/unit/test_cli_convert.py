@@ -1,0 +1,54 @@
+"""frozen-fast convert-checkpoint on a real file of the released form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import frozen_fast
+from frozen_fast.cli.main import main
+from support.released import ReleasedModel, write_released_checkpoint
+
+TEXT = {"input_ids": torch.tensor([[2, 90, 91, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReleasedModel, Path]:
+    torch.manual_seed(0)
+    model = ReleasedModel().eval()
+    return model, write_released_checkpoint(tmp_path_factory.mktemp("released") / "x.pth.tar", model)
+
+
+def test_the_folder_gives_the_released_embeddings(
+    released: tuple[ReleasedModel, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, source = released
+    folder = tmp_path / "converted"
+    assert main(["convert-checkpoint", str(source), str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    model = frozen_fast.DualEncoder.from_pretrained(folder)
+    video_BTCHW = torch.randn(1, 4, 3, 32, 32)
+    with torch.no_grad():
+        video_BD, text_BD = plain(video_BTCHW, TEXT)
+        torch.testing.assert_close(model.encode_video(video_BTCHW, normalize=False), video_BD, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.encode_text(TEXT, normalize=False), text_BD, atol=1e-4, rtol=0)
+
+
+def test_frames_and_expansion_are_applied(released: tuple[ReleasedModel, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    arguments = ["convert-checkpoint", str(released[1]), str(folder), "--frames", "8", "--expansion", "nearest"]
+    assert main(arguments) == 0
+    embed_1TD = frozen_fast.DualEncoder.from_pretrained(folder).video_model.temporal_embed
+    assert embed_1TD.shape[1] == 8
+    torch.testing.assert_close(embed_1TD[:, 0], embed_1TD[:, 1])
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.pth").write_bytes(b"not a checkpoint")
+    for source in (tmp_path / "x.pth", tmp_path / "missing.pth"):
+        assert main(["convert-checkpoint", str(source), str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and source.name in error
+        assert not (tmp_path / "out").exists()

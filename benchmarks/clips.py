@@ -1,0 +1,78 @@
+"""Clips to decode in a benchmark: a manifest or folder that is there, or H.264/VP9 clips rendered on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+
+from frozen_fast.errors import UserError
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
+COUNT = 64
+"""Rendered clips; a manifest names each of them several times, so that a batch is never larger than the source."""
+REPEATS = 64
+
+
+def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
+    """The manifest of what to decode.
+
+    Args:
+        data: "render", a manifest (.jsonl), or a folder of clips.
+        scratch: where rendered clips and a folder's manifest go.
+        small: render small, short clips.
+
+    Raises:
+        UserError: nothing to decode there.
+    """
+    path = Path(data)
+    if data == "render":
+        return render_clips(scratch / "clips", small=small)
+    if path.is_dir():
+        clips = sorted(file.resolve() for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
+        if not clips:
+            raise UserError(f"--data: got {data}; allowed: a folder with {', '.join(VIDEO_SUFFIXES)} files")
+        return write_manifest(scratch / "folder.jsonl", clips, repeats=max(1, COUNT * REPEATS // len(clips)))
+    if path.suffix == ".jsonl" and path.is_file():
+        return path.resolve()
+    raise UserError(f"--data: got {data!r}; allowed: render, a manifest (.jsonl), or a folder of clips")
+
+
+def write_manifest(path: Path, clips: list[Path], *, repeats: int) -> Path:
+    """One line per clip and repeat; the caption is the file's name."""
+    lines = [
+        {"id": f"{clip.stem}_{repeat}", "path": str(clip), "captions": [clip.stem.replace("_", " ")], "kind": "video"}
+        for repeat in range(repeats)
+        for clip in clips
+    ]
+    path.write_text("".join(json.dumps({**line, "split": "train"}) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def render_clips(folder: Path, *, small: bool) -> Path:
+    """Render VP9 clips of drifting texture: 456x256, 250 frames, a key frame every 125 (64x64, 24 frames if small)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    width, height, frames, count = (64, 64, 24, 8) if small else (456, 256, 250, COUNT)
+    paths = [folder / f"clip_{index:03d}.webm" for index in range(count)]
+    for index, path in enumerate(paths):
+        render_clip(path, index, width, height, frames)
+    return write_manifest(folder / "clips.jsonl", paths, repeats=REPEATS)
+
+
+def render_clip(path: Path, seed: int, width: int, height: int, frames: int) -> None:
+    """Encode one clip whose texture moves a few pixels a frame, so that every frame costs the decoder something."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    texture = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:height, :width]
+    down, right = (int(step) for step in rng.integers(1, 4, 2))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(
+            "libvpx-vp9", rate=25, options={"deadline": "realtime", "cpu-used": "8", "g": "125"}
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(frames):
+            picture = np.roll(texture, (down * index, right * index), axis=(0, 1))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode(None))

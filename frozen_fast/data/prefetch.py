@@ -190,7 +190,7 @@ class WorkerPrefetcher(Generic[T]):
             prefetch_factor=max(1, -(-depth // workers)),
             timeout=_WORKER_POLL_SECONDS,
             pin_memory=pin_memory,
-            multiprocessing_context=start_method(),
+            multiprocessing_context=_process_context(),
         )
         self._iterator: Iterator[Any] | None = iter(loader)
 
@@ -257,9 +257,16 @@ def stream_from_workers(
     )
 
 
-def start_method() -> str:
-    """How worker processes start: never by a fork of this process, whose decoders and threads do not survive one."""
-    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+def _process_context() -> multiprocessing.context.BaseContext:
+    """How worker processes start: never by a fork of this process, whose decoders and threads do not survive one.
+
+    A fork server imports what workers need once, so that the workers of later stages start in no time.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["frozen_fast.data.batches"])
+    return context
 
 
 def map_in_threads(function: Callable[[S], T], items: Sequence[S], threads: int) -> list[T]:

@@ -23,11 +23,14 @@ from support.towers import make_text_tower
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-NOT_EXPERIMENTS = {"accelerate", "deepspeed", "sweeps"}
+EXPERIMENT_FOLDERS = ("pretrain", "finetune", "eval")
 EXPERIMENTS = sorted(
     path.relative_to(CONFIGS).as_posix()
-    for path in CONFIGS.rglob("*.yaml")
-    if not path.name.startswith("_") and path.relative_to(CONFIGS).parts[0] not in NOT_EXPERIMENTS
+    for path in (
+        *CONFIGS.glob("*.yaml"),
+        *(path for name in EXPERIMENT_FOLDERS for path in CONFIGS.glob(f"{name}/*.yaml")),
+    )
+    if not path.name.startswith("_")
 )
 ACCELERATE = sorted(path.name for path in (CONFIGS / "accelerate").glob("*.yaml"))
 FRAMES_TO_BATCH = {1: 96, 4: 24, 8: 16}

@@ -122,8 +122,9 @@ def _figures(run: RunData) -> list[Figure]:
         hours = sum(row["gpu_hours"] for row in run.stages)
         evaluation = sum(row["evaluation_gpu_hours"] for row in run.stages)
         unfinished = len(run.totals()) - len(run.stages)
-        note = f"evaluation {significant(evaluation)} more" + (", finished stages only" if unfinished > 0 else "")
-        figures.append(Figure(_hours_name(run), significant(hours), note))
+        notes = [f"evaluation {significant(evaluation)} more"] if evaluation else []
+        notes += ["finished stages only"] if unfinished > 0 else []
+        figures.append(Figure(_hours_name(run), significant(hours), ", ".join(notes)))
     totals = run.totals()
     if totals and totals[-1].clips_per_second:
         last_total = totals[-1]
@@ -213,6 +214,7 @@ def _stages(run: RunData) -> Section | None:
     plot = hours_plot(run)
     if plot:
         blocks.append(Plot(plot, "Where each stage's time went."))
+    if run.stages:
         blocks.append(_parts_table(run))
     blocks.append(Text(_stage_notes(run)))
     found = run.disagreements()
@@ -354,7 +356,12 @@ def _machine(run: RunData) -> Section | None:
 
 
 def _backends(backends: dict[str, Any]) -> str:
-    return "; ".join(f"{name}: {value}" for name, value in backends.items())
+    parts = []
+    for source, used in backends.items():
+        if isinstance(used, dict):
+            used = ", ".join(f"{name} {count(clips)} clips" for name, clips in used.items())
+        parts.append(f"{source}: {used}")
+    return "; ".join(parts)
 
 
 def _attention(entry: Any) -> str:

@@ -127,10 +127,12 @@ def read_run(folder: str | Path) -> RunData:
         raise UserError(f"run folder: got {str(folder)!r}; allowed: a folder with config.yaml or steps.jsonl of a run")
     reader = _Reader(folder)
     config_text = reader.read("config.yaml", str, "", "the settings are unknown")
-    metrics = reader.read("metrics.json", json.loads, {}, "no evaluation has finished")
+    config = reader.parse_yaml(config_text)
+    evaluates = _evaluates(config) or (folder / "metrics.json").exists()
+    metrics = reader.read("metrics.json", json.loads, {}, "no evaluation has finished") if evaluates else {}
     return RunData(
         folder=folder,
-        config=reader.parse_yaml(config_text),
+        config=config,
         config_text=config_text,
         environment=reader.read("environment.json", json.loads, {}, "versions and devices are unknown"),
         status=reader.read("status.json", json.loads, {}, "how the run ended is unknown"),
@@ -182,6 +184,12 @@ class _Reader:
             self.missing.append(f"config.yaml cannot be read ({why}): the settings are unknown")
             return {}
         return values if isinstance(values, dict) else {}
+
+
+def _evaluates(config: Row) -> bool:
+    """Whether a run with this config evaluates at all; yes where the config does not say."""
+    evaluation = config.get("evaluation")
+    return not isinstance(evaluation, dict) or (bool(evaluation.get("sources")) and evaluation.get("every") != "never")
 
 
 def _total(stage: int, rows: list[Row]) -> StageTotals:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 NOT_AVAILABLE = "n/a"
+# Longer cells do not widen their column in Markdown.
+PADDED = 48
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def markdown_table(table: Table) -> str:
     rows = [[_cell(cell) for cell in row] for row in (table.header, *table.rows)]
     if table.total and table.rows:
         rows[-1] = [f"**{cell}**" if cell else "" for cell in rows[-1]]
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(table.header))]
+    columns = range(len(table.header))
+    widths = [max(3, *(len(row[column]) for row in rows if len(row[column]) <= PADDED)) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
@@ -127,7 +130,7 @@ def _block(block: Block) -> str:
     if isinstance(block, Plot):
         return f"*Plot in report.html: {block.caption}*"
     if isinstance(block, Listing):
-        return f"{block.title}:\n\n```\n{block.text.rstrip()}\n```"
+        return f"<details><summary>{block.title}</summary>\n\n```\n{block.text.rstrip()}\n```\n\n</details>"
     return block.text
 
 

@@ -168,7 +168,7 @@ def _environment(device: str, num_devices: int) -> dict[str, Any]:
         "git_commit": "0123456789abcdef0123456789abcdef01234567",
         "git_dirty": True,
         "command": ["train.py", "--config", "configs/demo.yaml"],
-        "decode_backends": {"clips": "dali", "stills": "pyav"},
+        "decode_backends": {"clips": {"dali": 700, "pyav": 20}, "stills": "pyav"},
         "attention_backends": [{"axis": "time", "frames": 4, "backend": "sdpa"}],
         "precision": "bf16",
         "precision_reason": "(auto: the device computes it in hardware)",

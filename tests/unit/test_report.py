@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from frozen_fast.errors import UserError
+from frozen_fast.training import report
 from frozen_fast.training.report import compare_runs, write_report
 from frozen_fast.training.report_data import read_run
 from frozen_fast.training.report_document import duration, significant
@@ -33,6 +34,18 @@ def table_after(markdown: str, heading: str, header: str) -> list[list[str]]:
 def report_of(folder: Path) -> tuple[str, str]:
     markdown, html = write_report(folder)
     return markdown.read_text(), html.read_text()
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Asks for real plots, which take most of a report's time."""
+
+
+@pytest.fixture(autouse=True)
+def blank_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "drawn" not in request.fixturenames:
+        for plot in ("hours_plot", "loss_plot", "retrieval_plot"):
+            monkeypatch.setattr(report, plot, lambda run: None)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -68,6 +81,10 @@ def test_the_stage_table_is_the_sum_of_the_steps(run: Path) -> None:
     assert [float(row[6]) for row in rows[:3]] == pytest.approx([stage["gpu_hours"] for stage in stages], rel=0.005)
     assert rows[3][0] == "all" and float(rows[3][6]) == pytest.approx(sum(s["gpu_hours"] for s in stages), rel=0.005)
     assert "Checked: steps, clips, seconds and stall" in markdown and "disagree" not in markdown
+    parts = table_after(markdown, "Stages", "Warm-up")
+    shown = [[float(cell.split()[0]) for cell in row[1:]] for row in parts]
+    for row, stage in zip(shown, stages, strict=True):
+        assert sum(row[:-1]) == pytest.approx(row[-1], abs=0.4) == pytest.approx(stage["seconds"], abs=0.4)
 
 
 @pytest.mark.parametrize(
@@ -180,12 +197,23 @@ def test_missing_and_broken_files_are_named(run: Path, name: str) -> None:
     assert f"{name} is missing: " in missing and f"{name} is missing: " in html
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: young\npaper_row: '8'\n")
     markdown, html = report_of(tmp_path)
     assert markdown.startswith("# young\n") and "No optimizer step has finished." in markdown
     assert "No evaluation has finished." in markdown and "<svg" not in html
     assert markdown.count("is missing: ") == 5
+
+
+@pytest.mark.parametrize("evaluation", ["{sources: []}", "{sources: [{path: x}], every: never}"])
+def test_a_run_that_does_not_evaluate_misses_no_metrics(run: Path, evaluation: str) -> None:
+    (run / "metrics.json").unlink()
+    assert "metrics.json is missing" in report_of(run)[0]
+    with (run / "config.yaml").open("a") as file:
+        file.write(f"evaluation: {evaluation}\n")
+    markdown, _ = report_of(run)
+    assert "is missing" not in markdown and "## State" not in markdown
 
 
 def test_no_run_is_an_error(tmp_path: Path) -> None:
@@ -219,6 +247,7 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_html_is_whole_safe_and_fetches_nothing(run: Path) -> None:
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("name: demo", "name: <script>alert('x')</script>"))
@@ -248,17 +277,19 @@ def test_backends_versions_config_and_traces_are_shown(run: Path) -> None:
     (run / "traces" / "stage_0.operators.txt").write_text("aten::mm  12.5 ms\n")
     markdown, _ = report_of(run)
     facts = dict(tuple(row) for row in table_after(markdown, "Machine and versions", "Value"))
-    assert facts["Decoding"] == "clips: dali; stills: pyav"
+    assert facts["Decoding"] == "clips: dali 700 clips, pyav 20 clips; stills: pyav"
     assert facts["Attention"] == "axis time, frames 4, backend sdpa"
     assert facts["Commit"].endswith("with local changes")
     assert "torch 2.10.0" in facts["Packages"]
     assert "aten::mm  12.5 ms" in markdown and "patch16_64" in markdown.split("## Config")[1]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_writing_twice_gives_the_same_report(run: Path) -> None:
     assert report_of(run) == report_of(run)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_long_run_keeps_the_plot_small(tmp_path: Path) -> None:
     run = make_run_folder(tmp_path / "run", frames=(1,), steps_per_stage=6000)
     _, html = report_of(run)

@@ -159,14 +159,13 @@ def _frame_keys(tokens_cSND: Tensor, layout: Layout, frame: int) -> Tensor:
     return _heads_first(whole)
 
 
-def _frame_forward(x: Tensor, layout: Layout, frame: int, out_cSND: Tensor) -> Tensor:
-    """The patches of one frame over CLS and that frame; returns probabilities [c*N, queries, P+1]."""
+def _frame_forward(x: Tensor, layout: Layout, frame: int, out_cSND: Tensor, saved: Tensor | None) -> None:
+    """The patches of one frame over CLS and that frame; probabilities [c*N, queries, P+1] go into saved."""
     rows = _frame_rows(layout, frame)
     key, value = (_frame_keys(x[:, :, index], layout, frame) for index in (1, 2))
     scores = _scaled_product(_heads_first(x[:, rows, 0]), key.transpose(1, 2), layout.scale)
-    probabilities = torch.softmax(scores, dim=-1)
+    probabilities = scores.softmax(dim=-1) if saved is None else torch.softmax(scores, dim=-1, out=saved)
     out_cSND[:, rows].copy_(_tokens_first(torch.bmm(probabilities, value), layout.heads))
-    return probabilities
 
 
 def _frame_backward(
@@ -194,8 +193,10 @@ def _frame_backward(
 # The whole batch ---------------------------------------------------------------------------------------------
 
 
-def _saved_shapes(layout: Layout, axis: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the kept probabilities: the patches' and the CLS row's (empty where it has no own pass)."""
+def _saved_shapes(layout: Layout, axis: str, keep: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the kept probabilities: the patches' and the CLS row's (empty where there are none)."""
+    if not keep:
+        return (0,), (0,)
     cls_shape = (layout.batch * layout.heads, 1, layout.tokens)
     if axis == "time" and layout.frames == 1:
         return (layout.batch, layout.patches, layout.heads), cls_shape
@@ -206,6 +207,13 @@ def _saved_shapes(layout: Layout, axis: str) -> tuple[tuple[int, ...], tuple[int
     return patches_shape, cls_shape if layout.frames > 1 else (0,)
 
 
+def _empty_saved(qkv: Tensor, layout: Layout, axis: str, keep: bool) -> tuple[Tensor, Tensor]:
+    """Room for the kept probabilities: fp32 on the time axis and for CLS, the input's dtype on the space axis."""
+    patch_shape, cls_shape = _saved_shapes(layout, axis, keep)
+    saved = qkv.new_empty(patch_shape, dtype=torch.float32 if axis == "time" else qkv.dtype)
+    return saved, qkv.new_empty(cls_shape, dtype=torch.float32)
+
+
 def _rows_of(saved: Tensor, rows: slice, batch: int) -> Tensor:
     """The part of a kept tensor, batch folded into axis 0, that belongs to a piece."""
     per_row = saved.shape[0] // batch
@@ -213,30 +221,32 @@ def _rows_of(saved: Tensor, rows: slice, batch: int) -> Tensor:
 
 
 @torch.library.custom_op("frozen_kernels::batched_attention", mutates_args=(), device_types="cpu")
-def batched_forward(qkv: Tensor, num_frames: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, S, E], the patches' probabilities, the CLS row's probabilities."""
+def batched_forward(qkv: Tensor, num_frames: int, axis: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, S, E]; with keep also the patches' and the CLS row's probabilities, otherwise empty tensors."""
     layout = read_layout(qkv, num_frames, axis)
     out = qkv.new_empty(layout.batch, layout.tokens, layout.heads, layout.head_width)
-    patch_shape, cls_shape = _saved_shapes(layout, axis)
-    saved = qkv.new_empty(patch_shape, dtype=torch.float32 if axis == "time" else qkv.dtype)
-    cls_saved = qkv.new_empty(cls_shape, dtype=torch.float32)
+    saved, cls_saved = _empty_saved(qkv, layout, axis, keep)
     with torch.autocast("cpu", enabled=False):
         for rows in _pieces(layout):
-            piece = qkv[rows]
-            in_fp32 = piece.float() if axis == "time" or layout.frames > 1 else piece
+            piece, piece_out = qkv[rows], out[rows]
             if axis == "time" or layout.frames > 1:
-                probabilities = _cls_forward(in_fp32, layout, out[rows, 0])
-                _rows_of(cls_saved, rows, layout.batch).copy_(probabilities)
-            if axis == "time":
-                out_fp32 = out[rows] if out.dtype == torch.float32 else torch.empty_like(out[rows], dtype=torch.float32)
-                forward = _one_frame_forward if layout.frames == 1 else _several_frames_forward
-                _rows_of(saved, rows, layout.batch).copy_(forward(in_fp32, layout, out_fp32))
-                if out_fp32.dtype != out.dtype:
-                    out[rows, 1:].copy_(out_fp32[:, 1:])
+                in_fp32 = piece.float()
+                probabilities = _cls_forward(in_fp32, layout, piece_out[:, 0])
+                if keep:
+                    _rows_of(cls_saved, rows, layout.batch).copy_(probabilities)
+            if axis == "space":
+                for frame in range(layout.frames):
+                    kept = _rows_of(saved[frame], rows, layout.batch) if keep else None
+                    _frame_forward(piece, layout, frame, piece_out, kept)
                 continue
-            for frame in range(layout.frames):
-                probabilities = _frame_forward(piece, layout, frame, out[rows])
-                _rows_of(saved[frame], rows, layout.batch).copy_(probabilities)
+            direct = out.dtype == torch.float32
+            target = piece_out if direct else torch.empty_like(piece_out, dtype=torch.float32)
+            forward = _one_frame_forward if layout.frames == 1 else _several_frames_forward
+            probabilities = forward(in_fp32, layout, target)
+            if keep:
+                _rows_of(saved, rows, layout.batch).copy_(probabilities)
+            if not direct:
+                piece_out[:, 1:].copy_(target[:, 1:])
     return out.flatten(2), saved, cls_saved
 
 
@@ -271,12 +281,9 @@ def batched_backward(
 
 
 @batched_forward.register_fake
-def _(qkv: Tensor, num_frames: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, num_frames: int, axis: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     layout = read_layout(qkv, num_frames, axis)
-    patch_shape, cls_shape = _saved_shapes(layout, axis)
-    out = qkv.new_empty(layout.batch, layout.tokens, layout.width)
-    saved = qkv.new_empty(patch_shape, dtype=torch.float32 if axis == "time" else qkv.dtype)
-    return out, saved, qkv.new_empty(cls_shape, dtype=torch.float32)
+    return qkv.new_empty(layout.batch, layout.tokens, layout.width), *_empty_saved(qkv, layout, axis, keep)
 
 
 @batched_backward.register_fake
@@ -284,14 +291,15 @@ def _(grad_out: Tensor, qkv: Tensor, saved: Tensor, cls_saved: Tensor, num_frame
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, int, str], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    qkv, ctx.num_frames, ctx.axis = inputs
+def _save(ctx: Any, inputs: tuple[Tensor, int, str, bool], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    qkv, ctx.num_frames, ctx.axis, keep = inputs
+    assert keep, "a differentiated call keeps its probabilities"
     ctx.save_for_backward(qkv, output[1], output[2])
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor, None, None]:
+def _differentiate(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor, None, None, None]:
     qkv, saved, cls_saved = ctx.saved_tensors
-    return batched_backward(grad_out, qkv, saved, cls_saved, ctx.num_frames, ctx.axis), None, None
+    return batched_backward(grad_out, qkv, saved, cls_saved, ctx.num_frames, ctx.axis), None, None, None
 
 
 batched_forward.register_autograd(_differentiate, setup_context=_save)
@@ -299,4 +307,5 @@ batched_forward.register_autograd(_differentiate, setup_context=_save)
 
 def attention_batched(qkv_BS3ND: Tensor, layout: Layout, axis: str) -> Tensor:
     """Divided attention of all tokens on a CPU -> [B, S, E]; fp32, bf16 or fp16; first derivatives only."""
-    return batched_forward(qkv_BS3ND, layout.frames, axis)[0]
+    keep = torch.is_grad_enabled() and qkv_BS3ND.requires_grad
+    return batched_forward(qkv_BS3ND, layout.frames, axis, keep)[0]

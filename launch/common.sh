@@ -43,14 +43,30 @@ count_gpus() {
 }
 
 # Runs Accelerate with the given options in front of train.py; the experiment goes on where it was stopped.
+# Accelerate's launchers turn every exit code of train.py but 0 into 1, so the run's own word gives the code: 2 for a
+# mistake, 75 for a run that was stopped after a checkpoint.
 launch_training() {
-    local experiment="${train_arguments[0]}"
+    local experiment="${train_arguments[0]}" overrides=("${train_arguments[@]:1}")
     local command=("$python" -m accelerate.commands.launch "$@" "$root/train.py" --config "$experiment" --resume auto
-        "${train_arguments[@]:1}")
+        "${overrides[@]}")
     if [ "$dry_run" = 1 ]; then
         printf '%q ' "${command[@]}"
         echo
         return 0
     fi
-    exec "${command[@]}"
+    "$python" "$root/train.py" --config "$experiment" --print-config "${overrides[@]}" >/dev/null || exit
+    local started status child own
+    started="$(date +%s)"
+    # A process group of its own: Accelerate's launcher for one process does not pass TERM on to train.py.
+    set -m
+    "${command[@]}" &
+    child=$!
+    set +m
+    trap 'kill -TERM -- "-$child" 2>/dev/null' TERM INT
+    wait "$child" && status=0 || status=$?
+    while kill -0 -- "-$child" 2>/dev/null; do sleep 0.2; done # train.py may still be saving its checkpoint
+    [ "$status" = 0 ] && exit 0 # a launcher that was told to stop never ends with 0
+    own="$("$python" "$root/launch/run_state.py" --since "$started" --exit-code "$experiment" "${overrides[@]}")"
+    [ "$own" = unknown ] || status="$own"
+    exit "$status"
 }

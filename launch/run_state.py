@@ -1,6 +1,6 @@
 """Print what a run says of itself (running, done, stopped, failed), or "unknown" where it said nothing since a time.
 
-usage: python launch/run_state.py [--since UNIX_SECONDS] EXPERIMENT.yaml [key=value ...]
+usage: python launch/run_state.py [--since UNIX_SECONDS] [--exit-code] EXPERIMENT.yaml [key=value ...]
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from frozen_fast.config import load_config
 from frozen_fast.errors import UserError
 
 
-def read_state(run_folder: Path, since: float) -> str:
-    """The state in a run folder's status.json, "unknown" where there is none or it is older than `since`."""
+def read_status(run_folder: Path, since: float, field: str) -> str:
+    """A field of a run folder's status.json, "unknown" where there is none or it is older than `since`."""
     path = run_folder / "status.json"
     if not path.exists() or path.stat().st_mtime < since:
         return "unknown"
-    return str(json.loads(path.read_text())["state"])
+    value = json.loads(path.read_text())[field]
+    return "unknown" if value is None else str(value)
 
 
 def main() -> int:
     """Print the state; 2 for a mistake in the experiment file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--since", type=float, default=0.0, help="ignore what was written earlier, unix seconds")
+    parser.add_argument("--exit-code", action="store_true", help="the run's own exit code instead of its state")
     parser.add_argument("experiment", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
@@ -34,7 +36,8 @@ def main() -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    print(read_state(Path(config.run_folder.format(name=config.name)), options.since))
+    field = "exit_code" if options.exit_code else "state"
+    print(read_status(Path(config.run_folder.format(name=config.name)), options.since, field))
     return 0
 
 

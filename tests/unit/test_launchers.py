@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,50 @@ def test_slurm_puts_a_stopped_run_back_and_a_failed_one_not(
                   PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")  # fmt: skip
     assert result.returncode == code, result.stderr
     assert (tmp_path / "requeued").exists() == requeued
+
+
+@pytest.mark.parametrize(("launcher_code", "own_code", "code"), [(0, None, 0), (1, 2, 2), (1, 75, 75), (1, None, 1)])
+def test_single_node_returns_the_runs_own_code(
+    tmp_path: Path, launcher_code: int, own_code: int | None, code: int
+) -> None:
+    """A stand-in for python plays Accelerate's launcher, which returns 1 whatever train.py returned."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    status = "" if own_code is None else json.dumps({"state": "failed", "exit_code": own_code})
+    launcher = f"sleep 1.1; [ -z '{status}' ] || echo '{status}' > {run_folder}/status.json; exit {launcher_code}"
+    fake_command(tmp_path, "python", f'if [ "$1" = -m ]; then {launcher}; else exec {sys.executable} "$@"; fi')
+    result = call(
+        "single_node.sh", EXPERIMENT, f"run_folder={run_folder}", FROZEN_FAST_PYTHON=str(tmp_path / "python"),
+        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    )  # fmt: skip
+    assert result.returncode == code, result.stderr
+
+
+def test_single_node_checks_the_config_before_it_starts_anything() -> None:
+    result = call("single_node.sh", EXPERIMENT, "optimizer.learning_rate=-1")
+    assert result.returncode == 2
+    assert "optimizer.learning_rate: got -1" in result.stderr
+
+
+def test_a_stop_reaches_train_and_waits_for_its_checkpoint(tmp_path: Path) -> None:
+    """The launcher dies of TERM at once, as Accelerate's does; its child needs a second to save."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (tmp_path / "stopped.json").write_text(json.dumps({"state": "stopped", "exit_code": 75}))
+    saving = f"sleep 1; cat {tmp_path}/stopped.json > {run_folder}/status.json; exit 75"
+    fake_command(tmp_path, "trainer", f"trap '{saving}' TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done")
+    launcher = f"{tmp_path}/trainer & wait"
+    fake_command(tmp_path, "python", f'if [ "$1" = -m ]; then {launcher}; else exec {sys.executable} "$@"; fi')
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    process = subprocess.Popen(
+        ["bash", "launch/single_node.sh", EXPERIMENT, f"run_folder={run_folder}"], cwd=ROOT,
+        env={**os.environ, "FROZEN_FAST_PYTHON": str(tmp_path / "python"), "FROZEN_FAST_VENV": "/nowhere",
+             "PYTHONPATH": paths},
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline, "train did not start"
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 75
+    assert json.loads((run_folder / "status.json").read_text())["state"] == "stopped"

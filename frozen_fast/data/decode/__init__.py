@@ -1,5 +1,7 @@
 """Clips to frames: one protocol, four backends, and errors that name the clip and the cause."""
 
+from frozen_fast.data.decode.build import BACKENDS, build_decoder, unavailable_backends
+from frozen_fast.data.decode.probe import probe
 from frozen_fast.data.decode.types import (
     Cause,
     ClipError,
@@ -13,6 +15,7 @@ from frozen_fast.data.decode.types import (
 )
 
 __all__ = [
+    "BACKENDS",
     "Cause",
     "ClipError",
     "DecodeRequest",
@@ -22,4 +25,7 @@ __all__ = [
     "TestView",
     "TrainView",
     "VideoInfo",
+    "build_decoder",
+    "probe",
+    "unavailable_backends",
 ]

@@ -148,7 +148,9 @@ def _mp4_fault(descriptor: int, size: int) -> Fault | None:
             length = size - offset
         has_index = has_index or name in (b"moov", b"moof")
         if offset + length > size and name in _MOV_BOXES:
-            return Fault("truncated", f"the MP4 box {name.decode()!r} ends at byte {offset + length}, the file at {size}")
+            return Fault(
+                "truncated", f"the MP4 box {name.decode()!r} ends at byte {offset + length}, the file at {size}"
+            )
         if length < 8 or offset + length > size:
             break  # trailing bytes that are no box; players ignore them too
         offset += length

@@ -61,7 +61,9 @@ class ClipIndex:
 
 
 @contextmanager
-def opened(path: str, *, max_pixels: int, options: dict[str, str] | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(
+    path: str, *, max_pixels: int, options: dict[str, str] | None = None
+) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a video file's first video stream; one decoding thread, frames above max_pixels refused.
 
     Raises:
@@ -96,7 +98,7 @@ def _unopened(path: str, error: Exception) -> ClipError:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
 
 
 @dataclass

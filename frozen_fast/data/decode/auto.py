@@ -1,0 +1,97 @@
+"""Send each clip to the fastest backend that reads its codec on this device."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from frozen_fast.data.decode.dali import GPU_CODECS
+from frozen_fast.data.decode.probe import clip_index
+from frozen_fast.data.decode.types import ClipError, Decoded, Decoder, DecodeRequest
+
+logger = logging.getLogger(__name__)
+
+# Fastest first, as measured on a CPU for frames spread over a clip (docs/data.md).
+_CPU_ORDER = ("pyav", "torchcodec", "decord")
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+class AutoDecoder:
+    """The `auto` backend; each clip's `Decoded.backend` says who read it.
+
+    On a GPU: DALI for the codecs and pictures that it reads there; a clip that it cannot decode (a profile that
+    the chip lacks, say) is tried once more with PyAV before it counts as bad. On a CPU, and for everything else:
+    the first installed of the CPU's order. Backends that are missing are left out, and said once.
+    """
+
+    name = "auto"
+
+    def __init__(
+        self,
+        make: Callable[[str], Decoder],
+        missing: Mapping[str, str],
+        *,
+        device: torch.device,
+        max_pixels: int,
+    ) -> None:
+        for backend, reason in missing.items():
+            _say_once(f"data.decode.backend=auto leaves {backend} out: {reason}")
+        self._make = make
+        self._max_pixels = max_pixels
+        self._uses_dali = device.type == "cuda" and "dali" not in missing
+        self._on_cpu = next(name for name in _CPU_ORDER if name not in missing)
+        self._made: dict[str, Decoder] = {}
+
+    def _backend_for(self, request: DecodeRequest) -> str:
+        """The backend's name; clips that cannot be probed go anywhere, the decoder says what is wrong."""
+        if request.kind == "image":
+            return "dali" if self._uses_dali else "pyav"
+        try:
+            index = clip_index(request.path, max_pixels=self._max_pixels)
+        except ClipError:
+            return "pyav"
+        if not index.seekable:
+            return "pyav"
+        return "dali" if self._uses_dali and index.info.codec in GPU_CODECS else self._on_cpu
+
+    def _decode_with(self, backend: str, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
+        if backend not in self._made:
+            self._made[backend] = self._make(backend)
+        return self._made[backend].decode(requests)
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
+        """Decode a batch, in order; a bad clip becomes a ClipError in its place."""
+        places: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            places.setdefault(self._backend_for(request), []).append(place)
+        outcomes: dict[int, Decoded | ClipError] = {}
+        for backend, group in places.items():
+            outcomes.update(zip(group, self._decode_with(backend, [requests[i] for i in group]), strict=True))
+        self._second_chance(requests, outcomes, places.get("dali", []))
+        return [outcomes[place] for place in range(len(requests))]
+
+    def _second_chance(
+        self, requests: Sequence[DecodeRequest], outcomes: dict[int, Decoded | ClipError], places: Sequence[int]
+    ) -> None:
+        for place in places:
+            first = outcomes[place]
+            if isinstance(first, ClipError) and first.cause == "decode_failed":
+                outcomes[place] = self._decode_with("pyav", [requests[place]])[0]
+                if isinstance(outcomes[place], Decoded):
+                    path = os.fspath(requests[place].path)
+                    _say_once(f"DALI cannot decode some clips that PyAV can, such as {path}: {first.message}")
+
+    def close(self) -> None:
+        """Close the backends in use."""
+        for decoder in self._made.values():
+            decoder.close()
+        self._made = {}

@@ -1,0 +1,241 @@
+"""DALI: decode, crop, resize, flip and normalise in one pipeline on the training device.
+
+Each clip goes in with its own list of frame numbers. Two of DALI's habits are dealt with here: it decodes a file
+from its start to the last frame asked for (see excerpt.py), and where frames cannot be decoded it may hand out
+black ones, which are checked against PyAV before they are believed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frozen_fast.data.decode.dali_pipeline import Stage, build_pipeline, run_pipeline
+from frozen_fast.data.decode.excerpt import Excerpt, cheapest
+from frozen_fast.data.decode.geometry import Box, stored_box, view_steps
+from frozen_fast.data.decode.pictures import is_plain_jpeg
+from frozen_fast.data.decode.probe import clip_index, probe
+from frozen_fast.data.decode.pyav import read_frames
+from frozen_fast.data.decode.threaded import ThreadedDecoder, check_frame_indices, untimed
+from frozen_fast.data.decode.types import ClipError, Decoded, DecodeRequest, TestView
+from frozen_fast.errors import UserError
+
+CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
+GPU_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg"))
+# An excerpt costs some 1 ms (96 x 96) to 5 ms (456 x 256), which is what decoding so many frames costs.
+_EXCERPT_SAVING_FRAMES = 16
+_BATCH_CLIPS = 64
+_BATCH_BYTES = {"cpu": 256 * 1024 * 1024, "cuda": 1024 * 1024 * 1024}  # decoded frames of one pipeline run
+_BLACK = 2  # of 255: no pixel of a frame is brighter
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's report, some twenty lines long, that says what happened."""
+    text = " ".join(str(error).split())
+    return text.rpartition("encountered: ")[2].partition(" C++ context")[0][:300]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request made ready for the pipeline; sizes and boxes in stored pixels."""
+
+    request: DecodeRequest
+    stage: Stage
+    source: Excerpt
+    size: tuple[int, int]
+    box: Box
+    flip: bool
+    rotation_degrees: int
+    decoded_bytes: int
+
+
+class DaliDecoder:
+    """The `dali` backend. Pictures that are not plain JPEG go through Pillow and torchvision ("pil")."""
+
+    name = "dali"
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        resolution: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        threads: int,
+        max_pixels: int,
+        pictures: ThreadedDecoder,
+    ) -> None:
+        self._device = device
+        self._resolution = resolution
+        self._mean, self._std = mean, std
+        self._threads = threads
+        self._max_pixels = max_pixels
+        self._pictures = pictures
+        self._codecs = GPU_CODECS if device.type == "cuda" else CPU_CODECS
+        self._process = 0
+        self._pipelines: dict[tuple[Stage, int], object] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
+        """Decode a batch, in order; a bad clip becomes a ClipError in its place.
+
+        Raises:
+            UserError: a clip's codec is one that DALI does not read on this device.
+        """
+        if self._process != os.getpid():  # neither threads nor pipelines survive a fork
+            self._pool, self._pipelines = ThreadPoolExecutor(self._threads, "dali-read"), {}
+            self._process = os.getpid()
+        assert self._pool is not None
+        outcomes: list[Job | Decoded | ClipError] = list(self._pool.map(self._prepare, requests))
+        for places in self._batches(outcomes):
+            jobs = [outcomes[place] for place in places]
+            for place, outcome in zip(places, self._run([job for job in jobs if isinstance(job, Job)]), strict=True):
+                outcomes[place] = outcome
+        return [outcome for outcome in outcomes if not isinstance(outcome, Job)]
+
+    def _prepare(self, request: DecodeRequest) -> Job | Decoded | ClipError:
+        path = os.fspath(request.path)
+        try:
+            if request.kind == "image":
+                return self._prepare_picture(path, request)
+            index = clip_index(path, max_pixels=self._max_pixels)
+            info = index.info
+            check_frame_indices(request, info.num_frames)
+            self._check_codec(path, info.codec)
+            if not index.seekable:
+                raise untimed("DALI", path)
+            source = cheapest(path, index, request.frame_indices, self._max_pixels, _EXCERPT_SAVING_FRAMES)
+            size = (index.stored_height, index.stored_width)
+            return self._job(request, "video", source, size, info.rotation_degrees)
+        except ClipError as error:
+            error.__traceback__ = None
+            return error
+        except OSError as error:
+            return ClipError("decode_failed", f"cannot be read: {error.strerror or error}", path)
+
+    def _prepare_picture(self, path: str, request: DecodeRequest) -> Job | Decoded | ClipError:
+        info = probe(path, "image", max_pixels=self._max_pixels)
+        check_frame_indices(request, info.num_frames)
+        if len(request.frame_indices) > 1 or not is_plain_jpeg(path, max_pixels=self._max_pixels):
+            return self._pictures.decode_one(request)
+        source = Excerpt(np.fromfile(path, np.uint8), np.zeros(1, np.int32))
+        return self._job(request, "image", source, (info.height, info.width), 0)
+
+    def _check_codec(self, path: str, codec: str) -> None:
+        if codec not in self._codecs:
+            where = "a GPU" if self._device.type == "cuda" else "the CPU"
+            raise UserError(
+                f"data.decode.backend: got dali, which on {where} reads {', '.join(sorted(self._codecs))} "
+                f"and not {codec} ({path}); allowed: auto, pyav, torchcodec, decord"
+            )
+
+    def _job(self, request: DecodeRequest, kind: str, source: Excerpt, stored: tuple[int, int], rotation: int) -> Job:
+        height, width = stored
+        sideways = rotation in (90, 270)
+        steps = view_steps(request.view, *((width, height) if sideways else (height, width)))
+        upright_size = steps.size or ((width, height) if sideways else (height, width))
+        size = (upright_size[1], upright_size[0]) if sideways else upright_size
+        return Job(
+            request=request,
+            stage=Stage(kind, isinstance(request.view, TestView)),
+            source=source,
+            size=size,
+            box=stored_box(steps.box, *size, rotation),
+            flip=steps.flip,
+            rotation_degrees=rotation,
+            decoded_bytes=3 * height * width * len(request.frame_indices),
+        )
+
+    def _batches(self, outcomes: Sequence[Job | Decoded | ClipError]) -> Iterator[list[int]]:
+        """Places of jobs that go through one pipeline run: one stage, bounded memory."""
+        limit = _BATCH_BYTES[self._device.type]
+        groups: dict[Stage, list[int]] = {}
+        filled: dict[Stage, int] = {}
+        for place, job in enumerate(outcomes):
+            if not isinstance(job, Job):
+                continue
+            group = groups.setdefault(job.stage, [])
+            if group and (len(group) == _BATCH_CLIPS or filled[job.stage] + job.decoded_bytes > limit):
+                yield group
+                group = groups[job.stage] = []
+            filled[job.stage] = (filled[job.stage] if group else 0) + job.decoded_bytes
+            group.append(place)
+        yield from (group for group in groups.values() if group)
+
+    def _run(self, jobs: list[Job]) -> list[Decoded | ClipError]:
+        """One pipeline run; where it fails, each clip by itself, so that only the bad one is lost."""
+        try:
+            frames, peaks = self._run_pipeline(jobs, 1 if len(jobs) == 1 else _BATCH_CLIPS)
+        except RuntimeError as error:
+            if len(jobs) > 1:
+                return [self._run([job])[0] for job in jobs]
+            message = f"DALI cannot decode it: {_reason(error)}"
+            return [ClipError("decode_failed", message, os.fspath(jobs[0].request.path))]
+        return [self._finish(*clip) for clip in zip(jobs, frames, peaks, strict=True)]
+
+    def _run_pipeline(self, jobs: list[Job], capacity: int) -> tuple[list[Tensor], list[np.ndarray]]:
+        slot = (jobs[0].stage, capacity)
+        if slot not in self._pipelines:
+            self._pipelines[slot] = build_pipeline(
+                jobs[0].stage,
+                capacity=capacity,
+                threads=self._threads,
+                device=self._device,
+                resolution=self._resolution,
+                mean=self._mean,
+                std=self._std,
+            )
+        try:
+            return run_pipeline(
+                self._pipelines[slot],
+                jobs[0].stage,
+                self._device,
+                encoded=[job.source.encoded for job in jobs],
+                frames=[job.source.frame_indices for job in jobs],
+                size=[np.array(job.size, np.float32) for job in jobs],
+                start=[np.array(job.box[:2], np.int32) for job in jobs],
+                shape=[np.array(job.box[2:], np.int32) for job in jobs],
+                mirror=[np.array(job.flip and not job.rotation_degrees, np.int32) for job in jobs],
+            )
+        except RuntimeError:
+            del self._pipelines[slot]  # a pipeline that failed once does not run again
+            raise
+
+    def _finish(self, job: Job, frames_TCHW: Tensor, peak_T: np.ndarray) -> Decoded | ClipError:
+        """Turn a rotated clip upright, and believe black frames only where another decoder sees them too."""
+        if (peak_T <= 0).any():
+            problem = self._doubt(job, np.flatnonzero(peak_T <= 0))
+            if problem is not None:
+                return problem
+        if job.rotation_degrees:
+            frames_TCHW = torch.rot90(frames_TCHW, -(job.rotation_degrees // 90), dims=(-2, -1))
+            frames_TCHW = (frames_TCHW.flip(-1) if job.flip else frames_TCHW).contiguous()
+        return Decoded(frames_TCHW, self.name)
+
+    def _doubt(self, job: Job, positions: np.ndarray) -> ClipError | None:
+        """Decode frames that came out all black with PyAV; the error where they are not black, or cannot be."""
+        path = os.fspath(job.request.path)
+        if job.request.kind == "image":
+            return None  # a black picture; a broken one raises
+        try:
+            index = clip_index(path, max_pixels=self._max_pixels)
+            numbers = sorted({job.request.frame_indices[position] for position in positions})
+            seen = read_frames(path, index, numbers, self._max_pixels)
+        except ClipError as error:
+            return error
+        if seen.reshape(len(numbers), -1).max(axis=1).max() > _BLACK:
+            return ClipError("decode_failed", "DALI gives black frames where there are pictures", path)
+        return None
+
+    def close(self) -> None:
+        """Free the pipelines and stop the reading threads."""
+        if self._process == os.getpid() and self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool, self._pipelines, self._process = None, {}, 0
+        self._pictures.close()

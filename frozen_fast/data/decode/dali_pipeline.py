@@ -1,0 +1,128 @@
+"""The DALI graphs: encoded clip in, normalised frames out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Stage(NamedTuple):
+    """Which graph: of a "video" or an "image", and whether it resizes before the crop (TestView)."""
+
+    kind: str
+    resizes_first: bool
+
+
+_INPUTS = {"encoded": (1, "UINT8"), "frames": (1, "INT32"), "size": (1, "FLOAT"), "start": (1, "INT32"),
+           "shape": (1, "INT32"), "mirror": (0, "INT32")}  # fmt: skip
+
+
+def missing() -> str | None:
+    """Why DALI cannot be used here, or None."""
+    try:
+        import nvidia.dali.fn  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"nvidia.dali cannot be imported ({error})"
+    return None
+
+
+def _inputs_of(stage: Stage) -> list[str]:
+    unused = set() if stage.resizes_first else {"size"}
+    if stage.kind == "image":
+        unused.add("frames")
+    return [name for name in _INPUTS if name not in unused]
+
+
+def build_pipeline(
+    stage: Stage,
+    *,
+    capacity: int,
+    threads: int,
+    device: torch.device,
+    resolution: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Any:
+    """Build the graph: decode, resize (where the view does so first), crop, resize, flip, normalise.
+
+    Args:
+        stage: which graph.
+        capacity: most clips in a run.
+        threads: CPU threads.
+        device: "cuda": decoding and all else on that GPU ("mixed"); otherwise the CPU.
+        resolution: side of the output, pixels.
+        mean: normalisation mean, RGB in [0, 1].
+        std: normalisation standard deviation.
+    """
+    import nvidia.dali.fn
+    import nvidia.dali.types
+
+    dali: Any = nvidia.dali  # its stubs do not know its own constants
+    fn, types = dali.fn, dali.types
+    on_gpu = device.type == "cuda"
+    device_id = (device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None
+    linear = {"interp_type": types.INTERP_LINEAR, "antialias": True}
+    pipeline = dali.Pipeline(batch_size=capacity, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
+    with pipeline:
+        given = {
+            name: fn.external_source(name=name, ndim=_INPUTS[name][0], dtype=getattr(types, _INPUTS[name][1]))
+            for name in _inputs_of(stage)
+        }
+        decode_device = "mixed" if on_gpu else "cpu"
+        if stage.kind == "video":
+            decoded = fn.decoders.video(given["encoded"], frames=given["frames"], device=decode_device)
+        else:
+            picture = fn.decoders.image(given["encoded"], device=decode_device, output_type=types.RGB)
+            decoded = fn.expand_dims(picture, axes=0, new_axis_names="F")
+        peaks = fn.reductions.max(decoded, axes=(1, 2, 3))
+        viewed = fn.resize(decoded, size=given["size"], **linear) if stage.resizes_first else decoded
+        viewed = fn.slice(viewed, start=given["start"], shape=given["shape"], axes=(1, 2))
+        viewed = fn.resize(viewed, size=[resolution, resolution], **linear)
+        frames = fn.crop_mirror_normalize(
+            viewed,
+            output_layout="FCHW",
+            mirror=given["mirror"],
+            mean=[255 * value for value in mean],
+            std=[255 * value for value in std],
+            dtype=types.FLOAT,
+        )
+        pipeline.set_outputs(frames, peaks)
+    pipeline.build()
+    return pipeline
+
+
+def run_pipeline(
+    pipeline: Any, stage: Stage, device: torch.device, **inputs: list[np.ndarray]
+) -> tuple[list[Tensor], list[np.ndarray]]:
+    """Run a graph once.
+
+    Args:
+        pipeline: from build_pipeline.
+        stage: of the same pipeline.
+        device: likewise.
+        inputs: per clip: `encoded` [bytes] uint8, `frames` [T] int32, `size` [2] float32 (height, width of the first
+            resize), `start` and `shape` [2] int32 (the crop), `mirror` scalar int32.
+
+    Returns:
+        Per clip: float32 frames [T, 3, R, R] on the device, and each decoded frame's largest value [T].
+
+    Raises:
+        RuntimeError: DALI could not decode one of the clips; the pipeline is of no further use.
+    """
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    for name in _inputs_of(stage):
+        pipeline.feed_input(name, inputs[name])
+    frames, peaks = pipeline.run()
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    if device.type == "cuda":
+        peaks = peaks.as_cpu()
+    clips = []
+    for number in range(len(inputs["encoded"])):
+        clip = torch.empty(frames[number].shape(), dtype=torch.float32, device=device)
+        feed_ndarray(frames[number], clip, cuda_stream=stream)
+        clips.append(clip)
+    return clips, [np.array(peaks.at(number)) for number in range(len(clips))]

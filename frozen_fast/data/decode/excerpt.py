@@ -1,0 +1,97 @@
+"""Cut the packets that a few frames need out of a long file, without decoding, into a small file in memory.
+
+DALI decodes a file from its start to the last frame asked for. In an excerpt only the groups of pictures that
+hold wanted frames are left, each from its key frame to the last wanted frame.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from frozen_fast.data.decode.index import ClipIndex, opened
+from frozen_fast.data.decode.pyav import packets_from, seek
+from frozen_fast.data.decode.types import ClipError
+
+
+class Excerpt(NamedTuple):
+    """An encoded file in memory and where the wanted frames are in it."""
+
+    encoded: np.ndarray  # [bytes] uint8
+    frame_indices: np.ndarray  # [N] int32
+
+
+def packet_runs(index: ClipIndex, frame_indices: Sequence[int]) -> list[tuple[int, int]]:
+    """The runs of packets (first, last inclusive, decoding order) that the frames need, joined where they overlap."""
+    runs: list[tuple[int, int]] = []
+    for first, last in sorted({index.packet_range(frame) for frame in frame_indices}):
+        if runs and first <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(runs[-1][1], last))
+        else:
+            runs.append((first, last))
+    return runs
+
+
+def whole_file(path: str, frame_indices: Sequence[int]) -> Excerpt:
+    """The file as it is."""
+    return Excerpt(np.fromfile(path, np.uint8), np.array(frame_indices, np.int32))
+
+
+def excerpt(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixels: int) -> Excerpt:
+    """Copy the packets that some frames need into a Matroska file in memory.
+
+    Args:
+        path: the file.
+        index: its index; seekable.
+        frame_indices: any order, repeats allowed.
+        max_pixels: as for the other readers.
+
+    Raises:
+        ClipError: decode_failed where the packets cannot be found again.
+    """
+    runs = packet_runs(index, frame_indices)
+    kept: list[int] = []
+    target = io.BytesIO()
+    with opened(path, max_pixels=max_pixels) as (container, stream):
+        with av.open(target, "w", format="matroska") as output:
+            copy = output.add_stream_from_template(stream)
+            first_pts = int(index.packet_pts.min())
+            for number, (first, last) in enumerate(runs):
+                key_pts = int(index.packet_pts[first])
+                if first > 0 or number > 0:
+                    seek(container, stream, key_pts)
+                packets = packets_from(container, stream, path, key_pts, first_pts)
+                for position, packet in zip(range(first, last + 1), packets, strict=False):
+                    if packet.pts != index.packet_pts[position]:
+                        raise ClipError("decode_failed", "the file changed while it was read", path)
+                    if index.packet_pts[position] < key_pts:
+                        continue  # a leading B-frame, which cannot be decoded from this key frame
+                    kept.append(position)
+                    packet.stream = copy
+                    output.mux(packet)
+    shown = np.isin(index.packet_pts[kept], index.frame_pts)
+    times = np.sort(index.packet_pts[kept][shown])
+    where = np.searchsorted(times, index.frame_pts[list(frame_indices)])
+    return Excerpt(np.frombuffer(target.getbuffer(), np.uint8), where.astype(np.int32))
+
+
+def cheapest(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixels: int, saving: int) -> Excerpt:
+    """The file as it is, or an excerpt where that spares the decoder `saving` frames, or where it must be one.
+
+    It must be one where the file's packets are not its frames (edit lists), and where it is too large to be held
+    in memory whole.
+    """
+    if not index.plain or os.path.getsize(path) > _LARGE_FILE_BYTES:
+        return excerpt(path, index, frame_indices, max_pixels)
+    decoded = sum(last + 1 - first for first, last in packet_runs(index, frame_indices))
+    if max(frame_indices) + 1 - decoded >= saving:
+        return excerpt(path, index, frame_indices, max_pixels)
+    return whole_file(path, frame_indices)
+
+
+_LARGE_FILE_BYTES = 32 * 1024 * 1024

@@ -1,0 +1,53 @@
+"""Read frames with torchcodec, exact seeking. It needs FFmpeg's shared libraries (4 to 8) on the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from frozen_fast.data.decode.index import ClipIndex
+from frozen_fast.data.decode.pyav import upright
+from frozen_fast.data.decode.types import ClipError
+
+_TIME_TOLERANCE_SECONDS = 2e-3  # Matroska holds milliseconds
+
+
+def missing() -> str | None:
+    """Why torchcodec cannot be used here, or None."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except ImportError as error:
+        return f"torchcodec is not installed ({error})"
+    except (RuntimeError, OSError):  # a long report, one paragraph per FFmpeg version
+        return (
+            "torchcodec finds no FFmpeg shared libraries (versions 4 to 8): install the system's ffmpeg package, or "
+            "set LD_LIBRARY_PATH to what `python -m frozen_fast.data.decode.ffmpeg_libraries` prints"
+        )
+    return None
+
+
+def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixels: int) -> np.ndarray:
+    """Read frames by number: uint8 [N, H, W, 3], upright.
+
+    Raises:
+        ClipError: decode_failed; also where torchcodec sees other frames than the packets say.
+    """
+    from torchcodec.decoders import VideoDecoder
+
+    try:
+        decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        if len(decoder) != index.info.num_frames:
+            message = f"torchcodec counts {len(decoder)} frames, the file shows {index.info.num_frames}"
+            raise ClipError("decode_failed", message, path)
+        batch = decoder.get_frames_at(list(frame_indices))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ClipError("decode_failed", " ".join(str(error).split())[:200], path) from error
+    start = decoder.metadata.begin_stream_seconds_from_content or 0.0
+    expected = index.info.presentation_seconds[list(frame_indices)]
+    if np.abs(batch.pts_seconds.numpy() - start - expected).max() > _TIME_TOLERANCE_SECONDS:
+        raise ClipError("decode_failed", "torchcodec's frames appear at other times than the packets say", path)
+    frames_NHWC = batch.data.numpy()
+    if frames_NHWC.shape[1:3] == (index.stored_height, index.stored_width):
+        frames_NHWC = np.stack([upright(frame, index.info.rotation_degrees) for frame in frames_NHWC])
+    return frames_NHWC

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Expansion = Literal["zero", "nearest", "bilinear"]
-Attention = Literal["auto", "reference", "sdpa", "xformers", "triton"]
+Attention = Literal["auto", "reference", "sdpa", "batched", "xformers", "triton"]
 SourceFormat = Literal["manifest", "webvid", "cc3m", "msrvtt", "msrvtt_clip4clip"]
 DecodeBackend = Literal["auto", "dali", "torchcodec", "decord", "pyav"]
 
@@ -49,6 +49,7 @@ class TextTowerConfig:
     weights: Literal["pretrained", "random"] = key("pretrained", "random keeps the architecture and draws the weights")
     tokenizer: str | None = key(None, "tokenizer name or folder; none: the tower's own")
     max_tokens: int = key(77, "captions are cut to this many tokens")
+    frozen_layers: int = key(0, "the token embeddings and the first so many layers keep their weights; 0: all of the tower learns")
     pooling: Literal["auto", "cls", "mean", "pooler"] = key("auto", "auto: BERT's pooler where there is one, otherwise token 0")
 
 

@@ -40,7 +40,7 @@ def _tokens_first(rows: Tensor, heads: int) -> Tensor:
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right over a batch, the factor applied before rounding."""
+    """Batched scale * left @ right, the factor applied before rounding."""
     empty = left.new_empty(()).expand(left.shape[0], left.shape[1], right.shape[2])
     return torch.baddbmm(empty, left, right, beta=0, alpha=scale)
 
@@ -69,7 +69,7 @@ def _cls_backward(grad_cSND: Tensor, x: Tensor, probabilities: Tensor, layout: L
 
 
 def _softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
-    """p * (dp - sum p dp) over the last axis, one pass."""
+    """Gradient of softmax over the last axis, p * (dp - sum p dp), in one pass."""
     return torch.ops.aten._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
 
 

@@ -40,16 +40,11 @@ def padded_width(head_width: int) -> int:
     return max(16, triton.next_power_of_2(head_width))
 
 
-def time_tile(layout: Layout, *, backward: bool) -> Tile:
-    """Positions per program, so that its tiles stay in registers: two of [T, rows, D] forward, four backward."""
-    frames, width = triton.next_power_of_2(layout.frames), padded_width(layout.head_width)
-    if layout.frames == 1:
-        rows, warps = 4096 // width, 4
-    elif backward:
-        rows, warps = 1024 // width, 4 if frames == 2 else 8 if frames <= 8 else 16
-    else:
-        rows, warps = 1024 // width, 4 if frames <= 8 else 8
-    return Tile(max(1, min(rows, triton.next_power_of_2(layout.patches))), 0, warps)
+def time_tile(layout: Layout) -> Tile:
+    """Positions per program: few enough that its tiles [T, rows, D] stay in registers (no spills on sm_90)."""
+    elements = 2048 if layout.frames == 1 else 512 if layout.frames <= 4 else 256
+    rows = max(1, elements // padded_width(layout.head_width))
+    return Tile(min(rows, triton.next_power_of_2(layout.patches)), 0, 4)
 
 
 def space_tile(layout: Layout, dtype: torch.dtype) -> Tile:
@@ -64,7 +59,8 @@ def check_limits(layout: Layout) -> None:
     if layout.frames > MAX_FRAMES:
         raise ValueError(f"num_frames: got {layout.frames} with backend 'triton'; allowed: 1 to {MAX_FRAMES}")
     if layout.head_width > MAX_HEAD_WIDTH:
-        raise ValueError(f"qkv: got head width {layout.head_width} with backend 'triton'; allowed: 1 to {MAX_HEAD_WIDTH}")
+        got = f"head width {layout.head_width} with backend 'triton'"
+        raise ValueError(f"qkv: got {got}; allowed: 1 to {MAX_HEAD_WIDTH}")
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -114,7 +110,7 @@ def _launch_cls_partial(qkv: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def _launch_time_forward(qkv: Tensor, layout: Layout, out: Tensor) -> tuple[Tensor, Tensor]:
     """Fill the patches of out; return the CLS row's partial sums."""
-    tile = time_tile(layout, backward=False)
+    tile = time_tile(layout)
     blocks = triton.cdiv(layout.patches, tile.rows)
     stats, sums = _cls_sums(qkv, layout, blocks)
     sizes = (layout.scale, layout.patches, blocks, layout.heads, layout.head_width)
@@ -125,7 +121,7 @@ def _launch_time_forward(qkv: Tensor, layout: Layout, out: Tensor) -> tuple[Tens
     else:
         triton_time.time_forward_kernel[grid](
             *arguments, T=layout.frames, TP=triton.next_power_of_2(layout.frames), ROWS=tile.rows, DP=width,
-            num_warps=tile.warps,
+            num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
     return stats, sums
 
@@ -158,7 +154,7 @@ def _launch_time_backward(
     qkv: Tensor, layout: Layout, grad_out: Tensor, grad_qkv: Tensor, cls_lse: Tensor, cls_delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the patches' gradients; return the blocks' parts of CLS's."""
-    tile = time_tile(layout, backward=True)
+    tile = time_tile(layout)
     blocks, width = triton.cdiv(layout.patches, tile.rows), padded_width(layout.head_width)
     shape = (layout.batch, layout.heads, blocks, layout.head_width)
     parts = (_fp32(qkv, *shape), _fp32(qkv, *shape), _fp32(qkv, *shape))
@@ -173,7 +169,7 @@ def _launch_time_backward(
     else:
         triton_time.time_backward_kernel[grid](
             *arguments, T=layout.frames, TP=triton.next_power_of_2(layout.frames), ROWS=tile.rows, DP=width,
-            num_warps=tile.warps,
+            num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
     return parts
 

@@ -148,7 +148,7 @@ def attention_xformers(qkv_BS3ND: Tensor, layout: Layout, axis: str) -> Tensor:
     """Divided attention of all tokens on CUDA -> [B, S, E]; fp32, bf16 or fp16; differentiable."""
     qkv = _padded(qkv_BS3ND)
     if axis == "space" and layout.frames == 1:
-        out = _attend("space", *qkv.unbind(2), layout.scale)
+        out = _attend("space", qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], layout.scale)
         return out[..., : layout.head_width].flatten(2)
     groups = _time_groups(qkv, layout) if axis == "time" else _space_groups(qkv, layout)
     patches = groups[..., : layout.head_width].reshape(layout.batch, layout.tokens - 1, layout.width)

@@ -17,12 +17,21 @@ INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def product(left, right, start):
-    """start + left @ right in fp32; Triton's interpreter multiplies bf16 wrongly, so there the tiles are widened."""
+def add_product(left, right, start):
+    """Add left @ right to start, in fp32. Triton's interpreter multiplies bf16 wrongly: there the tiles are widened."""
     if INTERPRETED:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     return tl.dot(left, right, start, input_precision="ieee")
+
+
+@triton.jit
+def transposed_product(left, right):
+    """Multiply left by right^T, in fp32; see add_product."""
+    if INTERPRETED:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, tl.trans(right), input_precision="ieee")
 
 
 @triton.jit
@@ -56,13 +65,13 @@ def space_forward_kernel(
         key_inside = (other[:, None] < patches) & wide[None, :]
         key = tl.load(base + stride_c + key_offsets, mask=key_inside, other=0.0)
         value = tl.load(base + 2 * stride_c + key_offsets, mask=key_inside, other=0.0)
-        scores = product(query, tl.trans(key), None) * (scale * LOG2_E)
+        scores = transposed_product(query, key) * (scale * LOG2_E)
         scores = tl.where(other[None, :] < patches, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         shrink = tl.exp2(top - new_top)
         weights = tl.exp2(scores - new_top[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
-        result = product(weights.to(value.dtype), value, result * shrink[:, None])
+        result = add_product(weights.to(value.dtype), value, result * shrink[:, None])
         top = new_top
     out_offsets = (first + row)[:, None] * (N * D) + head * D + column[None, :]
     tl.store(out + clip * out_stride_b + out_offsets, result / total[:, None], mask=inside)
@@ -113,12 +122,12 @@ def space_backward_query_kernel(
         key_inside = (other[:, None] < patches) & wide[None, :]
         key = tl.load(base + stride_c + key_offsets, mask=key_inside, other=0.0)
         value = tl.load(base + 2 * stride_c + key_offsets, mask=key_inside, other=0.0)
-        scores = product(query, tl.trans(key), None) * (scale * LOG2_E)
+        scores = transposed_product(query, key) * (scale * LOG2_E)
         weights = tl.exp2(scores - log_total[:, None])
         weights = tl.where(other[None, :] < patches, weights, 0.0)
-        slopes = product(grad, tl.trans(value), None)
+        slopes = transposed_product(grad, value)
         grad_scores = weights * (slopes - mean[:, None]) * scale
-        grad_query = product(grad_scores.to(key.dtype), key, grad_query)
+        grad_query = add_product(grad_scores.to(key.dtype), key, grad_query)
     grad_offsets = (first + row)[:, None] * grad_stride_s + head * D + column[None, :]
     tl.store(grad_qkv + clip * grad_stride_b + grad_offsets, grad_query, mask=inside)
 
@@ -166,13 +175,13 @@ def space_backward_key_kernel(
         slot = clip_head * (frames * patches) + frame * patches + row
         log_total = tl.load(lse + slot, mask=row < patches, other=0.0)
         mean = tl.load(delta + slot, mask=row < patches, other=0.0)
-        scores = product(key, tl.trans(query), None) * (scale * LOG2_E)
+        scores = transposed_product(key, query) * (scale * LOG2_E)
         weights = tl.exp2(scores - log_total[None, :])
         weights = tl.where((row[None, :] < patches) & (other[:, None] < patches), weights, 0.0)
-        grad_value = product(weights.to(grad.dtype), grad, grad_value)
-        slopes = product(value, tl.trans(grad), None)
+        grad_value = add_product(weights.to(grad.dtype), grad, grad_value)
+        slopes = transposed_product(value, grad)
         grad_scores = weights * (slopes - mean[None, :]) * scale
-        grad_key = product(grad_scores.to(query.dtype), query, grad_key)
+        grad_key = add_product(grad_scores.to(query.dtype), query, grad_key)
     target = grad_qkv + clip * grad_stride_b + head * D + (first + other)[:, None] * grad_stride_s + column[None, :]
     tl.store(target + grad_stride_c, grad_key, mask=inside)
     tl.store(target + 2 * grad_stride_c, grad_value, mask=inside)

@@ -38,7 +38,7 @@ def time_forward_kernel(
     value = tl.load(base + 2 * stride_c + tile, mask=inside & (frame < T), other=0.0).to(tl.float32)
     visible = (position < patches) & (frame < T)
 
-    for t in tl.static_range(T):
+    for t in range(T):
         row = 1 + t * patches + position
         query = tl.load(base + row * stride_s + column, mask=inside, other=0.0).to(tl.float32)
         on_cls = tl.sum(query * cls_key, axis=2, keep_dims=True) * scale
@@ -104,7 +104,7 @@ def time_backward_kernel(
 
     key_part = tl.zeros([1, ROWS, DP], dtype=tl.float32)
     value_part = tl.zeros([1, ROWS, DP], dtype=tl.float32)
-    for t in tl.static_range(T):
+    for t in range(T):
         row = 1 + t * patches + position
         query = tl.load(base + row * stride_s + column, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_base + row * (N * D) + column, mask=inside, other=0.0).to(tl.float32)

@@ -16,7 +16,7 @@ def one_frame_forward_kernel(
     qkv, out, stats, sums, stride_b, stride_s, stride_c, stride_n, out_stride_b, scale, patches, blocks, N, D,
     ROWS: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """out = v_cls + sigmoid(scale * q.(k - k_cls)) * (v - v_cls), and the CLS query's partial sums."""
+    """One block: out = v_cls + sigmoid(scale * q.(k - k_cls)) * (v - v_cls), and the CLS query's partial sums."""
     program = tl.program_id(0)
     head = program % N
     block = (program // N) % blocks

@@ -52,9 +52,11 @@ def build_dual_encoder(
     if video.weights != "none":
         load_vit_weights(tower, video.weights)
     text = config.text
+    text_tower = TextTower.build(text.name, text.weights, text.tokenizer, text.max_tokens, text.pooling)
+    text_tower.freeze_layers(text.frozen_layers)
     return DualEncoder(
         tower,
-        TextTower.build(text.name, text.weights, text.tokenizer, text.max_tokens, text.pooling),
+        text_tower,
         embedding_width=config.embedding_width,
         text_activation=config.text_activation,
         learned_frames=first_frames,
@@ -76,6 +78,7 @@ def _from_checkpoint(config: ModelConfig, max_frames: int, first_frames: int, op
         max_tokens=config.text.max_tokens,
         video_options=options,
     )
+    model.text_model.freeze_layers(config.text.frozen_layers)
     model.expand_frames(max(first_frames, model.learned_frames), config.expansion)
     if model.text_model.tokenizer is None:
         raise UserError("model.text.tokenizer: got none, and the checkpoint carries none; allowed: a name or folder")

@@ -71,6 +71,7 @@ class TextTower(nn.Module):
             self.add_module(name, child)
         self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
         self.pooling = pooling
+        self.frozen_layers = 0
         self.tokenizer = tokenizer
         if tokenizer is not None:
             self._check_tokenizer(tokenizer)
@@ -106,6 +107,25 @@ class TextTower(nn.Module):
         super().train(mode)
         self.model.train(mode)
         return self
+
+    def freeze_layers(self, count: int) -> None:
+        """Let the embeddings and the first layers keep their weights; they then cost no backward pass.
+
+        Args:
+            count: layers, from the bottom; 0: everything learns, the embeddings too.
+
+        Raises:
+            UserError: more layers than the tower has, or none that this class knows where to find.
+        """
+        self.frozen_layers = count
+        if count == 0:
+            return
+        embeddings = getattr(self.model, "embeddings", None)
+        layers = next((part for part in self.model.modules() if isinstance(part, nn.ModuleList)), nn.ModuleList())
+        if not isinstance(embeddings, nn.Module) or not 0 < count <= len(layers):
+            raise UserError(f"model.text.frozen_layers: got {count}; allowed: 0 to {len(layers)}")
+        for part in (embeddings, *layers[:count]):
+            part.requires_grad_(False)
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions -> {"input_ids", "attention_mask"}, int64 [B, L].

@@ -43,15 +43,16 @@ class VideoShape(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TextShape:
-    """Sizes of a transformer text tower."""
+    """Sizes of a transformer text tower; its first frozen_layers do not learn."""
 
     width: int
     layers: int
     feed_forward_width: int
     pooler: bool = False
+    frozen_layers: int = 0
 
     @classmethod
-    def from_config(cls, config: Any, *, pooler: bool = False) -> TextShape:
+    def from_config(cls, config: Any, *, pooler: bool = False, frozen_layers: int = 0) -> TextShape:
         """Read a transformers config (DistilBERT's or BERT's names).
 
         Raises:
@@ -65,16 +66,17 @@ class TextShape:
             raise UserError(
                 f"model.text: got a {type(config).__name__}; allowed: one that names width, layers, hidden width"
             )
-        return cls(width=width, layers=layers, feed_forward_width=hidden, pooler=pooler)
+        return cls(width=width, layers=layers, feed_forward_width=hidden, pooler=pooler, frozen_layers=frozen_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipFlops:
-    """Forward FLOPs of one clip with its caption, by part."""
+    """Forward FLOPs of one clip with its caption, by part; frozen is the share of text that has no backward pass."""
 
     video: float
     text: float
     loss: float
+    frozen: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -84,7 +86,7 @@ class ClipFlops:
     @property
     def training(self) -> float:
         """Forward and backward."""
-        return TRAINING_OVER_FORWARD * self.forward
+        return TRAINING_OVER_FORWARD * self.forward - (TRAINING_OVER_FORWARD - 1) * self.frozen
 
 
 def clip_flops(
@@ -121,6 +123,7 @@ def clip_flops(
         ),
         text=text_forward_flops(text, text_tokens, embedding_width=embedding_width),
         loss=2.0 * global_batch_size * embedding_width,
+        frozen=text.frozen_layers * text_layer_flops(text, text_tokens),
     )
 
 
@@ -156,6 +159,11 @@ def video_forward_flops(
 
 def text_forward_flops(shape: TextShape, tokens: int, *, embedding_width: int = 256) -> float:
     """Forward FLOPs of the text tower and its projection for one caption of L tokens."""
+    layers = shape.layers * text_layer_flops(shape, tokens)
+    return layers + shape.pooler * 2.0 * shape.width**2 + 2.0 * shape.width * embedding_width
+
+
+def text_layer_flops(shape: TextShape, tokens: int) -> float:
+    """Forward FLOPs of one layer of the text tower for one caption of L tokens."""
     linear = 2.0 * shape.width * shape.width
-    layer = 4 * linear * tokens + 4.0 * shape.width * tokens**2 + 4.0 * shape.width * shape.feed_forward_width * tokens
-    return shape.layers * layer + shape.pooler * linear + 2.0 * shape.width * embedding_width
+    return 4 * linear * tokens + 4.0 * shape.width * tokens**2 + 4.0 * shape.width * shape.feed_forward_width * tokens

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -157,7 +158,10 @@ def flops_counter(model: DualEncoder) -> Callable[[int, int, int], float | None]
     """
     tower = model.video_model
     try:
-        text = TextShape.from_config(model.text_model.config, pooler=model.text_model.pooling == "pooler")
+        text_model = model.text_model
+        text = TextShape.from_config(
+            text_model.config, pooler=text_model.pooling == "pooler", frozen_layers=text_model.frozen_layers
+        )
     except UserError as error:
         log.warning("no FLOPs and no MFU: %s", error)
         return lambda frames, tokens, clips: None
@@ -185,6 +189,14 @@ def read_training_sources(config: ExperimentConfig) -> dict[str, Source]:
 def read_evaluation_sources(config: ExperimentConfig) -> dict[str, Source]:
     """evaluation.sources, by name."""
     return read_sources(config.evaluation.sources, "evaluation.sources")
+
+
+def described_sources(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+    """For environment.json: how many clips each source has, of which kind, and which rows were left out and why."""
+    return {
+        name: {"clips": len(source), "kind": source.kind, "drops": dict(source.drops)}
+        for name, source in sources.items()
+    }
 
 
 def fingerprint(source: Source) -> str:

@@ -15,6 +15,7 @@ from frozen_fast.training import compiling, environment
 from frozen_fast.training.build import (
     build_model,
     build_training_loader,
+    described_sources,
     fingerprint,
     flops_counter,
     load_model,
@@ -221,6 +222,10 @@ class _Run:
             sources = read_training_sources(config)
             evaluation_sources = read_evaluation_sources(config) if config.evaluation.every != "never" else {}
             fingerprints = {name: fingerprint(source) for name, source in sources.items()}
+            if parallel.is_main:
+                self._folder.update_environment(
+                    sources=described_sources(sources), evaluation_sources=described_sources(evaluation_sources)
+                )
             if state is not None:
                 _check_same_clips(state.sources, fingerprints)
             plans = resolve_stages(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import losses, make_data, read_json, tiny_config
 
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.errors import UserError
@@ -19,6 +18,7 @@ from frozen_fast.training import run as run_module
 from frozen_fast.training.checkpoint import read_tensors
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.run import train
+from support.runs import losses, make_data, read_json, tiny_config
 
 pytestmark = pytest.mark.integration
 

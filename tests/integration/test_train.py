@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import make_data, read_json, tiny_config
 
 from frozen_fast import DualEncoder
 from frozen_fast.common.files import read_json_lines
@@ -17,6 +16,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.losses import contrastive_loss
 from frozen_fast.training.build import build_model, build_training_loader, read_training_sources
 from frozen_fast.training.run import train
+from support.runs import make_data, read_json, tiny_config
 
 pytestmark = pytest.mark.integration
 
@@ -88,6 +88,7 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     assert environment["decode_backends"]["videos"] == {"pyav": 3 * 8 + 2 * 4}
     assert sum(environment["decode_backends"]["pictures"].values()) == 60
     assert environment["attention_backends"]
+    assert environment["sources"]["pictures"] == {"clips": 12, "kind": "image", "drops": {}}
     assert "held_out" in (finished / "report.md").read_text(encoding="utf-8")
     assert (finished / "report.html").stat().st_size > 1000
     assert {path.name for path in (finished / "traces").iterdir()} == {
@@ -127,7 +128,7 @@ def test_the_last_checkpoint_is_a_model_and_only_the_newest_are_kept(finished: P
     assert model.encode_text(["a red circle", "two dogs"]).shape == (2, 16)
 
 
-def test_a_second_start_in_the_same_folder_is_refused_and_changes_nothing(finished: Path, data: dict[str, Path]) -> None:
+def test_a_second_start_in_the_same_folder_is_refused_and_changes_nothing(finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="already holds a run; allowed: --resume auto to go on with it"):
         train(load_config(finished / "config.yaml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 import av
 import numpy as np
 from PIL import Image
-from support.datasets import manifest_folder
-from support.towers import make_text_tower
 
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.config import ExperimentConfig, config_from_mapping
+from support.datasets import manifest_folder
+from support.towers import make_text_tower
 
 FRAMES, SIDE = 12, 40
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,9 +48,10 @@ def make_data(folder: Path, *, videos: int = 24, pictures: int = 12) -> dict[str
     config = json.loads((tower / "config.json").read_text(encoding="utf-8"))
     config.update(dropout=0.0, attention_dropout=0.0)
     (tower / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    stills = folder / "pictures"
     return {
         "videos": manifest_folder(folder / "videos", videos, suffix=".avi", write_clip=write_clip),
-        "pictures": manifest_folder(folder / "pictures", pictures, kind="image", suffix=".png", write_clip=write_picture),
+        "pictures": manifest_folder(stills, pictures, kind="image", suffix=".png", write_clip=write_picture),
         "tower": tower,
     }
 
@@ -106,6 +108,17 @@ def environment(**changes: str) -> dict[str, str]:
     """Variables for a child process that imports from this checkout."""
     paths = os.pathsep.join(str(REPOSITORY / name) for name in (".", "kernels", "tests"))
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens at just now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 def torchrun(*arguments: str, processes: int = 2) -> list[str]:

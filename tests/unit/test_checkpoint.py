@@ -29,20 +29,11 @@ from frozen_fast.training.checkpoint import (
 )
 
 
-class Weights:
-    """Stands for a model: writes one tensor."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        save_file({"w": torch.full((3,), self.value)}, Path(folder) / "model.safetensors")
-
-
 def state(step: int = 7, **changes: object) -> RunState:
     base = RunState(
         step=step, stage=1, steps_in_stage=2, stage_complete=False, position={"step": step, "consumed": {"a": 40}},
-        meter={"clips": 12}, clips_read=40, clips_bad=1, learned_frames=4, config={"seed": 3}, sources={"a": "f"},
+        meter={"clips": 12}, bad_clips={"clips": 40, "causes": {"empty": 1}}, learned_frames=4, config={"seed": 3},
+        sources={"a": "f"},
     )  # fmt: skip
     return replace(base, **changes)
 
@@ -52,7 +43,10 @@ def optimizer_state(value: float) -> dict:
 
 
 def save(folder: Path, step: int, value: float = 1.0, keep: int = 2) -> Path:
-    return save_checkpoint(folder, state(step), Weights(value), optimizer_state(value), keep=keep)
+    def write_model(temporary: Path) -> None:
+        save_file({"w": torch.full((3,), value)}, temporary / "model.safetensors")
+
+    return save_checkpoint(folder, state(step), write_model, optimizer_state(value), keep=keep)
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def test_adamw_follows_the_published_update(fused: str) -> None:
 
 def test_warm_up_is_linear_and_reaches_the_peak() -> None:
     config = OptimizerConfig(warmup_steps=4)
-    assert [learning_rate_factor(step, 100, config) for step in (1, 2, 3, 4, 5, 100)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    factors = [learning_rate_factor(step, 100, config) for step in (1, 2, 3, 4, 5, 100)]
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_cosine_starts_at_the_peak_passes_the_half_and_ends_just_above_zero() -> None:

@@ -16,7 +16,14 @@ def filled(path: Path) -> RunFolder:
     folder = RunFolder(path)
     folder.create()
     folder.append_steps([{"step": step, "stage": 0 if step <= 3 else 1} for step in range(1, 7)])
-    folder.append_bad_clips([{"step": 2, "clip_id": "a"}, {"step": 5, "clip_id": "b"}])
+    folder.append_bad_clips(
+        [
+            {"step": 2, "clip_id": "a", "replaced_by": "c"},
+            {"step": 3, "clip_id": "of the evaluation", "replaced_by": None},
+            {"step": 5, "clip_id": "b", "replaced_by": "c"},
+            {"step": 6, "clip_id": "of the last evaluation", "replaced_by": None},
+        ]
+    )
     folder.add_evaluations([{"step": 3, "stage": 0}])
     folder.add_evaluations([{"step": 6, "stage": 1}])
     folder.put_stage_row({"stage": 0, "steps": 3})
@@ -46,11 +53,11 @@ def test_an_empty_folder_is_no_run_and_a_step_makes_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "stage", "stage_complete", "expected"),
     [
-        (5, 1, False, ([1, 2, 3, 4, 5], ["a", "b"], [3], [0])),
-        (3, 0, True, ([1, 2, 3], ["a"], [3], [0])),
+        (5, 1, False, ([1, 2, 3, 4, 5], ["a", "of the evaluation", "b"], [3], [0])),
+        (3, 0, True, ([1, 2, 3], ["a", "of the evaluation"], [3], [0])),
         (2, 0, False, ([1, 2], ["a"], [], [])),
         (0, 0, False, ([], [], [], [])),
-        (6, 1, True, ([1, 2, 3, 4, 5, 6], ["a", "b"], [3, 6], [0, 1])),
+        (6, 1, True, (list(range(1, 7)), ["a", "of the evaluation", "b", "of the last evaluation"], [3, 6], [0, 1])),
     ],
 )
 def test_cutting_back_leaves_what_the_checkpoint_knows(tmp_path: Path, step, stage, stage_complete, expected) -> None:
@@ -64,7 +71,7 @@ def test_an_evaluation_without_its_stage_row_is_done_again(tmp_path: Path) -> No
     folder = filled(tmp_path)
     folder.stages.write_text(json.dumps([{"stage": 0, "steps": 3}]), encoding="utf-8")
     folder.cut_back(6, 1, stage_complete=True)
-    assert content(folder)[2:] == ([3], [0])
+    assert content(folder)[1:] == (["a", "of the evaluation", "b"], [3], [0])
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class AutoDecoder:
         self._make = make
         self._max_pixels = max_pixels
         self._uses_dali = device.type == "cuda" and "dali" not in missing
-        self._on_cpu = next(name for name in _CPU_ORDER if name not in missing)
+        self._on_cpu = next((name for name in _CPU_ORDER if name not in missing), "pyav")  # reads pictures anyway
         self._made: dict[str, Decoder] = {}
 
     def _backend_for(self, request: DecodeRequest) -> str:

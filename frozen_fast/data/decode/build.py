@@ -10,6 +10,7 @@ from frozen_fast.data.decode import decord, pyav, torchcodec
 from frozen_fast.data.decode.auto import AutoDecoder
 from frozen_fast.data.decode.dali import DaliDecoder
 from frozen_fast.data.decode.dali_pipeline import missing as dali_missing
+from frozen_fast.data.decode.index import av_missing
 from frozen_fast.data.decode.threaded import ThreadedDecoder
 from frozen_fast.data.decode.transforms import ViewTransform
 from frozen_fast.data.decode.types import Decoder
@@ -20,13 +21,13 @@ _MISSING: dict[str, Callable[[], str | None]] = {
     "dali": dali_missing,
     "torchcodec": torchcodec.missing,
     "decord": decord.missing,
-    "pyav": lambda: None,
+    "pyav": av_missing,
 }
 
 
 def unavailable_backends() -> dict[str, str]:
     """The backends that cannot be used on this machine, and why."""
-    reasons = {name: check() for name, check in _MISSING.items()}
+    reasons = {name: av_missing() or check() for name, check in _MISSING.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -79,7 +80,7 @@ def build_decoder(
 
     if backend == "auto":
         return AutoDecoder(made, unavailable_backends(), device=device, max_pixels=max_pixels)
-    reason = _MISSING[backend]()
+    reason = av_missing() or _MISSING[backend]()
     if reason is not None:
         raise UserError(f"data.decode.backend: got {backend}, but {reason}; allowed here: auto, {_usable()}")
     return made(backend)

@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import av
 import numpy as np
 
 from frozen_fast.data.decode.index import ClipIndex, opened
@@ -54,6 +53,8 @@ def excerpt(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixel
     Raises:
         ClipError: decode_failed where the packets cannot be found again.
     """
+    import av
+
     runs = packet_runs(index, frame_indices)
     kept: list[int] = []
     target = io.BytesIO()

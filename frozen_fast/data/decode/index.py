@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.stream import Disposition
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
 from frozen_fast.data.decode.containers import container_name, structure_fault
 from frozen_fast.data.decode.types import ClipError, VideoInfo
+from frozen_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 # FFmpeg also reads playlists, pictures and text as "video", some of them opening other files: only these may be.
 _FORMATS = (
@@ -60,6 +63,15 @@ class ClipIndex:
         return (int(keys[-1]) if len(keys) else 0), last
 
 
+def av_missing() -> str | None:
+    """Why PyAV, which finds the frames of every video whatever decodes them, cannot be used here, or None."""
+    try:
+        import av  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"PyAV, which finds the frames of every video, cannot be imported ({error})"
+    return None
+
+
 @contextmanager
 def opened(
     path: str, *, max_pixels: int, options: dict[str, str] | None = None
@@ -68,7 +80,15 @@ def opened(
 
     Raises:
         ClipError: not_a_video, truncated or no_frames; FFmpeg's errors inside the block become decode_failed.
+        UserError: PyAV is not installed.
     """
+    reason = av_missing()
+    if reason is not None:
+        raise UserError(f"data.decode: got {path}, but {reason}; allowed without it: pictures (pip install av)")
+    import av
+    from av.stream import Disposition
+    from av.video.stream import VideoStream
+
     try:
         container = av.open(path, container_options={"format_whitelist": _FORMATS, **(options or {})})
     except (av.error.FFmpegError, ValueError) as error:

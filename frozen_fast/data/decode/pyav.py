@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 
 from frozen_fast.data.decode.index import ClipIndex, opened
 from frozen_fast.data.decode.types import ClipError
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
+    from av.video.stream import VideoStream
 
 
 def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixels: int) -> np.ndarray:
@@ -30,11 +34,14 @@ def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_p
         ClipError: decode_failed where a frame is missing, damaged or of another size.
     """
     with opened(path, max_pixels=max_pixels) as (container, stream):
+        from av.video.reformatter import VideoReformatter
+
         if index.seekable:
             pictures = _by_time(container, stream, path, index, frame_indices)
         else:
             pictures = _by_counting(container, stream, path, frame_indices)
-        frames = [_to_rgb(frame, path, index) for frame in pictures]
+        converter = VideoReformatter()  # one for all frames: making one costs more than using it
+        frames = [_to_rgb(frame, converter, path, index) for frame in pictures]
     if len(frames) != len(frame_indices):
         raise ClipError("decode_failed", f"{len(frames)} of {len(frame_indices)} frames decode", path)
     return np.stack(frames)
@@ -116,10 +123,11 @@ def _sound(frame: VideoFrame, path: str) -> VideoFrame:
     return frame
 
 
-def _to_rgb(frame: VideoFrame, path: str, index: ClipIndex) -> np.ndarray:
+def _to_rgb(frame: VideoFrame, converter: VideoReformatter, path: str, index: ClipIndex) -> np.ndarray:
     if (frame.height, frame.width) != (index.stored_height, index.stored_width):
         raise ClipError("decode_failed", f"the frame size changes to {frame.width} x {frame.height}", path)
-    return upright(frame.to_ndarray(format="rgb24"), index.info.rotation_degrees)
+    rgb = converter.reformat(frame, format="rgb24", threads=1)  # otherwise a thread per core for each frame
+    return upright(rgb.to_ndarray(), index.info.rotation_degrees)
 
 
 def upright(frame_HWC: np.ndarray, rotation_degrees: int) -> np.ndarray:

@@ -2,6 +2,18 @@
 
 from frozen_kernels.attention import divided_attention, resolve_backend
 from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
+from frozen_kernels.fused_bias_gelu import bias_gelu
+from frozen_kernels.fused_layer_norm import add_layer_norm
+from frozen_kernels.fused_positions import add_positions
 from frozen_kernels.selection import chosen_backends
 
-__all__ = ["BACKEND_NAMES", "chosen_backends", "divided_attention", "resolve_backend", "unavailable_backends"]
+__all__ = [
+    "BACKEND_NAMES",
+    "add_layer_norm",
+    "add_positions",
+    "bias_gelu",
+    "chosen_backends",
+    "divided_attention",
+    "resolve_backend",
+    "unavailable_backends",
+]

@@ -30,7 +30,7 @@ _FUNCTIONS = {
     "sdpa": (("attention_sdpa", "attention_sdpa"), ("attention_sdpa", "cls_sdpa")),
     "batched": (("attention_batched", "attention_batched"), ("attention_reference", "cls_reference")),
     "xformers": (("attention_xformers", "attention_xformers"), ("attention_xformers", "cls_xformers")),
-    "triton": (("attention_triton", "attention_triton"), ("attention_sdpa", "cls_sdpa")),
+    "triton": (("attention_triton", "attention_triton"), ("attention_reference", "cls_reference")),
 }
 """Backend -> (module, function) for all tokens and for CLS alone; imported at first use."""
 

@@ -70,10 +70,15 @@ def errors(compute: Compute, qkv: Tensor, grad: Tensor, num_frames: int, axis: s
     }
 
 
-def assert_close(found: dict[str, dict[str, float]], dtype: torch.dtype) -> None:
-    """Hold fp32 to 1e-5, and bf16 and fp16 to twice PyTorch's own error."""
+def assert_close(found: dict[str, dict[str, float]], dtype: torch.dtype, *, cut_off: bool = False) -> None:
+    """Hold fp32 to 1e-5, and bf16 and fp16 to twice PyTorch's own error.
+
+    cut_off: the numbers come from Triton's interpreter, which cuts fp32 off to bf16 instead of rounding; that error
+    is twice a rounding's (rms), so bf16 is held to twice as much there. Compiled kernels round (tests/gpu).
+    """
     for name, error in found.items():
         if dtype == torch.float32:
             assert error["largest"] <= 1e-5, f"{name}: {error}"
         else:
-            assert error["rms"] <= 2 * error["plain_rms"] + 1e-7, f"{name}: {error}"
+            times = 4 if cut_off and dtype == torch.bfloat16 else 2
+            assert error["rms"] <= times * error["plain_rms"] + 1e-7, f"{name}: {error}"

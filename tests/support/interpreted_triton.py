@@ -1,7 +1,7 @@
-"""Run the Triton kernels in Triton's interpreter and print their errors as JSON; started by test_attention_triton.
+"""Run the Triton kernels in Triton's interpreter and print their errors as JSON; started by the unit tests.
 
 The interpreter is chosen when the kernels are imported, so this is a process of its own:
-TRITON_INTERPRET=1 python interpreted_triton.py.
+TRITON_INTERPRET=1 python interpreted_triton.py attention|fused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from frozen_kernels import attention_triton, divided_attention
 from support.attention_cases import errors, make_case, run
+from support.fused_cases import FUSED_CASES, fused_errors
 
 ATTENTION_CASES = [
     # axis, dtype, batch, frames, patches, heads, head width, strided
@@ -69,12 +70,16 @@ def order_of_programs(axis):
     }
 
 
-def main() -> None:
-    """Print one JSON object: errors by case, and the order check by axis."""
-    cases = {"-".join(map(str, case)): case_errors(*case) for case in ATTENTION_CASES}
-    order = {axis: order_of_programs(axis) for axis in ("time", "space")}
-    json.dump({"interpreted": attention_triton.INTERPRETED, "cases": cases, "order": order}, sys.stdout)
+def main(group: str) -> None:
+    """Print one JSON object: the errors by case, and for attention the order check by axis."""
+    if group == "fused":
+        result = {"-".join(map(str, case)): fused_errors(*case) for case in FUSED_CASES}
+    else:
+        cases = {"-".join(map(str, case)): case_errors(*case) for case in ATTENTION_CASES}
+        order = {axis: order_of_programs(axis) for axis in ("time", "space")}
+        result = {"cases": cases, "order": order}
+    json.dump({"interpreted": attention_triton.INTERPRETED, **result}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

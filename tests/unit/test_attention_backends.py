@@ -7,11 +7,11 @@ import types
 
 import pytest
 import torch
-from support.attention_cases import assert_close, attention_by_mask, errors, exact, make_case, run
 from torch.utils.checkpoint import checkpoint
 
 from frozen_kernels import attention_xformers, divided_attention
 from frozen_kernels.layout import read_layout
+from support.attention_cases import assert_close, attention_by_mask, errors, exact, make_case, run
 
 AXES = ("time", "space")
 CPU_BACKENDS = ("reference", "sdpa", "batched")

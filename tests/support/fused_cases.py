@@ -1,0 +1,95 @@
+"""Fused ops against their plain forms in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from frozen_kernels import add_layer_norm, bias_gelu
+from frozen_kernels.fused_bias_gelu import bias_gelu_reference
+from frozen_kernels.fused_layer_norm import add_layer_norm_reference
+
+FUSED_CASES = [
+    # op, dtype, rows, width
+    ("add_layer_norm", "float32", 5, 24),
+    ("add_layer_norm", "float32", 1, 1),
+    ("add_layer_norm", "bfloat16", 9, 768),
+    ("layer_norm", "float32", 7, 33),
+    ("layer_norm", "float16", 3, 64),
+    ("mixed_layer_norm", "bfloat16", 6, 48),
+    ("bias_gelu", "float32", 5, 24),
+    ("bias_gelu", "float32", 1, 1),
+    ("bias_gelu", "bfloat16", 11, 300),
+    ("bias_gelu", "float16", 9, 64),
+]
+
+
+def fused_errors(op: str, dtype: str, rows: int, width: int, backend: str = "triton", device: str = "cpu"):
+    """Errors per output and gradient, in the form of support.attention_cases.errors."""
+    generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(kind).to(device)
+
+    if op == "bias_gelu":
+        inputs = [draw(2, rows, width), draw(width)]
+        ours, plain = partial(bias_gelu, backend=backend), bias_gelu_reference
+        exact: Callable[..., object] = _exact_gelu
+    else:
+        branch = None if op == "layer_norm" else draw(2, rows, width)
+        first = draw(2, rows, width)
+        out_dtype = kind
+        if op == "mixed_layer_norm":
+            first = first.float()
+        inputs = [first, draw(width), draw(width)] if branch is None else [first, branch, draw(width), draw(width)]
+        ours = partial(_layer_norm, partial(add_layer_norm, backend=backend, out_dtype=out_dtype), branch is None)
+        plain = partial(_layer_norm, partial(_plain_layer_norm, out_dtype=out_dtype), branch is None)
+        exact = partial(_layer_norm, _exact_layer_norm, branch is None)
+    weights = torch.Generator().manual_seed(1)
+    truth = _run(exact, [value.double() for value in inputs], weights)
+    found, own = _run(ours, inputs, weights), _run(plain, inputs, weights)
+    return {
+        name: {
+            "largest": (found[name] - truth[name]).abs().max().item(),
+            "rms": (found[name] - truth[name]).square().mean().sqrt().item(),
+            "plain_rms": (own[name] - truth[name]).square().mean().sqrt().item(),
+        }
+        for name in truth
+    }
+
+
+def _layer_norm(function, no_branch: bool, x: Tensor, *rest: Tensor):
+    branch, weight, bias = (None, *rest) if no_branch else rest
+    return function(x, branch, weight, bias)
+
+
+def _plain_layer_norm(x, branch, weight, bias, out_dtype):
+    return add_layer_norm_reference(x, branch, weight, bias, 1e-6, out_dtype)
+
+
+def _exact_layer_norm(x, branch, weight, bias):
+    total = x if branch is None else x + branch
+    deviation = (total.var(dim=-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    return total, (total - total.mean(dim=-1, keepdim=True)) / deviation * weight + bias
+
+
+def _exact_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    value = x + bias
+    return value * 0.5 * (1 + torch.erf(value / 2**0.5))
+
+
+def _run(function, inputs: list[Tensor], weights: torch.Generator) -> dict[str, Tensor]:
+    """Outputs and input gradients in float64; the outputs' gradients are the same in every run."""
+    weights.manual_seed(1)
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.randn(out.shape, generator=weights).to(out.device, torch.bfloat16).to(out.dtype) for out in outputs]
+    torch.autograd.backward(outputs, grads)
+    named = {f"out{index}": out.detach() for index, out in enumerate(outputs)}
+    named.update({f"grad{index}": leaf.grad for index, leaf in enumerate(leaves)})
+    return {name: value.double().cpu() for name, value in named.items()}

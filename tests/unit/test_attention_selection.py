@@ -1,0 +1,180 @@
+"""auto: what it chooses from, what it keeps, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from frozen_kernels import availability, chosen_backends, divided_attention, resolve_backend, selection
+from frozen_kernels.attention import load_backend
+from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
+from frozen_kernels.layout import read_layout
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices(tmp_path, monkeypatch):
+    """Each test has a cache folder of its own and starts without choices."""
+    monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(logging.getLogger("frozen_kernels"), "propagate", True)
+    before = dict(selection._chosen)
+    selection.forget_choices()
+    yield tmp_path / "cache"
+    selection._chosen.clear()
+    selection._chosen.update(before)
+
+
+def qkv(batch=2, frames=2, patches=3):
+    return torch.randn(batch, 1 + frames * patches, 3, 2, 4)
+
+
+def test_measured_once_then_remembered_then_read(fresh_choices, caplog, monkeypatch):
+    measured = []
+    monkeypatch.setattr(selection, "_measure", lambda *_: measured.append(1) or {"batched": 2.0, "sdpa": 1.0})
+    with caplog.at_level(logging.INFO, logger="frozen_kernels"):
+        assert resolve_backend("auto", qkv(), 2, "time") == "sdpa"
+        assert resolve_backend("auto", qkv(), 2, "time") == "sdpa"
+    assert len(measured) == 1 and caplog.text.count("attention auto: sdpa") == 1
+    (row,) = chosen_backends()
+    assert row["how"] == "measured" and row["milliseconds"] == {"batched": 2.0, "sdpa": 1.0}
+    assert (row["axis"], row["frames"], row["patches"], row["batch"]) == ("time", 2, 3, 2)
+
+    selection.forget_choices()
+    assert resolve_backend("auto", qkv(), 2, "time") == "sdpa"
+    assert len(measured) == 1 and chosen_backends()[0]["how"] == "cached"
+    assert len(json.loads((fresh_choices / selection.CACHE_FILE).read_text())) == 1
+
+
+@pytest.mark.parametrize(("other", "expected"), [(0.90, "sdpa"), (0.97, "batched"), (2.0, "batched")])
+def test_the_default_stands_unless_clearly_beaten(other, expected, monkeypatch):
+    monkeypatch.setattr(selection, "_measure", lambda *_: {"batched": 1.0, "sdpa": other})
+    assert resolve_backend("auto", qkv(), 2, "space") == expected
+
+
+def test_another_process_that_wrote_first_decides(fresh_choices, monkeypatch):
+    def measure(candidates, device, dtype, case, compute):
+        first = {case.key: {"backend": "batched", "milliseconds": {}}}
+        (fresh_choices / selection.CACHE_FILE).write_text(json.dumps(first))
+        return {"batched": 2.0, "sdpa": 1.0}
+
+    monkeypatch.setattr(selection, "_measure", measure)
+    assert resolve_backend("auto", qkv(), 2, "time") == "batched"
+
+
+def test_a_damaged_file_is_measured_anew(fresh_choices, caplog):
+    fresh_choices.mkdir()
+    (fresh_choices / selection.CACHE_FILE).write_text('{"half a')
+    assert resolve_backend("auto", qkv(), 2, "time") in ("batched", "sdpa")
+    assert "is not readable" in caplog.text
+    assert json.loads((fresh_choices / selection.CACHE_FILE).read_text())
+
+
+def test_nothing_is_measured_where_it_cannot_be_kept(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(selection, "_measure", lambda *_: pytest.fail("measured"))
+    assert resolve_backend("auto", qkv(), 2, "time") == "batched"
+    assert "cannot be written" in caplog.text and chosen_backends()[0]["how"] == "default"
+
+
+def test_shapes_have_their_own_choices():
+    for frames, patches, axis in ((2, 3, "time"), (2, 3, "space"), (3, 2, "time")):
+        divided_attention(qkv(2, frames, patches), frames, axis)
+    assert len(chosen_backends()) == 3
+    divided_attention(qkv(2, 2, 3).to(torch.bfloat16), 2, "time")
+    assert [row["dtype"] for row in chosen_backends()] == ["float32"] * 3 + ["bfloat16"]
+
+
+def test_a_failing_candidate_is_left_out(monkeypatch, caplog):
+    def compute(name, x, frames, axis):
+        if name == "batched":
+            raise RuntimeError("out of memory")
+        return divided_attention(x, frames, axis, backend=name)
+
+    x = qkv()
+    assert selection.choose_backend(x, read_layout(x, 2, "time"), "time", compute) == "sdpa"
+    assert "batched fails" in caplog.text and "out of memory" in caplog.text
+
+
+def test_measuring_leaves_the_caller_alone(monkeypatch):
+    """The random state, autocast, gradient mode and checkpointing's count of saved tensors."""
+    x = qkv().requires_grad_()
+    state = torch.random.get_rng_state()
+    out = checkpoint(lambda y: divided_attention(y, 2, "time"), x, use_reentrant=False)
+    out.sum().backward()
+    assert torch.equal(torch.random.get_rng_state(), state) and x.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        divided_attention(qkv(), 2, "space")
+    with torch.inference_mode():
+        divided_attention(qkv(1, 3, 2), 3, "space")
+    assert [row["how"] for row in chosen_backends()] == ["measured"] * 3
+
+
+def test_compile_takes_the_default(monkeypatch):
+    monkeypatch.setattr(selection, "_measure", lambda *_: pytest.fail("measured"))
+    x = qkv()
+    out = torch.compile(lambda y: divided_attention(y, 2, "time"), backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(out, divided_attention(x, 2, "time", backend="reference"))
+
+
+def test_cls_only_needs_no_choice():
+    divided_attention(qkv(), 2, "time", cls_only=True)
+    assert chosen_backends() == []
+
+
+def test_unavailable_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reasons = unavailable_backends("cpu", torch.float32)
+    assert set(reasons) == {"xformers", "triton"}
+    assert "needs a CUDA GPU" in reasons["xformers"] and "TRITON_INTERPRET=1" in reasons["triton"]
+    with pytest.raises(ValueError, match="got 'xformers', which cannot run here: .* CUDA GPU; allowed: auto, ref"):
+        divided_attention(qkv(), 2, "time", backend="xformers")
+    with pytest.raises(ValueError, match="got 'tritn'; allowed: auto, reference, sdpa, batched, xformers, triton"):
+        divided_attention(qkv(), 2, "time", backend="tritn")
+    assert set(unavailable_backends("cpu", torch.float64)) == set(BACKEND_NAMES)
+    assert "caches of a CPU" in unavailable_backends("cuda", torch.float32)["batched"]
+
+
+def test_a_missing_or_broken_package_is_a_reason(monkeypatch):
+    assert availability._why_not_import("no_such_package.part") == "no_such_package.part is not installed"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(availability.importlib, "import_module", lambda name: 1 / 0)
+    assert "importing triton fails: ZeroDivisionError" in unavailable_backends("cpu", torch.float32)["triton"]
+
+
+def test_deterministic_on_cuda():
+    from frozen_kernels.attention import _deterministic_backend
+
+    assert _deterministic_backend("auto") == "triton" and _deterministic_backend("reference") == "reference"
+    with pytest.raises(ValueError, match="got 'xformers' with deterministic on CUDA"):
+        _deterministic_backend("xformers")
+    x = qkv()
+    out = divided_attention(x, 2, "time", backend="sdpa", deterministic=True)
+    torch.testing.assert_close(out, divided_attention(x, 2, "time", backend="reference"))
+
+
+def test_loaded_backends_are_what_the_table_says():
+    for name in ("reference", "sdpa", "batched"):
+        assert load_backend(name, torch.device("cpu"), torch.float32).full.__name__ == f"attention_{name}"
+
+
+def test_the_cpu_path_needs_neither_triton_nor_xformers():
+    """An installation without them imports and computes."""
+    code = (
+        "import sys; sys.modules.update({'triton': None, 'xformers': None})\n"
+        "import torch, frozen_kernels as k\n"
+        "x = torch.randn(1, 5, 3, 2, 4, requires_grad=True)\n"
+        "k.divided_attention(x, 2, 'time', backend='batched').sum().backward()\n"
+        "assert 'xformers' in k.unavailable_backends('cpu', torch.float32)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT / "kernels", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

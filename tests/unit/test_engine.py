@@ -1,0 +1,378 @@
+"""The engine's parts on their own: agreement, precision, stage changes, the journal, evaluation's arithmetic."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from frozen_fast.common.files import read_json_lines
+from frozen_fast.config import config_from_mapping
+from frozen_fast.data.bad_clips import BadClip
+from frozen_fast.data.sources import CaptionRule, Clip, Source
+from frozen_fast.errors import UserError
+from frozen_fast.evaluation import retrieval_metrics, similarity
+from frozen_fast.models.temporal import expand_temporal_embedding
+from frozen_fast.profiling.meter import StageMeter
+from frozen_fast.training import precision
+from frozen_fast.training.evaluate import evaluate_source
+from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
+from frozen_fast.training.optimizer import build_optimizer
+from frozen_fast.training.parallel import Parallel, check_world, seed_step
+from frozen_fast.training.precision import choose_precision
+from frozen_fast.training.run_folder import RunFolder
+from frozen_fast.training.stages import TEMPORAL_EMBEDDING, expand_frames, warm_up_steps
+from frozen_fast.training.tracking import Tracker
+
+
+@pytest.fixture
+def parallel() -> Iterator[Parallel]:
+    made = Parallel.start(config_from_mapping({"training": {"device": "cpu", "precision": "fp32"}}))
+    yield made
+    made.close()
+
+
+# Agreement and precision
+
+
+def test_alone_an_error_is_raised_as_it_is_and_counts_come_back(parallel: Parallel) -> None:
+    assert parallel.agree(stop=True, counts=(2, 3)) == (True, [2, 3])
+    with pytest.raises(KeyError), parallel.together():
+        raise KeyError("mine")
+    assert parallel.gather_objects("x") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "training", "message"),
+    [
+        ({}, {"expected_world_size": 4}, r"training.expected_world_size: got 1 process\(es\); allowed: 4"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"precision": "fp32"}, "precision"),
+        ({"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed"),
+    ],
+)
+def test_a_launch_that_contradicts_the_config_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], training: dict[str, Any], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = config_from_mapping({"training": {"device": "cpu", "precision": "fp32", **training}})
+    with pytest.raises(UserError, match=message):
+        Parallel.start(config)
+
+
+def test_a_world_of_one_under_a_launcher_of_two_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeepSpeed on a CPU makes of it where the backend is not named."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="^number of processes: got 1 where the launcher started 2"):
+        check_world(1, None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_cuda_device_is_named() -> None:
+    with pytest.raises(UserError, match="^training.device: got 'cuda', but PyTorch finds no CUDA device"):
+        Parallel.start(config_from_mapping({"training": {"device": "cuda"}}))
+
+
+@pytest.mark.parametrize(
+    ("requested", "hardware", "expected"),
+    [("auto", None, "fp32"), ("auto", "AMX", "bf16"), ("bf16", None, "bf16"), ("fp32", "AMX", "fp32")],
+)
+def test_auto_precision_follows_the_hardware(
+    monkeypatch: pytest.MonkeyPatch, requested: str, hardware: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(precision, "bf16_hardware", lambda device: hardware)
+    chosen, reason = choose_precision(requested, torch.device("cpu"))
+    assert chosen == expected and reason
+
+
+def test_a_steps_random_draws_depend_on_seed_step_and_rank_alone() -> None:
+    def draw(seed: int, step: int, rank: int) -> float:
+        torch.rand(step % 3)  # whatever was drawn before
+        seed_step(seed, step, rank)
+        return float(torch.rand(()))
+
+    keys = [(seed, step, rank) for seed in (0, 1) for step in (1, 2, 3) for rank in (0, 1)]
+    draws = [draw(*key) for key in keys]
+    assert draws == [draw(*key) for key in keys]
+    assert len(set(draws)) == len(draws)
+
+
+# Stage changes
+
+
+class FramesModel(nn.Module):
+    """The part of a dual encoder that a stage change touches."""
+
+    def __init__(self, max_frames: int, learned: int) -> None:
+        super().__init__()
+        self.video_model = nn.Module()
+        self.video_model.temporal_embed = nn.Parameter(torch.zeros(1, max_frames, 4))
+        self.other = nn.Parameter(torch.ones(3))
+        self.learned_frames = learned
+
+    def expand_frames(self, num_frames: int, method: str) -> None:
+        embed = self.video_model.temporal_embed
+        with torch.no_grad():
+            embed[:, :num_frames] = expand_temporal_embedding(embed[:, : self.learned_frames], num_frames, method)
+        self.learned_frames = num_frames
+
+    def forward(self, frames: int) -> Tensor:
+        return (self.video_model.temporal_embed[:, :frames] * torch.arange(1.0, 5.0)).sum() ** 2 + self.other.sum()
+
+
+def trained(parallel: Parallel, frames: int) -> FramesModel:
+    """A model after two steps at so many frames, with room for eight."""
+    model = FramesModel(8, frames)
+    torch.manual_seed(0)
+    nn.init.normal_(model.video_model.temporal_embed.data[:, :frames])
+    config = config_from_mapping({}).optimizer
+    parallel.prepare(model, build_optimizer(model, config))
+    for _ in range(2):
+        parallel.backward(parallel.forward(frames))
+        parallel.update(0.0)
+    return model
+
+
+@pytest.mark.parametrize("method", ["zero", "nearest", "bilinear"])
+def test_the_optimizers_state_takes_the_embeddings_map(parallel: Parallel, method: str) -> None:
+    model = trained(parallel, 2)
+    embed = model.video_model.temporal_embed
+    before = embed.detach().clone()
+    state = {key: value.clone() for key, value in parallel.optimizer_state()[TEMPORAL_EMBEDDING].items()}
+    other = {key: value.clone() for key, value in parallel.optimizer_state()["other"].items()}
+    assert state["exp_avg"][:, :2].abs().min() > 0 and not state["exp_avg"][:, 2:].any()
+    expand_frames(parallel, model, 5, method)  # type: ignore[arg-type]
+    after = parallel.optimizer_state()[TEMPORAL_EMBEDDING]
+    assert torch.equal(embed[:, :5], expand_temporal_embedding(before[:, :2], 5, method))
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[key][:, :5], expand_temporal_embedding(state[key][:, :2], 5, method))
+        assert not after[key][:, 5:].any()
+    assert torch.equal(after["step"], state["step"])
+    assert all(torch.equal(parallel.optimizer_state()["other"][key], value) for key, value in other.items())
+    parallel.backward(parallel.forward(5))
+    parallel.update(0.0)
+    assert model.learned_frames == 5 and bool(embed.isfinite().all())
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_frames_that_are_learned_already_are_not_destroyed(parallel: Parallel, frames: int) -> None:
+    model = trained(parallel, 4)
+    before = model.video_model.temporal_embed.detach().clone()
+    state = {key: value.clone() for key, value in parallel.optimizer_state()[TEMPORAL_EMBEDDING].items()}
+    expand_frames(parallel, model, frames, "bilinear")  # type: ignore[arg-type]
+    assert model.learned_frames == 4 and torch.equal(model.video_model.temporal_embed, before)
+    assert all(torch.equal(parallel.optimizer_state()[TEMPORAL_EMBEDDING][key], value) for key, value in state.items())
+
+
+def test_optimizer_state_goes_out_and_back_by_name(parallel: Parallel) -> None:
+    model = trained(parallel, 2)
+    saved = {
+        name: {key: value.clone() for key, value in tensors.items()}
+        for name, tensors in parallel.optimizer_state().items()
+    }
+    parallel.backward(parallel.forward(2))
+    parallel.update(0.0)
+    parallel.load_optimizer_state(saved)
+    for name, tensors in parallel.optimizer_state().items():
+        assert all(torch.equal(saved[name][key], value) for key, value in tensors.items())
+    with pytest.raises(UserError, match="optimizer state for 'nobody'"):
+        parallel.load_optimizer_state({"nobody": {}})
+    with pytest.raises(UserError, match=r"exp_avg of shape \[2\] for other; allowed: \[3\]"):
+        parallel.load_optimizer_state({"other": {"exp_avg": torch.zeros(2)}})
+    assert model.learned_frames == 2
+
+
+def test_warm_up_is_at_most_a_quarter_of_a_stage() -> None:
+    assert [warm_up_steps(steps, 1) for steps in (1, 4, 8, 12, 1000)] == [0, 1, 2, 3, 3]
+    assert warm_up_steps(1000, 2) == 6
+
+
+def test_weights_that_overflow_a_norm_are_still_finite(parallel: Parallel) -> None:
+    model = FramesModel(2, 1)
+    parallel.prepare(model, build_optimizer(model, config_from_mapping({}).optimizer))
+    model.other.data.fill_(3e30)
+    assert parallel.weights_are_finite()
+    model.other.data[1] = float("nan")
+    assert not parallel.weights_are_finite()
+
+
+# The journal
+
+
+def journal(folder: RunFolder, parallel: Parallel, log_every_steps: int = 10) -> Journal:
+    folder.create()
+    return Journal(
+        folder, parallel, Tracker(), total_steps=9, num_stages=2, log_every_steps=log_every_steps, advice="lower it"
+    )
+
+
+def record(made: Journal, meter: StageMeter, step: int, loss: float, norm: float | None = None) -> None:
+    with meter.step(warmup=step == 1) as timing:
+        with timing.stall():
+            pass
+        timing.count(4, 2, None)
+    norms = None if norm is None else torch.tensor(norm)
+    result = StepResult(
+        step=step, stage=0, frames=2, source="a", loss=torch.tensor(loss), gradient_norm=norms, learning_rate=1e-3,
+        bad_clips=1,
+    )  # fmt: skip
+    made.add(result, meter)
+
+
+def test_on_a_cpu_a_row_is_there_when_its_step_is_over(parallel: Parallel, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    made, meter = journal(folder, parallel), StageMeter(stage=0, frames=2, batch_sizes={"a": 4})
+    record(made, meter, 1, 2.5)
+    record(made, meter, 2, 2.25, norm=3.0)
+    first, second = read_json_lines(folder.steps)
+    assert (first["loss"], first["gradient_norm"], first["warmup"], first["clips"]) == (2.5, None, True, 4)
+    assert (second["loss"], second["gradient_norm"], second["warmup"], second["bad_clips"]) == (2.25, 3.0, False, 1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "message"),
+    [
+        (float("nan"), None, r"^loss: got nan at step 3 \(stage 0, 2 frames, source a\); .*; lower it$"),
+        (1.0, float("inf"), "^gradient norm: got inf at step 3 "),
+    ],
+)
+def test_a_step_that_is_not_finite_ends_the_record_before_it(
+    parallel: Parallel, tmp_path: Path, loss: float, norm: float | None, message: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    made, meter = journal(folder, parallel), StageMeter(stage=0, frames=2, batch_sizes={"a": 4})
+    record(made, meter, 1, 2.5)
+    record(made, meter, 2, 2.5)
+    with pytest.raises(NotFiniteError, match=message):
+        record(made, meter, 3, loss, norm)
+    assert [row["step"] for row in read_json_lines(folder.steps)] == [1, 2]
+    assert all(json.loads(line) for line in folder.steps.read_text(encoding="utf-8").splitlines())
+
+
+def test_on_a_device_with_a_queue_rows_wait_for_their_window(parallel: Parallel, tmp_path: Path) -> None:
+    """A window of three: nothing is read back before; flush() brings the rest."""
+    folder = RunFolder(tmp_path)
+    made, meter = journal(folder, parallel), StageMeter(stage=0, frames=2, batch_sizes={"a": 4})
+    made._window = 3
+    record(made, meter, 1, 1.0)
+    record(made, meter, 2, 2.0)
+    assert not folder.steps.exists()
+    record(made, meter, 3, 3.0)
+    record(made, meter, 4, 4.0)
+    assert [row["loss"] for row in read_json_lines(folder.steps)] == [1.0, 2.0, 3.0]
+    made.flush(meter)
+    assert [row["loss"] for row in read_json_lines(folder.steps)] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_without_a_terminal_there_are_plain_lines(
+    parallel: Parallel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("frozen_fast")
+    propagates, logger.propagate = logger.propagate, True
+    try:
+        with caplog.at_level(logging.INFO, logger="frozen_fast"):
+            made = journal(RunFolder(tmp_path), parallel, log_every_steps=2)
+            meter = StageMeter(stage=0, frames=2, batch_sizes={"a": 4})
+            for step in range(1, 6):
+                record(made, meter, step, 1.0)
+    finally:
+        logger.propagate = propagates
+    told = [line.getMessage() for line in caplog.records if line.name.endswith("journal")]
+    assert [line.split()[1] for line in told] == ["1/9", "2/9", "4/9"]
+
+
+# Evaluation
+
+
+class TableModel(nn.Module):
+    """Embeds a window as its first pixel values and a caption as the row of a table."""
+
+    def __init__(self, captions: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.captions = captions
+        self.modes: list[bool] = []
+
+    def encode_video(self, windows: Tensor, normalize: bool) -> Tensor:
+        assert not normalize
+        self.modes.append(self.training)
+        return windows[:, 0, 0, 0]
+
+    def encode_text(self, texts: list[str], normalize: bool) -> Tensor:
+        return torch.stack([self.captions[text] for text in texts])
+
+
+class WindowLoader:
+    """Hands out windows that carry their embedding in the first row of pixels."""
+
+    def __init__(self, batches: list[tuple[list[int], Tensor]], dropped: dict[int, BadClip]) -> None:
+        self.dropped = dropped
+        self._batches = batches
+        self.closed = False
+
+    def batches(self) -> Iterator[Any]:
+        for indices, rows_ND in self._batches:
+            windows = torch.zeros(len(indices), 2, 3, 4, rows_ND.shape[1])
+            windows[:, 0, 0, 0] = rows_ND
+            yield SimpleNamespace(windows_NTCHW=windows, clip_indices=indices)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def evaluation(parallel: Parallel, protocol: str = "auto", mode: str = "all", stop: bool = False) -> tuple[Any, Any]:
+    """Four clips: 0 has three windows over two batches, 2 cannot be read, 1 and 3 are twins, 3 has two captions."""
+    torch.manual_seed(3)
+    rows = torch.randn(6, 5)
+    captions = {name: torch.randn(5) for name in ("a", "b", "c", "d", "d2", "d d2")}
+    bad = BadClip("s", "k2", "k2.avi", "empty", "no bytes")
+    loader = WindowLoader([([0, 0, 1], rows[:3]), ([0, 3], rows[3:5])], {2: bad})
+    clips = [
+        Clip("k0", "k0.avi", ("a",)),
+        Clip("k1", "k1.avi", ("b",), twin="k3"),
+        Clip("k2", "k2.avi", ("c",)),
+        Clip("k3", "k3.avi", ("d", "d2"), twin="k1"),
+    ]
+    source = Source("s", "manifest", clips, "video", CaptionRule(mode, 0))  # type: ignore[arg-type]
+    model = TableModel(captions)
+    found = evaluate_source(
+        model, source, loader, parallel, frames=2, protocol=protocol, batch_size=2, stop_asked=lambda: stop  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert loader.closed and model.training and not any(model.modes)
+    video = torch.stack([(rows[0] + rows[1] + rows[3]) / 3, rows[2], rows[4]])
+    return found, SimpleNamespace(video=video, captions=captions)
+
+
+def test_window_embeddings_are_averaged_as_they_are_and_dropped_clips_leave_the_gallery(parallel: Parallel) -> None:
+    found, given = evaluation(parallel)
+    plain, second = found.rows
+    text = torch.stack([given.captions[name] for name in ("a", "b", "d", "d2")])
+    sim = similarity(text, given.video)
+    expected = retrieval_metrics(sim, [0, 1, 2, 2])
+    assert {name: plain["metrics"][name] for name in expected} == pytest.approx(expected)
+    own_over_twin = [sim[1, 1] > sim[1, 2], sim[2, 2] > sim[2, 1], sim[3, 2] > sim[3, 1]]
+    assert plain["metrics"]["twin_accuracy"] == pytest.approx(100 * sum(map(bool, own_over_twin)) / 3)
+    assert (plain["protocol"], second["protocol"]) == ("several_captions", "v2t_max_over_captions")
+    assert (plain["num_queries"], plain["num_videos"], plain["windows"], plain["bad_clips"]) == (4, 3, 5, 1)
+    assert [bad.clip_id for bad in found.bad_clips] == ["k2"]
+
+
+def test_paragraphs_and_first_captions_are_protocols_of_their_own(parallel: Parallel) -> None:
+    found, given = evaluation(parallel, mode="paragraph")
+    (row,) = found.rows
+    text = torch.stack([given.captions[name] for name in ("a", "b", "d d2")])
+    expected = retrieval_metrics(similarity(text, given.video))
+    assert row["protocol"] == "paragraph"
+    assert {name: row["metrics"][name] for name in expected} == pytest.approx(expected)
+    (row,) = evaluation(parallel, protocol="plain")[0].rows
+    assert (row["protocol"], row["num_queries"]) == ("plain", 3)
+
+
+def test_told_to_stop_there_is_no_result(parallel: Parallel) -> None:
+    assert evaluation(parallel, stop=True)[0] is None

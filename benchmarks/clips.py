@@ -1,12 +1,16 @@
-"""Clips to decode in a benchmark: a manifest or folder that is there, or H.264/VP9 clips rendered on the spot."""
+"""Clips to decode in a benchmark: a manifest or folder that is there, or VP9 clips or stills rendered on the spot."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
+from PIL import Image
 
 from frozen_fast.errors import UserError
 
@@ -20,7 +24,7 @@ def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
     """The manifest of what to decode.
 
     Args:
-        data: "render", a manifest (.jsonl), or a folder of clips.
+        data: "render", "stills" (pictures, which need no video encoder), a manifest (.jsonl), or a folder of clips.
         scratch: where rendered clips and a folder's manifest go.
         small: render small, short clips.
 
@@ -30,6 +34,8 @@ def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
     path = Path(data)
     if data == "render":
         return render_clips(scratch / "clips", small=small)
+    if data == "stills":
+        return render_stills(scratch / "stills", small=small)
     if path.is_dir():
         clips = sorted(file.resolve() for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
         if not clips:
@@ -37,13 +43,13 @@ def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
         return write_manifest(scratch / "folder.jsonl", clips, repeats=max(1, COUNT * REPEATS // len(clips)))
     if path.suffix == ".jsonl" and path.is_file():
         return path.resolve()
-    raise UserError(f"--data: got {data!r}; allowed: render, a manifest (.jsonl), or a folder of clips")
+    raise UserError(f"--data: got {data!r}; allowed: render, stills, a manifest (.jsonl), or a folder of clips")
 
 
-def write_manifest(path: Path, clips: list[Path], *, repeats: int) -> Path:
+def write_manifest(path: Path, clips: list[Path], *, repeats: int, kind: str = "video") -> Path:
     """One line per clip and repeat; the caption is the file's name."""
     lines = [
-        {"id": f"{clip.stem}_{repeat}", "path": str(clip), "captions": [clip.stem.replace("_", " ")], "kind": "video"}
+        {"id": f"{clip.stem}_{repeat}", "path": str(clip), "captions": [clip.stem.replace("_", " ")], "kind": kind}
         for repeat in range(repeats)
         for clip in clips
     ]
@@ -56,16 +62,39 @@ def render_clips(folder: Path, *, small: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     width, height, frames, count = (64, 64, 24, 8) if small else (456, 256, 250, COUNT)
     paths = [folder / f"clip_{index:03d}.webm" for index in range(count)]
-    for index, path in enumerate(paths):
-        render_clip(path, index, width, height, frames)
+    render = partial(render_clip, width=width, height=height, frames=frames)
+    if small:
+        for index, path in enumerate(paths):
+            render(path, index)
+    else:
+        processes = min(count, len(os.sched_getaffinity(0)))
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(render, paths, range(count)))
     return write_manifest(folder / "clips.jsonl", paths, repeats=REPEATS)
 
 
-def render_clip(path: Path, seed: int, width: int, height: int, frames: int) -> None:
-    """Encode one clip whose texture moves a few pixels a frame, so that every frame costs the decoder something."""
-    rng = np.random.default_rng(seed)
+def render_stills(folder: Path, *, small: bool) -> Path:
+    """Render JPEG pictures of texture, 456x256 (64x64 if small): clips of one frame in every stage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    width, height = (64, 64) if small else (456, 256)
+    paths = [folder / f"still_{index:03d}.jpg" for index in range(COUNT)]
+    for index, path in enumerate(paths):
+        Image.fromarray(texture_HWC(np.random.default_rng(index), width, height)).save(path, quality=90)
+    return write_manifest(folder / "stills.jsonl", paths, repeats=REPEATS, kind="image")
+
+
+def texture_HWC(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Coarse noise, uint8 [height, width, 3]."""
     coarse = rng.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    texture = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:height, :width]
+    return np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:height, :width]
+
+
+def render_clip(path: Path, seed: int, *, width: int, height: int, frames: int) -> None:
+    """Encode one clip whose texture moves a few pixels a frame, so that every frame costs the decoder something."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    texture = texture_HWC(rng, width, height)
     down, right = (int(step) for step in rng.integers(1, 4, 2))
     with av.open(str(path), "w") as container:
         stream = container.add_stream(

@@ -13,12 +13,10 @@ an interruption renders the missing ones, and a run with another recipe renders 
 from __future__ import annotations
 
 import argparse
-import colorsys
 import io
 import itertools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import random
@@ -57,6 +55,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "purple": (170, 60, 200),
 }
+BACKGROUNDS: tuple[tuple[int, int, int], ...] = ((20, 20, 24), (60, 60, 64), (70, 52, 40), (36, 52, 64))
 RADII: dict[str, float] = {"small": 0.11, "large": 0.19}  # share of the frame's side
 POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
@@ -167,7 +166,7 @@ def all_scenes(motion: str) -> list[Scene]:
 
 
 def draw_scenes(recipe: Recipe) -> tuple[list[Scene], list[Scene]]:
-    """Draw the scenes of the training and of the test pairs.
+    """Draw the scenes of the training and of the test pairs, or raise a UserError for counts that cannot be.
 
     Motions come in turn. No scene, hence no caption, of the test set is in the training set or twice in the test
     set, while every colour, shape, size and motion of the test set has been seen in training.
@@ -177,8 +176,13 @@ def draw_scenes(recipe: Recipe) -> tuple[list[Scene], list[Scene]]:
     for deck in decks.values():
         rng.shuffle(deck)
     turns = list(MOTIONS)
-    if recipe.test_pairs > len(turns) * (min(len(deck) for deck in decks.values()) - 1):
-        raise UserError(f"--test-pairs: got {recipe.test_pairs}; allowed up to what leaves scenes for training")
+    most = len(turns) * (min(len(deck) for deck in decks.values()) // 2)
+    if not 1 <= recipe.test_pairs <= most:
+        raise UserError(
+            f"--test-pairs: got {recipe.test_pairs}; allowed: 1 to {most}, which leaves scenes for training"
+        )
+    if recipe.train_pairs < 1:
+        raise UserError(f"--train-pairs: got {recipe.train_pairs}; allowed: from 1")
     test = [decks[turns[index % len(turns)]].pop() for index in range(recipe.test_pairs)]
     train = []
     for index in range(recipe.train_pairs):
@@ -232,13 +236,12 @@ def plan(scene: Scene, rng: random.Random) -> list[list[Spot]]:
 
 
 def background_HWC(pixels: int, rng: random.Random) -> np.ndarray:
-    """A dull gradient between two dark colours, float32 [pixels, pixels, 3] from 0 to 255."""
-    ends = [colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.35), rng.uniform(0.08, 0.45)) for _ in range(2)]
-    angle = rng.uniform(0.0, 2.0 * math.pi)
-    steps = np.linspace(-0.5, 0.5, pixels, dtype=np.float32)
-    share_HW = np.clip(0.5 + math.cos(angle) * steps[None, :] + math.sin(angle) * steps[:, None], 0.0, 1.0)[..., None]
-    first, last = (np.asarray(end, dtype=np.float32) * 255.0 for end in ends)
-    return first * (1.0 - share_HW) + last * share_HW
+    """One of a few plain backgrounds, float32 [pixels, pixels, 3] from 0 to 255.
+
+    Few, because a background of its own for every pair would be a name tag that a small model learns by heart
+    instead of the motion.
+    """
+    return np.broadcast_to(np.asarray(rng.choice(BACKGROUNDS), dtype=np.float32), (pixels, pixels, 3))
 
 
 def coverage_HW(spot: Spot, pixels: int) -> np.ndarray:
@@ -372,7 +375,9 @@ def start_folder(folder: Path, recipe: Recipe) -> None:
     if recipe_file.exists() and json.loads(recipe_file.read_text(encoding="utf-8")) == asdict(recipe):
         return
     if not recipe_file.exists() and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--folder: got {folder}, which holds other files; allowed: a new or empty folder, or an older set")
+        raise UserError(
+            f"--folder: got {folder}, which holds other files; allowed: a new or empty folder, or an older set"
+        )
     for name in ("videos", "images"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("train_videos.jsonl", "train_images.jsonl", "test.jsonl", "ceiling.json"):
@@ -388,16 +393,18 @@ def write_manifest(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def render_set(folder: Path, recipe: Recipe, processes: int) -> int:
     """Render what is missing of a set, then write its manifests and ceiling.json; returns the clips written."""
-    start_folder(folder, recipe)
     train, test = draw_scenes(recipe)
-    jobs = [(split, pair, scene) for split, scenes in (("train", train), ("test", test)) for pair, scene in enumerate(scenes)]
+    start_folder(folder, recipe)
+    jobs = [
+        (split, pair, scene)
+        for split, scenes in (("train", train), ("test", test))
+        for pair, scene in enumerate(scenes)
+    ]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         columns = list(zip(*jobs, strict=True))
         written = sum(pool.map(partial(render_pair, folder, recipe), *columns, chunksize=8))
     stills = [render_still(folder, recipe, index) for index in range(recipe.stills)]
-    rows = {
-        split: [row for job in jobs if job[0] == split for row in pair_rows(*job)] for split in ("train", "test")
-    }
+    rows = {split: [row for job in jobs if job[0] == split for row in pair_rows(*job)] for split in ("train", "test")}
     write_manifest(folder / "train_videos.jsonl", rows["train"])
     write_manifest(folder / "train_images.jsonl", stills)
     write_manifest(folder / "test.jsonl", rows["test"])
@@ -418,7 +425,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="rendering processes")
     options = parser.parse_args(arguments)
     try:
-        wanted = Recipe(seed=options.seed, train_pairs=options.train_pairs, test_pairs=options.test_pairs, stills=options.stills)
+        wanted = Recipe(
+            seed=options.seed, train_pairs=options.train_pairs, test_pairs=options.test_pairs, stills=options.stills
+        )
         written = render_set(options.folder, wanted, options.processes)
     except UserError as error:
         sys.stderr.write(f"{error}\n")

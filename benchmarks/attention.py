@@ -180,6 +180,17 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def read_pairs(text: str) -> list[tuple[int, int]]:
+    """frames=batch pairs, comma-separated."""
+    pairs = []
+    for part in text.split(","):
+        frames, _, batch = part.partition("=")
+        if not (frames.isdigit() and batch.isdigit() and int(frames) and int(batch)):
+            raise SystemExit(f"--frames: got {part!r}; allowed: FRAMES=BATCH, both at least 1")
+        pairs.append((int(frames), int(batch)))
+    return pairs
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -201,7 +212,7 @@ def main(arguments: list[str]) -> int:
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    pairs = [pair.split("=") for pair in (options.frames or BATCHES[device.type]).split(",")]
+    pairs = read_pairs(options.frames or BATCHES[device.type])
     dtypes = (options.dtypes or DEFAULT_DTYPES[device.type]).split(",")
     rows: list[dict[str, Any]] = []
     peaks, left_out = {}, {}
@@ -214,7 +225,7 @@ def main(arguments: list[str]) -> int:
         for axis in AXES:
             for frames, batch in pairs:
                 sizes = (options.patches, options.heads, options.head_width)
-                case = Case(axis, int(frames), int(batch), *sizes, dtype)
+                case = Case(axis, frames, batch, *sizes, dtype)
                 rows += measure_case(case, backends, device, peaks[dtype])
     result = {
         "note": "" if device.type == "cuda" else "CPU at small sizes: it says nothing about a GPU",

@@ -63,6 +63,10 @@ def _operator_pairs() -> list[tuple[Any, Any]]:
     return pairs
 
 
+_pairs_found: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+"""What choose_operators found, by shape and layout: its checks cost more time than a small launch."""
+
+
 def choose_operators(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Any, Any]:
     """The first pair of operators that supports the inputs forward and backward.
 
@@ -71,11 +75,15 @@ def choose_operators(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
     """
     from xformers.ops.fmha import Inputs
 
+    known = (query.shape, key.shape, query.stride(), key.stride(), query.dtype, query.device, bias is None)
+    if known in _pairs_found:
+        return _pairs_found[known]
     inputs = Inputs(query=query, key=key, value=value, attn_bias=bias)
     reasons = []
     for pair in _operator_pairs():
         found = [reason for operator in pair for reason in operator.not_supported_reasons(inputs)]
         if not found:
+            _pairs_found[known] = pair
             return pair
         reasons.append(f"{pair[0].NAME}: {'; '.join(found)}")
     raise ValueError(f"backend: got 'xformers'; no operator takes these inputs ({' | '.join(reasons)})")

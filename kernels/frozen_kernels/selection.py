@@ -210,6 +210,8 @@ def _measure(
     milliseconds: dict[str, float] = {}
 
     def work() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         generator = torch.Generator().manual_seed(0)
         tokens = 1 + case.frames * case.patches
         shape = (case.batch, tokens, 3, case.heads, case.head_width)

@@ -210,6 +210,14 @@ def test_xformers_layouts(axis, size, monkeypatch):
         assert keys[1] == queries[1] + 1, "a pack shares one CLS key"
 
 
+def test_xformers_names_each_operators_reasons():
+    """On a CPU no operator can run: the error names what each of them lacks."""
+    pytest.importorskip("xformers")
+    tensor = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match="got 'xformers'; no operator takes these inputs .*device=cpu"):
+        attention_xformers.choose_operators(tensor, tensor, tensor, None)
+
+
 def test_xformers_splits_what_passes_the_grid_limit(monkeypatch):
     calls = []
     emulate_xformers(monkeypatch, calls)

@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 f"--batch-size: got {options.batch_size} on {world} processes; allowed: a multiple of {world}"
             )
-        parallel = Parallel.start(config.training)
+        parallel = Parallel.start(config)
         set_up_logging(rank=parallel.rank)
         row = measure(options, config, parallel)
         if parallel.is_main:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -293,7 +293,9 @@ class Engine:
     def _note_backends(self) -> None:
         """Add what decoded and what computed attention, as chosen so far on this rank, to environment.json."""
         used = {name: dict(counts) for name, counts in self.decode_backends.items()}
-        self._folder.update_environment(decode_backends=used, attention_backends=chosen_backends())
+        asked = self._config.model.video.attention
+        attention = chosen_backends() if asked == "auto" else [{"backend": asked, "how": "model.video.attention"}]
+        self._folder.update_environment(decode_backends=used, attention_backends=attention)
 
     def _evaluation_due(self, plan: StagePlan) -> bool:
         every = self._config.evaluation.every
@@ -305,10 +307,11 @@ class Engine:
         """Evaluate on every source; False when told to stop meanwhile."""
         rows: list[dict[str, Any]] = []
         bad_clips: list[dict[str, Any]] = []
-        with compiling.eager() if self._config.training.compile else nullcontext():
+        eager = compiling.eager() if self._config.training.compile else nullcontext()
+        with eager, self._parallel.whole_model() as model:
             for source in self._parts.evaluation_sources.values():
                 found = evaluate_with(
-                    self._config, self._parts.model, source, self._parallel, frames=plan.frames, stop=self._stop
+                    self._config, cast(DualEncoder, model), source, self._parallel, frames=plan.frames, stop=self._stop
                 )
                 if found is None:
                     return False

@@ -1,8 +1,8 @@
 """How processes share the work: the one thin layer over Accelerate.
 
-Everything that depends on the strategy (today: one process, or distributed data parallel) is here: wrapping,
-gradient synchronisation, clipping, whole weights and optimizer state, editing a parameter in place. ZeRO and FSDP2
-fit in by changing this file only; the engine, the stages and the checkpoints see names and whole tensors.
+Everything that depends on the strategy is behind Parallel: wrapping, gradient synchronisation, clipping, whole weights
+and optimizer state, editing a parameter in place. The engine, the stages and the checkpoints see names and whole
+tensors. This class is one process or distributed data parallel; ZeRO is in parallel_deepspeed, FSDP2 in parallel_fsdp.
 
 Ranks agree over a second, CPU-only group once per step: whether one was told to stop, whether one has failed, and
 small counts. So an error on one rank reaches the others at the next step instead of leaving them in a collective.
@@ -14,22 +14,29 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from frozen_fast.config.schema import TrainingConfig
+from frozen_fast.config import ExperimentConfig
 from frozen_fast.errors import UserError
 from frozen_fast.training.precision import choose_precision
+from frozen_fast.training.strategy_config import Strategy, check_precision, requested_strategy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
-_SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+_STRATEGIES: dict[Strategy, tuple[str, str]] = {
+    "ddp": ("frozen_fast.training.parallel", "Parallel"),
+    "deepspeed": ("frozen_fast.training.parallel_deepspeed", "DeepSpeedParallel"),
+    "fsdp2": ("frozen_fast.training.parallel_fsdp", "FsdpParallel"),
+}
+"""What the launch asks for -> (module, class); imported when asked for."""
 
 
 class PeerError(RuntimeError):
@@ -45,18 +52,22 @@ class Parallel:
         world_size: number of processes.
         precision: "bf16" (autocast over fp32 weights) or "fp32".
         precision_reason: one line, why.
-        distributed_type: Accelerate's name for the strategy.
+        distributed_type: Accelerate's name for the kind of launch.
+        strategy: what shares the work: "one process", "ddp", "zero1" to "zero3" (with "+offload"), "fsdp2".
         failure_is_shared: agree() has raised, so every rank is on its way out.
     """
 
-    def __init__(self, accelerator: Accelerator, precision: str, precision_reason: str) -> None:
+    accelerate_types: tuple[str, ...] = ("NO", "MULTI_CPU", "MULTI_GPU")
+    """Accelerate's distributed types under which this strategy runs."""
+
+    def __init__(self, accelerator: Accelerator, config: ExperimentConfig, precision: tuple[str, str]) -> None:
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
         self.world_size: int = accelerator.num_processes
-        self.precision = precision
-        self.precision_reason = precision_reason
+        self.precision, self.precision_reason = precision
         self.distributed_type = str(accelerator.distributed_type.value)
+        self.strategy = "ddp" if self.world_size > 1 else "one process"
         self.failure_is_shared = False
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self._model: nn.Module | None = None
@@ -64,30 +75,40 @@ class Parallel:
         self._optimizer: Any = None
 
     @classmethod
-    def start(cls, training: TrainingConfig) -> Parallel:
-        """Join the other processes, choose device and precision, and check that the world is what was asked for.
+    def start(cls, config: ExperimentConfig) -> Parallel:
+        """Join the other processes under the launch's strategy, and check that the world is what was asked for.
 
         Raises:
-            UserError: no such device, a world of another size than asked for, or a strategy that is not supported.
+            UserError: no such device, a world of another size than asked for, or a launch that contradicts the
+                experiment.
         """
+        training = config.training
+        strategy = requested_strategy(os.environ)
+        cpu = _wants_cpu(training.device)
+        check_precision(os.environ, training)
+        device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        precision = choose_precision(training.precision, device)
+        module, name = _STRATEGIES[strategy]
+        kind: type[Parallel] = getattr(import_module(module), name)
+        accelerator = kind.accelerator_for(config, cpu, precision[0])
+        check_world(accelerator.num_processes, training.expected_world_size)
+        if accelerator.distributed_type.name not in kind.accelerate_types:
+            raise UserError(
+                f"accelerate config: got distributed type {accelerator.distributed_type.value} for {strategy}; "
+                f"allowed: {', '.join(kind.accelerate_types)}"
+            )
+        return kind(accelerator, config, precision)
+
+    @classmethod
+    def accelerator_for(cls, config: ExperimentConfig, cpu: bool, precision: str) -> Accelerator:
+        """Accelerate's object for this strategy; joins the process group."""
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        cpu = _wants_cpu(training.device)
-        _check_launch(training)
-        device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        precision, reason = choose_precision(training.precision, device)
-        accelerator = Accelerator(
+        return Accelerator(
             cpu=cpu,
             mixed_precision="bf16" if precision == "bf16" else "no",
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
-        _check_world(accelerator.num_processes, training.expected_world_size)
-        if accelerator.distributed_type.name not in _SUPPORTED:
-            raise UserError(
-                f"accelerate config: got distributed type {accelerator.distributed_type.value}; allowed: one process, "
-                "MULTI_CPU, MULTI_GPU (distributed data parallel)"
-            )
-        return cls(accelerator, precision, reason)
 
     @property
     def is_main(self) -> bool:
@@ -148,23 +169,38 @@ class Parallel:
         """Add this loss's gradients to the parameters'."""
         self.accelerator.backward(loss)
 
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale the gradients down to a norm of at most max_norm; returns the norm before (a scalar tensor)."""
-        return self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+    def update(self, gradient_clip_norm: float) -> Tensor | None:
+        """Clip the gradients, apply them and clear them.
 
-    def optimizer_step(self) -> None:
-        """Apply the gradients and clear them."""
+        Args:
+            gradient_clip_norm: largest norm; 0: no clipping.
+
+        Returns:
+            The norm before clipping, a scalar tensor; None without clipping.
+        """
+        norm = None
+        if gradient_clip_norm:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), gradient_clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """A model with whole weights for evaluation: ranks may call it unequally often. A collective at its start."""
+        yield self.model
 
     # Whole tensors, whatever the sharding
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter and buffer whole, by name; a collective under sharding strategies."""
+        """Every parameter and buffer whole, by name. Under sharding strategies a collective, and empty but on rank 0."""
         return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's state whole, by parameter name (exp_avg, exp_avg_sq, step); empty before the first step."""
+        """The optimizer's state whole, by parameter name (exp_avg, exp_avg_sq, step); empty before the first step.
+
+        Under sharding strategies a collective, and empty but on rank 0.
+        """
         return {name: dict(self.optimizer.state[parameter]) for name, parameter in self._parameters_with_state()}
 
     def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None:
@@ -174,16 +210,11 @@ class Parallel:
             UserError: it belongs to another model.
         """
         parameters = dict(self.model.named_parameters())
-        unknown = sorted(set(state) - set(parameters))
-        if unknown:
-            raise UserError(f"checkpoint: got optimizer state for {unknown[0]!r}; allowed: this model's parameters")
+        check_optimizer_state(state, {name: parameter.shape for name, parameter in parameters.items()})
         for name, tensors in state.items():
             parameter = parameters[name]
             on_device = {}
             for key, tensor in tensors.items():
-                if tensor.ndim and tensor.shape != parameter.shape:
-                    shapes = f"got {key} of shape {list(tensor.shape)} for {name}; allowed: {list(parameter.shape)}"
-                    raise UserError(f"checkpoint: {shapes}")
                 whole = key != "step" or self._step_on_device()
                 on_device[key] = tensor.to(parameter.device if whole else "cpu", copy=True)
             self.optimizer.state[parameter] = on_device
@@ -202,8 +233,9 @@ class Parallel:
 
     def weights_are_finite(self) -> bool:
         """Whether no parameter holds NaN or infinity (waits for the device)."""
-        norms = torch._foreach_norm([parameter.detach() for parameter in self.model.parameters()])
-        return bool(torch.stack(norms).isfinite().all())
+        parameters = [parameter.detach() for parameter in self.model.parameters()]
+        largest = torch._foreach_norm(parameters, float("inf"))  # a 2-norm of large weights would overflow
+        return bool(torch.stack(largest).isfinite().all())
 
     def _parameters_with_state(self) -> list[tuple[str, nn.Parameter]]:
         state = self.optimizer.state
@@ -287,6 +319,21 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
 
 
+def check_optimizer_state(state: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]) -> None:
+    """Refuse a checkpoint's optimizer state that is another model's.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    for name, tensors in state.items():
+        if name not in shapes:
+            raise UserError(f"checkpoint: got optimizer state for {name!r}; allowed: this model's parameters")
+        for key, tensor in tensors.items():
+            if tensor.ndim and tensor.shape != shapes[name]:
+                got = f"got {key} of shape {list(tensor.shape)} for {name}"
+                raise UserError(f"checkpoint: {got}; allowed: {list(shapes[name])}")
+
+
 def _wants_cpu(requested: str) -> bool:
     """Whether to run on the CPU; `accelerate launch --cpu` says so in ACCELERATE_USE_CPU."""
     told_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
@@ -299,23 +346,8 @@ def _wants_cpu(requested: str) -> bool:
     return requested == "cpu" or told_cpu or not torch.cuda.is_available()
 
 
-def _check_launch(training: TrainingConfig) -> None:
-    """Refuse what the launcher asks for and this layer would drop in silence."""
-    for variable, strategy in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise UserError(f"accelerate config: got {strategy}; allowed: one process or distributed data parallel")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", "bf16"):
-        raise UserError(
-            f"accelerate config: mixed_precision: got {launched!r}; allowed: no, bf16 (training.precision decides)"
-        )
-    if launched == "bf16" and training.precision == "fp32":
-        raise UserError(
-            "training.precision: got 'fp32', but accelerate was launched with mixed_precision bf16; make them agree"
-        )
-
-
-def _check_world(num_processes: int, expected: int | None) -> None:
+def check_world(num_processes: int, expected: int | None) -> None:
+    """Refuse a world of another size than the launcher started, or than training.expected_world_size."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != num_processes:
         raise UserError(

@@ -61,7 +61,7 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
     Raises:
         UserError: a mistake in config, data or launch, bad clips past their share, a loss that is not finite.
     """
-    parallel = Parallel.start(config.training)
+    parallel = Parallel.start(config)
     set_up_logging(rank=parallel.rank)
     run = _Run(config, parallel)
     failed = True
@@ -93,7 +93,7 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
     Raises:
         UserError: a mistake in config, checkpoint or data, or a signal stopped it.
     """
-    parallel = Parallel.start(config.training)
+    parallel = Parallel.start(config)
     set_up_logging(rank=parallel.rank)
     failed = True
     try:

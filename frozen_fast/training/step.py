@@ -47,6 +47,4 @@ def forward_backward(
 
 def update(parallel: Parallel, gradient_clip_norm: float) -> Tensor | None:
     """Clip the gradients where a largest norm is given, apply them and clear them; returns the norm before clipping."""
-    norm = parallel.clip_gradients(gradient_clip_norm) if gradient_clip_norm else None
-    parallel.optimizer_step()
-    return norm
+    return parallel.update(gradient_clip_norm)

@@ -100,9 +100,44 @@ def vp9_long_gop(folder: Path) -> Path:
 
 
 def vp8(folder: Path) -> Path:
-    """VP8 with alternate reference frames: packets that show nothing, so packets are more than frames."""
-    options = {"deadline": "good", "cpu-used": "5", "auto-alt-ref": "1", "lag-in-frames": "10", "b": "300k"}
-    return write_video(folder / "vp8.webm", "libvpx", frames=40, gop=250, options=options)
+    """VP8 in webm, one key frame."""
+    return write_video(folder / "vp8.webm", "libvpx", gop=250, options={"deadline": "realtime", "b": "300k"})
+
+
+def vp8_with_hidden_frame(folder: Path, hidden: int = 5) -> Path:
+    """VP8 with one frame marked as never shown (as alternate references are): packets are more than frames."""
+    source, path = vp8(folder), folder / "vp8_hidden.webm"
+    with av.open(str(source)) as container, av.open(str(path), "w") as output:
+        stream = container.streams.video[0]
+        copy = output.add_stream_from_template(stream)
+        for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+            data = bytearray(bytes(packet))
+            if number == hidden:
+                data[0] &= ~0x10  # RFC 6386, 9.1: show_frame
+            changed = av.Packet(bytes(data))
+            changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
+            changed.is_keyframe = packet.is_keyframe
+            changed.stream = copy
+            output.mux(changed)
+    return path
+
+
+def edit_list(folder: Path, codec: str = "libx264", cut: int = 5) -> Path:
+    """An mp4 whose edit list hides the first frames, as cutting without re-encoding leaves it."""
+    source = h264_with_b_frames(folder) if codec == "libx264" else vp9(folder)
+    path = folder / f"edit_list_{codec}.mp4"
+    with av.open(str(source)) as container:
+        with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as output:
+            stream = container.streams.video[0]
+            copy = output.add_stream_from_template(stream)
+            step = round(1 / RATE / stream.time_base)
+            for packet in container.demux(stream):
+                if packet.size:
+                    packet.pts -= cut * step
+                    packet.dts -= cut * step
+                    packet.stream = copy
+                    output.mux(packet)
+    return path
 
 
 def mjpeg(folder: Path) -> Path:
@@ -139,25 +174,12 @@ def rotated_phone_clip(folder: Path, degrees: int = 90, codec: str = "libx264") 
         stream = container.add_stream(codec, rate=RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.gop_size = 8
+        stream.set_display_rotation(-degrees)  # FFmpeg's angle is counter-clockwise
         for number in range(12):
             picture = np.ascontiguousarray(np.rot90(code_frame(number, upright_width, upright_height), turns))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
-    _set_rotation(path, degrees, width, height)
     return path
-
-
-def _set_rotation(path: Path, degrees: int, width: int, height: int) -> None:
-    """Write an mp4 track header's display matrix (ISO 14496-12, 8.3.2) for a clockwise turn."""
-    cosine, sine = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    shift = {0: (0, 0), 90: (height, 0), 180: (width, height), 270: (0, width)}[degrees]
-    one = 1 << 16
-    matrix = (cosine * one, sine * one, 0, -sine * one, cosine * one, 0, shift[0] * one, shift[1] * one, 1 << 30)
-    content = bytearray(path.read_bytes())
-    box = content.index(b"tkhd")
-    start = box + 4 + 4 + 20 + 16  # type, version and flags, times and id (version 0), reserved to volume
-    content[start : start + 36] = struct.pack(">9i", *matrix)
-    path.write_bytes(content)
 
 
 def odd_size(folder: Path) -> Path:
@@ -184,6 +206,9 @@ GOOD: dict[str, Callable[[Path], Path]] = {
     "vp9": vp9,
     "vp9_long": vp9_long_gop,
     "vp8": vp8,
+    "vp8_hidden": vp8_with_hidden_frame,
+    "edit_list_h264": edit_list,
+    "edit_list_vp9": lambda folder: edit_list(folder, "libvpx-vp9"),
     "mjpeg": mjpeg,
     "mpeg4": mpeg4_avi,
     "vfr_vp9": variable_rate,
@@ -198,6 +223,15 @@ GOOD: dict[str, Callable[[Path], Path]] = {
 }
 
 
+def expected_codes(name: str, num_frames: int) -> list[int]:
+    """The numbers in the pixels of a GOOD clip's frames."""
+    if name.startswith("edit_list"):
+        return list(range(5, 5 + num_frames))
+    if name == "vp8_hidden":
+        return [number for number in range(num_frames + 1) if number != 5]
+    return list(range(num_frames))
+
+
 def truncated(source: Path, target: Path, share: float = 0.5) -> Path:
     """The first part of a file."""
     content = source.read_bytes()
@@ -205,12 +239,23 @@ def truncated(source: Path, target: Path, share: float = 0.5) -> Path:
     return target
 
 
-def zeroed_middle(source: Path, target: Path, *, start: float = 0.3, end: float = 0.8) -> Path:
+def noise_inside(source: Path, target: Path, *, start: float = 0.3, end: float = 0.8) -> Path:
     """A file with a stretch of its bytes overwritten by noise; its length stays."""
     content = bytearray(source.read_bytes())
     first, last = int(len(content) * start), int(len(content) * end)
     content[first:last] = np.random.default_rng(0).integers(0, 256, last - first, np.uint8).tobytes()
     target.write_bytes(content)
+    return target
+
+
+def noise_in_packet(source: Path, target: Path, number: int = 4) -> Path:
+    """A file whose structure is whole but whose packet (in decoding order) holds noise."""
+    content = source.read_bytes()
+    with av.open(str(source)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    at = content.index(packets[number])
+    noise = np.random.default_rng(1).integers(0, 256, len(packets[number]), np.uint8).tobytes()
+    target.write_bytes(content[:at] + noise + content[at + len(noise) :])
     return target
 
 
@@ -271,8 +316,8 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str, set[str]]]:
         "truncated_mp4": (truncated(mp4, folder / "cut.mp4"), "video", {"truncated"}),
         "truncated_avi": (truncated(avi, folder / "cut.avi"), "video", {"truncated"}),
         "claims_more": (more_frames_claimed(folder), "video", {"truncated"}),
-        "noise_webm": (zeroed_middle(webm, folder / "noise.webm"), "video", {"decode_failed", "truncated"}),
-        "noise_mp4": (zeroed_middle(mp4, folder / "noise.mp4"), "video", {"decode_failed", "truncated"}),
+        "noise_webm": (noise_inside(webm, folder / "noise.webm"), "video", {"decode_failed", "truncated"}),
+        "noise_mp4": (noise_inside(mp4, folder / "noise.mp4"), "video", {"decode_failed", "truncated"}),
         "zero_bytes": (folder / "zero.mp4", "video", {"empty"}),
         "text": (folder / "text.mp4", "video", {"not_a_video"}),
         "playlist": (folder / "playlist.mp4", "video", {"not_a_video"}),

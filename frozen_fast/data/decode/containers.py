@@ -43,7 +43,7 @@ def container_name(path: str) -> str | None:
 
 
 def structure_fault(path: str) -> Fault | None:
-    """Find where a Matroska/WebM or MP4/MOV file ends too early or stops making sense.
+    """Find where a Matroska/WebM, MP4/MOV or AVI file ends too early or stops making sense.
 
     Args:
         path: a regular file that is not empty.
@@ -52,12 +52,12 @@ def structure_fault(path: str) -> Fault | None:
         The fault, or None (also for containers that this does not know).
     """
     name = container_name(path)
-    if name not in ("Matroska", "MP4"):
+    check = {"Matroska": _matroska_fault, "MP4": _mp4_fault, "AVI": _avi_fault}.get(name or "")
+    if check is None:
         return None
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        size = os.fstat(descriptor).st_size
-        return _matroska_fault(descriptor, size) if name == "Matroska" else _mp4_fault(descriptor, size)
+        return check(descriptor, os.fstat(descriptor).st_size)
     finally:
         os.close(descriptor)
 
@@ -156,4 +156,12 @@ def _mp4_fault(descriptor: int, size: int) -> Fault | None:
         offset += length
     if not has_index:
         return Fault("truncated", "the MP4 file has no index (moov box)")
+    return None
+
+
+def _avi_fault(descriptor: int, size: int) -> Fault | None:
+    claimed = int.from_bytes(os.pread(descriptor, 4, 4), "little") + 8
+    unknown = claimed == 8 or claimed > 0xFFFFFFF0  # written live
+    if claimed > size and not unknown:
+        return Fault("truncated", f"the AVI header claims {claimed} bytes, the file has {size}")
     return None

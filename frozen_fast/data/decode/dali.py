@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from frozen_fast.data.decode.dali_pipeline import Stage, build_pipeline, run_pipeline
-from frozen_fast.data.decode.excerpt import Excerpt, cheapest
+from frozen_fast.data.decode.excerpt import Excerpt, cheapest, whole_file
 from frozen_fast.data.decode.geometry import Box, stored_box, view_steps
 from frozen_fast.data.decode.pictures import is_plain_jpeg
 from frozen_fast.data.decode.probe import clip_index, probe
@@ -124,7 +124,7 @@ class DaliDecoder:
         check_frame_indices(request, info.num_frames)
         if len(request.frame_indices) > 1 or not is_plain_jpeg(path, max_pixels=self._max_pixels):
             return self._pictures.decode_one(request)
-        source = Excerpt(np.fromfile(path, np.uint8), np.zeros(1, np.int32))
+        source = whole_file(path, 1, (0,))
         return self._job(request, "image", source, (info.height, info.width), 0)
 
     def _check_codec(self, path: str, codec: str) -> None:

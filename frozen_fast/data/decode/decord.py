@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
 
+from frozen_fast.data.decode.excerpt import excerpt
 from frozen_fast.data.decode.index import ClipIndex
 from frozen_fast.data.decode.types import ClipError
 
@@ -27,11 +29,13 @@ def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_p
     """
     import decord
 
+    cut = None if index.plain else excerpt(path, index, frame_indices, max_pixels)  # it ignores edit lists
+    count = cut.num_frames if cut else index.info.num_frames
     try:
-        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        if len(reader) != index.info.num_frames:
-            message = f"decord counts {len(reader)} frames, the file shows {index.info.num_frames}"
-            raise ClipError("decode_failed", message, path)
-        return reader.get_batch(list(frame_indices)).asnumpy()
+        source = io.BytesIO(cut.encoded.tobytes()) if cut else path
+        reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
+        if len(reader) != count:
+            raise ClipError("decode_failed", f"decord counts {len(reader)} frames, the file has {count}", path)
+        return reader.get_batch(cut.frame_indices.tolist() if cut else list(frame_indices)).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         raise ClipError("decode_failed", " ".join(str(error).split())[-200:], path) from error

@@ -17,12 +17,15 @@ from frozen_fast.data.decode.index import ClipIndex, opened
 from frozen_fast.data.decode.pyav import packets_from, seek
 from frozen_fast.data.decode.types import ClipError
 
+_LARGE_FILE_BYTES = 32 * 1024 * 1024
+
 
 class Excerpt(NamedTuple):
     """An encoded file in memory and where the wanted frames are in it."""
 
     encoded: np.ndarray  # [bytes] uint8
     frame_indices: np.ndarray  # [N] int32
+    num_frames: int  # that decode from it
 
 
 def packet_runs(index: ClipIndex, frame_indices: Sequence[int]) -> list[tuple[int, int]]:
@@ -36,9 +39,9 @@ def packet_runs(index: ClipIndex, frame_indices: Sequence[int]) -> list[tuple[in
     return runs
 
 
-def whole_file(path: str, frame_indices: Sequence[int]) -> Excerpt:
+def whole_file(path: str, num_frames: int, frame_indices: Sequence[int]) -> Excerpt:
     """The file as it is."""
-    return Excerpt(np.fromfile(path, np.uint8), np.array(frame_indices, np.int32))
+    return Excerpt(np.fromfile(path, np.uint8), np.array(frame_indices, np.int32), num_frames)
 
 
 def excerpt(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixels: int) -> Excerpt:
@@ -75,10 +78,10 @@ def excerpt(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixel
                     kept.append(position)
                     packet.stream = copy
                     output.mux(packet)
-    shown = np.isin(index.packet_pts[kept], index.frame_pts)
-    times = np.sort(index.packet_pts[kept][shown])
+    # the excerpt has no edit list, so frames that the file's own list hides are seen in it
+    times = np.sort(index.packet_pts[kept][index.packet_yields[kept]])
     where = np.searchsorted(times, index.frame_pts[list(frame_indices)])
-    return Excerpt(np.frombuffer(target.getbuffer(), np.uint8), where.astype(np.int32))
+    return Excerpt(np.frombuffer(target.getbuffer(), np.uint8), where.astype(np.int32), len(times))
 
 
 def cheapest(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixels: int, saving: int) -> Excerpt:
@@ -92,7 +95,4 @@ def cheapest(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixe
     decoded = sum(last + 1 - first for first, last in packet_runs(index, frame_indices))
     if max(frame_indices) + 1 - decoded >= saving:
         return excerpt(path, index, frame_indices, max_pixels)
-    return whole_file(path, frame_indices)
-
-
-_LARGE_FILE_BYTES = 32 * 1024 * 1024
+    return whole_file(path, index.info.num_frames, frame_indices)

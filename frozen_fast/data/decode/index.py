@@ -41,6 +41,7 @@ class ClipIndex:
         frame_pts: [num_frames] int64, ascending: each frame's time in the stream's unit.
         packet_pts: [num_packets] int64, in decoding order; frames that are never shown included.
         packet_is_key: [num_packets] bool: decoding can start here.
+        packet_yields: [num_packets] bool: decoding it gives a picture, which an edit list may still hide.
         seekable: every frame has a time of its own, so that it can be found from the nearest key frame.
             False: frames are found by counting from the start.
         plain: the frames are exactly the file's packets: nothing hidden, nothing cut away by an edit list.
@@ -52,6 +53,7 @@ class ClipIndex:
     frame_pts: np.ndarray = field(repr=False)
     packet_pts: np.ndarray = field(repr=False)
     packet_is_key: np.ndarray = field(repr=False)
+    packet_yields: np.ndarray = field(repr=False)
     seekable: bool
     plain: bool
 
@@ -133,6 +135,7 @@ class _Packets:
     first: VideoFrame | None = None
     pts: list[int | None] = field(default_factory=list)
     is_key: list[bool] = field(default_factory=list)
+    yields: list[bool] = field(default_factory=list)
     is_visible: list[bool] = field(default_factory=list)
     count: int = 0  # empty packets (an AVI's repeated frames) included
 
@@ -143,7 +146,13 @@ def read_index(path: str, *, max_pixels: int) -> ClipIndex:
     Raises:
         ClipError: with any of the causes but missing, directory, empty and timeout.
     """
-    packets = _demux(path, max_pixels)
+    try:
+        packets = _demux(path, max_pixels)
+    except ClipError as error:
+        fault = structure_fault(path) if error.cause == "decode_failed" else None
+        if fault is not None:  # says more than the decoder's complaint
+            raise ClipError(fault.cause, fault.message, path) from error
+        raise
     _check_whole(path, packets, max_pixels)
     first = packets.first
     if first is None:
@@ -168,6 +177,7 @@ def read_index(path: str, *, max_pixels: int) -> ClipIndex:
         frame_pts=frame_pts,
         packet_pts=np.array([0 if time is None else time for time in packets.pts], np.int64),
         packet_is_key=np.array(packets.is_key, bool),
+        packet_yields=np.array(packets.yields, bool),
         seekable=seekable,
         plain=seekable and len(frame_pts) == len(packets.pts),
     )
@@ -196,7 +206,8 @@ def _demux(path: str, max_pixels: int) -> _Packets:
             if packet.size:
                 found.pts.append(packet.pts)
                 found.is_key.append(packet.is_keyframe)
-                found.is_visible.append(not packet.is_discard and _is_shown(found.codec, packet))
+                found.yields.append(_is_shown(found.codec, packet))
+                found.is_visible.append(found.yields[-1] and not packet.is_discard)
     return found
 
 

@@ -18,6 +18,8 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 COUNT = 64
 """Rendered clips; a manifest names each of them several times, so that a batch is never larger than the source."""
 REPEATS = 64
+FILLER = "shown again and again " * 16
+"""Captions are cut to --text-tokens, so that a real batch costs the text tower what the synthetic one does."""
 
 
 def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
@@ -47,9 +49,14 @@ def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
 
 
 def write_manifest(path: Path, clips: list[Path], *, repeats: int, kind: str = "video") -> Path:
-    """One line per clip and repeat; the caption is the file's name."""
+    """One line per clip and repeat; the caption is the file's name and words enough to fill a text tower's input."""
     lines = [
-        {"id": f"{clip.stem}_{repeat}", "path": str(clip), "captions": [clip.stem.replace("_", " ")], "kind": kind}
+        {
+            "id": f"{clip.stem}_{repeat}",
+            "path": str(clip),
+            "captions": [f"{clip.stem.replace('_', ' ')} {FILLER}"],
+            "kind": kind,
+        }
         for repeat in range(repeats)
         for clip in clips
     ]
@@ -105,3 +112,15 @@ def render_clip(path: Path, seed: int, *, width: int, height: int, frames: int) 
             picture = np.roll(texture, (down * index, right * index), axis=(0, 1))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode(None))
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description="Render clips or stills and their manifest into a folder.")
+    parser.add_argument("data", choices=("render", "stills"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    print(data_manifest(options.data, options.folder, small=options.small))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from typing import Any
 from clips import data_manifest
 from throughput_report import write_throughput_report
 
-from frozen_fast.common.files import write_json
+from frozen_fast.common.files import write_atomically, write_json
 from frozen_fast.config import load_config
 from frozen_fast.errors import UserError
 from frozen_fast.profiling.paper import HARDWARE_NOTE, table_4
@@ -86,6 +87,7 @@ def measure_stage(key: StageKey, options: argparse.Namespace, manifest: Path, fo
         f"data.sources=[{{name: clips, format: manifest, path: {json.dumps(str(manifest))}, split: train}}]",
         "model.video.weights=none",
         "model.text.weights=random",
+        f"model.text.max_tokens={options.text_tokens}",
         "evaluation.sources=[]",
         *options.overrides,
     ]
@@ -110,6 +112,7 @@ def measure_stage(key: StageKey, options: argparse.Namespace, manifest: Path, fo
     if cause == "refused":
         raise UserError(telling_line(text).removeprefix("error: "))
     if cause != "ok":
+        write_atomically(options.output / "logs" / log.name, text)
         return {**identity, "cause": cause, "message": telling_line(text)}
     return {**json.loads(output.read_text()), **identity, "cause": "ok"}
 
@@ -184,6 +187,7 @@ def run(options: argparse.Namespace) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report; 2 for a mistake in the arguments, the config or the data."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a stage's processes are in a session of their own
     try:
         report = run(options)
     except UserError as error:

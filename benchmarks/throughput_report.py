@@ -29,7 +29,10 @@ def speed(stage: dict[str, Any], mode: str) -> dict[str, float] | None:
 
 
 def bound(stage: dict[str, Any]) -> str:
-    """What bounds a stage, and by how much: compute, input or communication; needs the modes it compares."""
+    """What bounds a stage (compute, input or communication) and by how much; needs the modes it compares.
+
+    End to end, the loader works beside the device; the last figure says how much of the slower one's speed is left.
+    """
     model, data, both = (speed(stage, mode) for mode in ("model", "input", "end_to_end"))
     if model is None or data is None:
         return "n/a"
@@ -40,9 +43,10 @@ def bound(stage: dict[str, Any]) -> str:
         seconds["communication"] = max(0.0, 1 / model["median"] - 1 / alone["median"])
     largest = max(seconds, key=lambda name: seconds[name])
     others = max(value for name, value in seconds.items() if name != largest)
-    ratio = f"{seconds[largest] / others:.2f} x the next" if others else "alone"
-    lost = "" if both is None else f"; end to end {both['median'] / min(model['median'], data['median']):.0%} of it"
-    return f"{largest}, {ratio}{lost}"
+    ratio = f"{largest}, {seconds[largest] / others:.2f} x the next" if others else largest
+    if both is None:
+        return ratio
+    return f"{ratio}; end to end {both['median'] / min(model['median'], data['median']):.0%} of that speed"
 
 
 def mfu(stage: dict[str, Any], mode: str) -> float | None:
@@ -112,13 +116,13 @@ def stage_table(stages: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
-def row_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Header and one line per projected row of Table 4."""
+def row_table(rows: list[dict[str, Any]], *, comparable: bool) -> list[list[str]]:
+    """Header and one line per projected row of Table 4; no ratio where another model was measured."""
     lines = [["row", "attention", "paper's PTT (h)", "GPU-hours, projected (p80-p20)", "PTT / ours", "from"]]
     for row in rows:
         spread = f"{number(row['gpu_hours'])} ({number(row['gpu_hours_fast'])}-{number(row['gpu_hours_slow'])})"
         lines.append([row["row"], row["attention"], number(row["ptt_hours"]), spread,
-                      number(row["ratio"], "{:.1f} x"), ", ".join(row["modes"])])  # fmt: skip
+                      number(row["ratio"] if comparable else None, "{:.1f} x"), ", ".join(row["modes"])])  # fmt: skip
     return lines
 
 
@@ -209,7 +213,10 @@ def write_throughput_report(folder: Path, result: dict[str, Any]) -> Path:
         if (projected := project_row(row, entries, result["stages"], backend, result["clips_per_row"]))
     ]
     notes, picture = heading(result), plot(rows, result["stages"])
-    tables = [("Rows of Table 4", row_table(rows)), ("Stages", stage_table(result["stages"]))]
+    tables = [
+        ("Rows of Table 4", row_table(rows, comparable=not result["small"])),
+        ("Stages", stage_table(result["stages"])),
+    ]
     text = "# Throughput\n\n" + "\n".join(f"- {note}" for note in notes)
     body = "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>"
     for title, lines in tables:

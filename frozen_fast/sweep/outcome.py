@@ -15,6 +15,8 @@ OUT_OF_MEMORY = re.compile(
     r"cannot allocate memory|NCCL.*out of memory",
     re.IGNORECASE,
 )
+ERROR_LINE = re.compile(r"error|exception|killed|signal", re.IGNORECASE)
+LAUNCHER_LINE = re.compile(r"CalledProcessError|ChildFailedError|elastic|simple_launcher|torch\.distributed\.run")
 NOT_FINITE = re.compile(r"loss\b.*\b(nan|inf|not finite)\b", re.IGNORECASE)
 
 
@@ -68,10 +70,14 @@ def classify(exit_code: int, output: str, *, timed_out: bool, over_memory: bool)
 
 
 def telling_line(output: str) -> str:
-    """The line of a failed process's output that says most: the last error line, otherwise the last line."""
+    """The line of a failed process's output that says most: the script's last error line, otherwise the last line.
+
+    The launchers' own complaints about the script count only where the script said nothing.
+    """
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error|exception|killed|signal", line, re.IGNORECASE)]
-    chosen = errors or lines
+    errors = [line for line in lines if ERROR_LINE.search(line)]
+    own_errors = [line for line in errors if not LAUNCHER_LINE.search(line)]
+    chosen = own_errors or errors or lines
     return chosen[-1][:300] if chosen else ""
 
 

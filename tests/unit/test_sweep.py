@@ -74,6 +74,9 @@ def test_causes(exit_code: int, output: str, flags: dict[str, bool], cause: str)
 
 def test_the_telling_line_is_the_last_error() -> None:
     assert telling_line("start\nValueError: bad thing\n  cleaning up\n") == "ValueError: bad thing"
+    launcher = "subprocess.CalledProcessError: Command 'train.py' returned non-zero exit status 2."
+    assert telling_line(f"error: seed: got x\nTraceback\n{launcher}\n") == "error: seed: got x"
+    assert telling_line(f"start\n{launcher}\n") == launcher
     assert telling_line("only words\n") == "only words"
     assert telling_line("") == ""
 

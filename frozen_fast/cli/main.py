@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from frozen_fast import __version__
 from frozen_fast.cli import commands
+from frozen_fast.cli.pack import pack, pack_arguments
 from frozen_fast.errors import UserError
 
 EXIT_DONE = 0
@@ -23,6 +24,7 @@ OTHER_RANKS_WAIT_SECONDS = 5.0
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("train the stages of a config, evaluate, report", commands.train_arguments, commands.train),
     "evaluate": ("retrieval numbers of a checkpoint", commands.evaluate_arguments, commands.evaluate),
+    "pack": ("frames of a source's clips into JPEG shards, for fast reading", pack_arguments, pack),
     "convert-checkpoint": (
         "turn a released .pth/.pth.tar checkpoint into a frozen_fast folder",
         commands.convert_arguments,

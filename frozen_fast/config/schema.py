@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 Expansion = Literal["zero", "nearest", "bilinear"]
 Attention = Literal["auto", "reference", "sdpa", "batched", "xformers", "triton"]
-SourceFormat = Literal["manifest", "webvid", "cc3m", "msrvtt", "msrvtt_clip4clip"]
+SourceFormat = Literal["manifest", "webvid", "cc3m", "msrvtt", "msrvtt_clip4clip", "shards"]
 DecodeBackend = Literal["auto", "dali", "torchcodec", "decord", "pyav"]
 
 
@@ -71,8 +71,8 @@ class SourceConfig:
 
     name: str = key("", "name in reports; empty: the format")
     format: SourceFormat = key("manifest", "layout on disk (docs/data.md)")
-    path: str = key("", "manifest file, or the data set's root folder")
-    split: str = key("train", "train, val or test (a manifest's own values; empty: every line of a manifest)")
+    path: str = key("", "manifest file, the data set's root folder, or the folder of packed shards")
+    split: str = key("train", "train, val or test (a manifest's own values; empty: every line of a manifest, every clip of shards)")
     cut: str = key("", "webvid: 2M or 10M; msrvtt: 1k-A, 1k-B or full; msrvtt_clip4clip: 1k-A, 1k-A-7k or full")
     captions: Literal["random", "first", "paragraph", "all"] = key("random", "training draws one, takes the first, or joins a random number; evaluation reads all or joins all")
     max_caption_characters: int = key(350, "captions are cut to this length, 0: never")

@@ -150,7 +150,7 @@ def _check_sources(path: str, sources: Sequence[SourceConfig]) -> None:
     for index, source in enumerate(sources):
         here = f"{path}[{index}]"
         _check_value(f"{here}.path", source.path, _NOT_EMPTY)
-        if source.format != "manifest":
+        if source.format not in ("manifest", "shards"):
             _check_value(f"{here}.split", source.split, _NOT_EMPTY)
         _check_value(f"{here}.max_caption_characters", source.max_caption_characters, _NOT_NEGATIVE)
         _check_value(f"{here}.weight", source.weight, _NOT_NEGATIVE)

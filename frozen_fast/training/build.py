@@ -15,7 +15,8 @@ import torch
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.config.schema import DecodeConfig
 from frozen_fast.data import EvaluationLoader, Source, TrainingLoader, read_sources
-from frozen_fast.data.decode import Decoder, build_decoder
+from frozen_fast.data.decode import Decoder
+from frozen_fast.data.reading import build_decoder
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder, build_dual_encoder
 from frozen_fast.models.checkpoint import from_pretrained

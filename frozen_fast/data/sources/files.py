@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from frozen_fast.data.shards.layout import parse_address
 from frozen_fast.data.sources.clip import Clip
 from frozen_fast.errors import UserError
 
@@ -105,6 +106,12 @@ class FolderListings:
             return frozenset()
 
 
+def _file_of(clip: Clip) -> str:
+    """The file that holds the clip: of a packed one, its shard."""
+    where = parse_address(clip.path)
+    return clip.path if where is None else where.file
+
+
 class ClipCollector:
     """Takes candidate clips, keeps the good ones, counts the others by cause."""
 
@@ -127,7 +134,7 @@ class ClipCollector:
             self.drop(DUPLICATE_ID, clip.id)
         elif not clip.captions:
             self.drop(NO_CAPTION, clip.id)
-        elif clip.path not in self._listings:
+        elif _file_of(clip) not in self._listings:
             self.drop(NOT_ON_DISK, clip.path)
         else:
             self._seen.add(clip.id)

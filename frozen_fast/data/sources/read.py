@@ -13,6 +13,7 @@ from frozen_fast.data.sources.clip import Clip, Kind, PackedClips, Source
 from frozen_fast.data.sources.files import ClipCollector
 from frozen_fast.data.sources.manifest import read_manifest
 from frozen_fast.data.sources.msrvtt import read_msrvtt, read_msrvtt_clip4clip
+from frozen_fast.data.sources.shards import read_shards
 from frozen_fast.data.sources.webvid import read_webvid
 from frozen_fast.errors import UserError, unknown_name
 
@@ -26,6 +27,7 @@ FORMATS: dict[str, Reader] = {
     "cc3m": read_cc3m,
     "msrvtt": read_msrvtt,
     "msrvtt_clip4clip": read_msrvtt_clip4clip,
+    "shards": read_shards,
 }
 
 
@@ -43,7 +45,7 @@ def read_source(config: SourceConfig, key: str = "source") -> Source:
     if config.format not in FORMATS:
         raise unknown_name(f"{key}.format", config.format, FORMATS)
     if not config.path:
-        raise UserError(f"{key}.path: got nothing; allowed: a manifest file or the data set's root folder")
+        raise UserError(f"{key}.path: got nothing; allowed: a manifest file, a data set's folder, or packed shards")
     name = config.name or config.format
     collector = ClipCollector()
     kinds: dict[Kind, str] = {}

@@ -55,9 +55,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def summarize(seconds: Sequence[float], steps: int = 1) -> Timing:
     """Median, p20 and p80 of seconds per step."""
-    return Timing(
-        statistics.median(seconds), percentile(seconds, 0.2), percentile(seconds, 0.8), len(seconds), steps
-    )
+    return Timing(statistics.median(seconds), percentile(seconds, 0.2), percentile(seconds, 0.8), len(seconds), steps)
 
 
 def time_window(step: Callable[[], object], device: torch.device, steps: int) -> float:
@@ -111,7 +109,8 @@ def peak_step_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         step()
     changes = [
         (event.start_ns(), event.nbytes())
@@ -152,6 +151,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "amx_bf16": " amx_bf16" in flags,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": versions,
         "git_commit": git_commit(),

@@ -28,11 +28,12 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: rows of a program (queries or positions), keys of a step, warps."""
+    """How a kernel is cut: rows of a program (queries or positions), keys of a step, warps, steps loaded ahead."""
 
     rows: int
     keys: int
     warps: int
+    stages: int
 
 
 def padded_width(head_width: int) -> int:
@@ -44,14 +45,17 @@ def time_tile(layout: Layout) -> Tile:
     """Positions per program: few enough that its tiles [T, rows, D] stay in registers (no spills on sm_90)."""
     elements = 2048 if layout.frames == 1 else 512 if layout.frames <= 4 else 256
     rows = max(1, elements // padded_width(layout.head_width))
-    return Tile(min(rows, triton.next_power_of_2(layout.patches)), 0, 4)
+    return Tile(min(rows, triton.next_power_of_2(layout.patches)), 0, 4, 1)
 
 
 def space_tile(layout: Layout, dtype: torch.dtype) -> Tile:
-    """Queries and keys per step of the space axis; at least 16, as matrix units want."""
+    """Queries and keys per step of the space axis; at least 16, as matrix units want.
+
+    Wide heads load nothing ahead: their tiles then fit the 100 KiB of shared memory of smaller GPUs.
+    """
     largest = 32 if dtype == torch.float32 else 64
     side = max(16, min(largest, triton.next_power_of_2(layout.patches)))
-    return Tile(side, side, 8 if padded_width(layout.head_width) > 64 else 4)
+    return Tile(side, side, *((8, 1) if padded_width(layout.head_width) > 64 else (4, 3)))
 
 
 def check_limits(layout: Layout) -> None:
@@ -121,7 +125,7 @@ def _launch_time_forward(qkv: Tensor, layout: Layout, out: Tensor) -> tuple[Tens
     else:
         triton_time.time_forward_kernel[grid](
             *arguments, T=layout.frames, TP=triton.next_power_of_2(layout.frames), ROWS=tile.rows, DP=width,
-            num_warps=tile.warps, num_stages=1,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return stats, sums
 
@@ -133,7 +137,7 @@ def _launch_space_forward(qkv: Tensor, layout: Layout, out: Tensor, lse: Tensor)
     triton_space.space_forward_kernel[(layout.batch * layout.frames * layout.heads * blocks,)](
         qkv, out, lse, *_input_strides(qkv), out.stride(0), layout.scale, layout.frames, layout.patches, blocks,
         layout.heads, layout.head_width, ROWS=tile.rows, KEYS=tile.keys, DP=padded_width(layout.head_width),
-        num_warps=tile.warps,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -169,7 +173,7 @@ def _launch_time_backward(
     else:
         triton_time.time_backward_kernel[grid](
             *arguments, T=layout.frames, TP=triton.next_power_of_2(layout.frames), ROWS=tile.rows, DP=width,
-            num_warps=tile.warps, num_stages=1,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return parts
 
@@ -187,7 +191,8 @@ def _launch_space_backward(
     grid = (layout.batch * layout.frames * layout.heads * blocks,)
     sizes = (layout.scale, layout.frames, layout.patches, blocks, layout.heads, layout.head_width)
     steps = (*_input_strides(qkv), grad_out.stride(0), grad_qkv.stride(0), grad_qkv.stride(1))
-    options = dict(ROWS=tile.rows, KEYS=tile.keys, DP=padded_width(layout.head_width), num_warps=tile.warps)
+    options = {"ROWS": tile.rows, "KEYS": tile.keys, "DP": padded_width(layout.head_width)}
+    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
     triton_space.space_backward_query_kernel[grid](
         qkv, out, grad_out, grad_qkv, lse, delta, parts[1], parts[2], *steps, *sizes, **options
     )

@@ -40,7 +40,7 @@ def run(folder: Path, device: str, missing: dict[str, str], fails: Sequence[str]
         assert name not in fakes
         return fakes.setdefault(name, Fake(name, fails if name == "dali" else ()))
 
-    decoder = AutoDecoder(make, missing, device=torch.device(device), max_pixels=10**7)
+    decoder = AutoDecoder(make, missing.get, device=torch.device(device), max_pixels=10**7)
     clips = [videos.vp9(folder), videos.h264_with_b_frames(folder), videos.mpeg4_avi(folder)]
     requests = [DecodeRequest(path, "video", (0,), TestView(8)) for path in clips]
     requests.append(DecodeRequest(videos.picture(folder), "image", (0,), TestView(8)))
@@ -71,16 +71,22 @@ def test_what_dali_cannot_decode_gets_a_second_chance_and_is_said_once(
     monkeypatch.setattr(auto, "_said", set())
     monkeypatch.setattr(logging.getLogger("frozen_fast"), "propagate", True)
     with caplog.at_level(logging.WARNING):
-        outcomes, fakes = run(tmp_path, "cuda", {"decord": "it is not installed"}, fails=("vp9.webm",))
-        run(tmp_path, "cuda", {"decord": "it is not installed"}, fails=("vp9.webm",))
+        outcomes, fakes = run(tmp_path, "cuda", {"pyav": "it is not installed"}, fails=("vp9.webm",))
+        run(tmp_path, "cuda", {"pyav": "it is not installed"}, fails=("vp9.webm",))
     assert backends(outcomes) == ["pyav", "dali", "pyav", "dali"]
     assert fakes["dali"].given == ["vp9.webm", "h264_b.mp4", "picture.png"]
     messages = [record.getMessage() for record in caplog.records]
-    assert sum("leaves decord out: it is not installed" in message for message in messages) == 1
+    assert sum("leaves pyav out: it is not installed" in message for message in messages) == 1
     assert sum("dali cannot" in message for message in messages) == 1
 
 
+def test_on_a_cpu_dali_is_not_even_imported(tmp_path: Path) -> None:
+    asked: list[str] = []
+    AutoDecoder(Fake, lambda name: asked.append(name), device=torch.device("cpu"), max_pixels=10**7)
+    assert asked == [auto._CPU_ORDER[0]]
+
+
 def test_broken_files_go_to_a_decoder_that_names_the_cause(tmp_path: Path) -> None:
-    decoder = AutoDecoder(Fake, {}, device=torch.device("cuda"), max_pixels=10**7)
+    decoder = AutoDecoder(Fake, {}.get, device=torch.device("cuda"), max_pixels=10**7)
     (outcome,) = decoder.decode([DecodeRequest(tmp_path / "nowhere.mp4", "video", (0,), TestView(8))])
     assert isinstance(outcome, Decoded) and outcome.backend == "pyav"

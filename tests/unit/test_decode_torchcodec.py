@@ -38,6 +38,7 @@ def test_a_missing_ffmpeg_is_said_in_one_line(caplog: pytest.LogCaptureFixture) 
     assert "torchcodec" in unavailable_backends()
 
 
+@pytest.mark.slow
 @needs_absence
 def test_torchcodec_with_the_wheels_libraries(tmp_path: Path) -> None:
     """The backends' tests, torchcodec's and auto's share, in a process that finds FFmpeg."""
@@ -47,14 +48,8 @@ def test_torchcodec_with_the_wheels_libraries(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": paths}
     folder = subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout.strip()
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("LD_LIBRARY_PATH")]))
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_decode_backends.py"]
-    done = subprocess.run(
-        [*tests, "-k", "torchcodec and (same_frame or bad_clip or noise or level)"],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    which = ["tests/unit/test_decode_backends.py", "-k", "torchcodec and (same_frame or bad_clip or noise or level)"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout

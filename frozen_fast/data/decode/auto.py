@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -30,7 +30,8 @@ class AutoDecoder:
 
     On a GPU: DALI for the codecs and pictures that it reads there; a clip that it cannot decode (a profile that
     the chip lacks, say) is tried once more with PyAV before it counts as bad. On a CPU, and for everything else:
-    the first installed of the CPU's order. Backends that are missing are left out, and said once.
+    the first installed of the CPU's order. Backends are looked for in that order (DALI takes seconds to import);
+    one that would have been chosen and is missing is said once.
     """
 
     name = "auto"
@@ -38,17 +39,22 @@ class AutoDecoder:
     def __init__(
         self,
         make: Callable[[str], Decoder],
-        missing: Mapping[str, str],
+        missing: Callable[[str], str | None],
         *,
         device: torch.device,
         max_pixels: int,
     ) -> None:
-        for backend, reason in missing.items():
-            _say_once(f"data.decode.backend=auto leaves {backend} out: {reason}")
         self._make = make
         self._max_pixels = max_pixels
-        self._uses_dali = device.type == "cuda" and "dali" not in missing
-        self._on_cpu = next((name for name in _CPU_ORDER if name not in missing), "pyav")  # reads pictures anyway
+
+        def usable(backend: str) -> bool:
+            reason = missing(backend)
+            if reason is not None:
+                _say_once(f"data.decode.backend=auto leaves {backend} out: {reason}")
+            return reason is None
+
+        self._uses_dali = device.type == "cuda" and usable("dali")
+        self._on_cpu = next((name for name in _CPU_ORDER if usable(name)), "pyav")  # reads pictures anyway
         self._made: dict[str, Decoder] = {}
 
     def _backend_for(self, request: DecodeRequest) -> str:

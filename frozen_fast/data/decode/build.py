@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -25,9 +26,15 @@ _MISSING: dict[str, Callable[[], str | None]] = {
 }
 
 
+@lru_cache
+def _missing(backend: str) -> str | None:
+    """Why a backend cannot be used here, or None; PyAV is needed by all, since it finds the frames."""
+    return av_missing() or _MISSING[backend]()
+
+
 def unavailable_backends() -> dict[str, str]:
     """The backends that cannot be used on this machine, and why."""
-    reasons = {name: av_missing() or check() for name, check in _MISSING.items()}
+    reasons = {name: _missing(name) for name in BACKENDS}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -79,8 +86,8 @@ def build_decoder(
         )
 
     if backend == "auto":
-        return AutoDecoder(made, unavailable_backends(), device=device, max_pixels=max_pixels)
-    reason = av_missing() or _MISSING[backend]()
+        return AutoDecoder(made, _missing, device=device, max_pixels=max_pixels)
+    reason = _missing(backend)
     if reason is not None:
         raise UserError(f"data.decode.backend: got {backend}, but {reason}; allowed here: auto, {_usable()}")
     return made(backend)

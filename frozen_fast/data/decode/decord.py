@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 
-from frozen_fast.data.decode.excerpt import excerpt
 from frozen_fast.data.decode.index import ClipIndex
 from frozen_fast.data.decode.types import ClipError
 
@@ -29,13 +27,14 @@ def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_p
     """
     import decord
 
-    cut = None if index.plain else excerpt(path, index, frame_indices, max_pixels)  # it ignores edit lists
-    count = cut.num_frames if cut else index.info.num_frames
+    if not index.plain:  # decord counts every packet as a frame
+        message = "the file hides frames (edit list or reference frames), which decord miscounts; "
+        raise ClipError("decode_failed", message + "decode.backend pyav or auto reads it", path)
     try:
-        source = io.BytesIO(cut.encoded.tobytes()) if cut else path
-        reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
-        if len(reader) != count:
-            raise ClipError("decode_failed", f"decord counts {len(reader)} frames, the file has {count}", path)
-        return reader.get_batch(cut.frame_indices.tolist() if cut else list(frame_indices)).asnumpy()
+        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+        if len(reader) != index.info.num_frames:
+            message = f"decord counts {len(reader)} frames, the file has {index.info.num_frames}"
+            raise ClipError("decode_failed", message, path)
+        return reader.get_batch(list(frame_indices)).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         raise ClipError("decode_failed", " ".join(str(error).split())[-200:], path) from error

@@ -1,8 +1,9 @@
-"""SIGTERM and SIGINT become a wish to stop, which the loop grants after the step it is in."""
+"""SIGTERM, SIGINT and the launcher's death become a wish to stop, which the loop grants after the step it is in."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from types import FrameType
@@ -16,12 +17,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Listens for SIGTERM and SIGINT while in its context; a second SIGINT interrupts at once.
 
-    Outside the main thread signals cannot be heard; then it only holds what set() was told.
+    `accelerate launch` of one process dies of a SIGTERM without passing it on: its child would train on, unseen. So a
+    process that it started also stops when its parent is gone. Outside the main thread signals cannot be heard; then
+    it holds what set() was told.
     """
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self._previous: dict[int, Any] = {}
+        self._launcher = os.getppid() if _started_by_accelerate_alone() else None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -37,6 +41,9 @@ class StopRequest:
     @property
     def asked(self) -> bool:
         """Whether this process was told to stop."""
+        if self._launcher is not None and os.getppid() != self._launcher and not self._event.is_set():
+            log.warning("accelerate launch is gone: stopping after this step, with a checkpoint")
+            self._event.set()
         return self._event.is_set()
 
     def set(self) -> None:
@@ -48,3 +55,8 @@ class StopRequest:
             raise KeyboardInterrupt
         self._event.set()
         log.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+
+
+def _started_by_accelerate_alone() -> bool:
+    """Whether accelerate's launcher of a single process started this one (torchrun passes signals on by itself)."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ

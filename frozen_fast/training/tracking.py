@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
+from frozen_fast.common.files import write_atomically
 from frozen_fast.config.schema import ExperimentConfig
 from frozen_fast.errors import UserError
 
@@ -36,6 +38,7 @@ class Tracker:
                 name=config.wandb.name or config.name,
                 dir=str(folder),
                 config=plain_config,
+                id=_run_id(folder),
                 resume="allow" if config.wandb.mode == "online" else None,
                 settings=wandb.Settings(silent=True),
             )
@@ -54,3 +57,11 @@ class Tracker:
         if self._run is not None:
             self._run.finish()
             self._run = None
+
+
+def _run_id(folder: Path) -> str:
+    """The run's id at Weights & Biases: drawn once and kept in the run folder, so that a resumed run goes on there."""
+    path = folder / "wandb_id"
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(8))
+    return path.read_text(encoding="utf-8").strip()

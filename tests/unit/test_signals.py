@@ -1,0 +1,49 @@
+"""Signals and a launcher's death become a wish to stop; nothing else does."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from frozen_fast.training.signals import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_wish_and_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_is_not_made_to_wait() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+
+
+@pytest.mark.parametrize(
+    ("variables", "stops"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, True),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "TORCHELASTIC_RUN_ID": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_accelerates_child_stops_when_its_launcher_is_gone(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], stops: bool
+) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stop = StopRequest()
+    assert not stop.asked
+    monkeypatch.setattr(os, "getppid", lambda: 1_000_000)
+    assert stop.asked is stops

@@ -13,6 +13,7 @@ from frozen_fast.config.schema import OptimizerConfig
 from frozen_fast.errors import UserError
 
 _POSITIONS = ("cls_token", "pos_embed", "temporal_embed", "position_embeddings", "token_type_embeddings")
+_VIDEO_POSITIONS = ("video_model.cls_token", "video_model.pos_embed", "video_model.temporal_embed")
 _TEXT_TOWER = "text_model."
 
 
@@ -21,8 +22,15 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not any(part in name for part in _POSITIONS)
 
 
+def learning_rate_scale(name: str, config: OptimizerConfig) -> float:
+    """The factor on the learning rate of a parameter, by its name in DualEncoder."""
+    if name.startswith(_TEXT_TOWER):
+        return config.text_learning_rate_scale
+    return config.position_learning_rate_scale if name in _VIDEO_POSITIONS else 1.0
+
+
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Split trainable parameters by weight decay and by tower.
+    """Split trainable parameters by weight decay and by factor on the learning rate.
 
     Returns:
         Groups for torch.optim.AdamW; "scale" is each group's factor on the learning rate.
@@ -30,7 +38,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            scale = config.text_learning_rate_scale if name.startswith(_TEXT_TOWER) else 1.0
+            scale = learning_rate_scale(name, config)
             decay = config.weight_decay if decays(name, parameter) else 0.0
             members.setdefault((scale, decay), []).append(parameter)
     return [

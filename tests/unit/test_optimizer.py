@@ -30,14 +30,15 @@ class Towers(nn.Module):
 
 def test_groups_hold_every_parameter_once_and_exempt_biases_norms_and_positions_from_decay() -> None:
     model = Towers()
-    groups = parameter_groups(model.named_parameters(), OptimizerConfig(weight_decay=0.1, text_learning_rate_scale=0.5))
+    config = OptimizerConfig(weight_decay=0.1, text_learning_rate_scale=0.5, position_learning_rate_scale=7.0)
+    groups = parameter_groups(model.named_parameters(), config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {names[id(p)]: (group["weight_decay"], group["scale"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(names)
     assert found == {
-        "video_model.temporal_embed": (0.0, 1.0),
-        "video_model.pos_embed": (0.0, 1.0),
-        "video_model.cls_token": (0.0, 1.0),
+        "video_model.temporal_embed": (0.0, 7.0),
+        "video_model.pos_embed": (0.0, 7.0),
+        "video_model.cls_token": (0.0, 7.0),
         "video_model.norm.weight": (0.0, 1.0),
         "video_model.norm.bias": (0.0, 1.0),
         "video_model.fc.weight": (0.1, 1.0),

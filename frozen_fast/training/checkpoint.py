@@ -64,6 +64,7 @@ class RunState:
         meter: totals of the stage so far (StageMeter.state()).
         bad_clips: clips read and not read in training so far (BadClipLedger.to_json()).
         learned_frames: rows of the temporal embedding that hold learned values.
+        world_size: number of processes that wrote it; another number may go on.
         config: the run's config in plain values.
         sources: name -> fingerprint of a training source's clips, so that a changed collection is noticed.
     """
@@ -76,6 +77,7 @@ class RunState:
     meter: dict[str, Any]
     bad_clips: dict[str, Any]
     learned_frames: int
+    world_size: int
     config: dict[str, Any] = field(repr=False)
     sources: dict[str, str]
 

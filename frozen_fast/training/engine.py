@@ -278,6 +278,7 @@ class Engine:
                 meter=meter.state_dict(),
                 bad_clips=self._ledger.to_json(),
                 learned_frames=model.learned_frames,
+                world_size=parallel.world_size,
                 config=to_plain(self._config),
                 sources=dict(self._parts.fingerprints),
             )

@@ -193,7 +193,7 @@ class Parallel:
     # Whole tensors, whatever the sharding
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter and buffer whole, by name. Under sharding strategies a collective, and empty but on rank 0."""
+        """Every parameter and buffer whole, by name. Under sharding a collective, and empty but on rank 0."""
         return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:

@@ -201,8 +201,13 @@ class _Run:
                     closed = state.stage + any(row["stage"] == state.stage for row in rows)
                 write_atomically(folder.config, dump_yaml(config))
                 self._write_status("running")
-        if found is not None:
+        if found is not None and state is not None:
             log.info("resuming from %s", found)
+            if state.world_size != parallel.world_size:
+                log.warning(
+                    "resuming on %d processes instead of %d: the same clips in the same steps, but not bit for bit",
+                    parallel.world_size, state.world_size,
+                )  # fmt: skip
         return found, state, parallel.gather_objects(closed)[0]
 
     def _build(self, checkpoint: Path | None, state: RunState | None) -> RunParts:

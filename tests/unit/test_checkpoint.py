@@ -33,7 +33,7 @@ def state(step: int = 7, **changes: object) -> RunState:
     base = RunState(
         step=step, stage=1, steps_in_stage=2, stage_complete=False, position={"step": step, "consumed": {"a": 40}},
         meter={"clips": 12}, bad_clips={"clips": 40, "causes": {"empty": 1}}, learned_frames=4, config={"seed": 3},
-        sources={"a": "f"},
+        world_size=1, sources={"a": "f"},
     )  # fmt: skip
     return replace(base, **changes)
 

@@ -1,0 +1,110 @@
+"""`frozen-fast evaluate` on a run's checkpoint and on a released file: the run's own numbers again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from frozen_fast.cli import main
+from frozen_fast.config import config_from_mapping, dump_yaml
+from frozen_fast.errors import UserError
+from frozen_fast.models import DualEncoder
+from frozen_fast.training.run import evaluate_checkpoint, train
+from support.runs import make_data, read_json, tiny_config, tiny_mapping
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_data(tmp_path_factory.mktemp("data"), videos=10, pictures=6)
+
+
+@pytest.fixture(scope="module")
+def run(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A finished run of one stage of two frames, evaluated on videos and on pictures."""
+    folder = tmp_path_factory.mktemp("run")
+    mapping = tiny_mapping(
+        data,
+        folder,
+        curriculum={"stages": [{"frames": 2, "global_batch_size": 5, "steps": 4}]},
+        evaluation={
+            "every": "end",
+            "sources": [
+                {"name": "clips", "path": str(data["videos"])},
+                {"name": "stills", "path": str(data["pictures"])},
+            ],
+            "stride_seconds": 0.2,
+            "batch_size": 4,
+        },
+    )
+    assert train(config_from_mapping(mapping)) == 0
+    return folder, mapping
+
+
+def test_the_command_repeats_the_runs_numbers(
+    run: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, mapping = run
+    (tmp_path / "config.yaml").write_text(dump_yaml(config_from_mapping(mapping)), encoding="utf-8")
+    checkpoint = folder / "checkpoints" / "step_00000004"
+    arguments = ["evaluate", "--config", str(tmp_path / "config.yaml"), "--checkpoint", str(checkpoint)]
+    assert main([*arguments, "--output", str(tmp_path / "out.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == read_json(tmp_path / "out.json")
+    expected = read_json(folder / "metrics.json")["evaluations"]
+    assert [row["metrics"] for row in printed["evaluations"]] == [row["metrics"] for row in expected]
+    assert [(row["source"], row["frames"], row["windows"] > row["num_videos"]) for row in printed["evaluations"]] == [
+        ("clips", 2, True),
+        ("stills", 1, False),
+    ]
+
+
+def test_frames_can_be_fewer_or_more_than_were_learned(run: tuple[Path, dict], data: dict[str, Path]) -> None:
+    folder, mapping = run
+    for frames in (1, 4):
+        config = config_from_mapping({**mapping, "evaluation": {**mapping["evaluation"], "frames": frames}})
+        result = evaluate_checkpoint(config, str(folder / "checkpoints" / "step_00000004"))
+        assert [row["frames"] for row in result["evaluations"]] == [frames, 1]
+
+
+def test_other_pixel_statistics_and_a_missing_checkpoint_are_refused(run: tuple[Path, dict]) -> None:
+    folder, mapping = run
+    other = {**mapping, "data": {**mapping["data"], "augmentation": {"mean": [0.5, 0.5, 0.5]}}}
+    with pytest.raises(UserError, match=r"^data.augmentation.mean: got \[0.5, 0.5, 0.5\]; allowed: \[0.485, "):
+        evaluate_checkpoint(config_from_mapping(other), str(folder / "checkpoints" / "step_00000004"))
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate_checkpoint(config_from_mapping(mapping), "nowhere")
+
+
+def test_a_checkpoint_that_learned_more_frames_than_the_first_stage_keeps_them(
+    run: tuple[Path, dict], data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Finetuning that begins at one frame: the second frame's embedding is neither lost nor expanded anew."""
+    start = run[0] / "checkpoints" / "step_00000004"
+    learned = DualEncoder.from_pretrained(start).video_model.temporal_embed.detach()
+    assert learned.shape[1] == 2 and learned[:, 1].abs().sum() > 0
+    config = tiny_config(
+        data,
+        tmp_path / "run",
+        model={"checkpoint": str(start), "video": {"attention": "sdpa"}, "expansion": "bilinear"},
+        curriculum={
+            "stages": [
+                {"frames": 1, "global_batch_size": 5, "steps": 2},
+                {"frames": 4, "global_batch_size": 5, "steps": 1, "learning_rate_scale": 1e-6},
+            ]
+        },
+        checkpoints={"keep": 5},
+    )
+    assert train(config) == 0
+    first = DualEncoder.from_pretrained(tmp_path / "run" / "checkpoints" / "step_00000002")
+    assert first.learned_frames == 2
+    kept = first.video_model.temporal_embed.detach()
+    assert torch.equal(kept[:, 1], learned[:, 1]) and not torch.equal(kept[:, 0], learned[:, 0])
+    last = DualEncoder.from_pretrained(tmp_path / "run" / "checkpoints" / "step_00000003")
+    expected = torch.lerp(kept[:, :1], kept[:, 1:2], torch.tensor([0.0, 0.25, 0.75, 1.0])[None, :, None])
+    assert last.learned_frames == 4
+    torch.testing.assert_close(last.video_model.temporal_embed.detach(), expected, atol=1e-6, rtol=0)

@@ -11,16 +11,14 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from frozen_fast.errors import UserError
-from frozen_kernels import divided_attention
+from frozen_fast.models.blocks import LAYER_NORM_EPS, Attention, Block, PatchEmbedding, SpaceTimeBlock
+from frozen_kernels import add_positions
 
-Block = Literal["frozen_in_time", "timesformer"]
 TimeInit = Literal["zero_output", "released", "random"]
 
-LAYER_NORM_EPS = 1e-6
 INIT_STD = 0.02
 """Standard deviation of the truncated normal that ViT and the released code draw linear weights from."""
 
@@ -68,107 +66,6 @@ VIDEO_SIZES: dict[str, VideoSize] = {
 """Named sizes: base, small and tiny are ViT's; mini, nano and pico are for demonstrations and tests on a CPU."""
 
 
-class PatchEmbedding(nn.Module):
-    """Frames -> one token per patch: a convolution whose stride is its kernel, computed as one matrix product."""
-
-    def __init__(self, size: VideoSize) -> None:
-        """Hold the projection under its released name, proj."""
-        super().__init__()
-        self.patch = size.patch
-        self.proj = nn.Conv2d(3, size.width, kernel_size=size.patch, stride=size.patch)
-
-    def forward(self, video_BTCHW: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, T, P, D], patches row by row."""
-        batch, frames, channels, height, width = video_BTCHW.shape
-        patch = self.patch
-        grid = video_BTCHW.reshape(batch, frames, channels, height // patch, patch, width // patch, patch)
-        patches = grid.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, -1, channels * patch * patch)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-class Attention(nn.Module):
-    """Divided attention over one axis: qkv, attention of frozen_kernels, output projection."""
-
-    def __init__(self, width: int, heads: int, axis: Literal["time", "space"], backend: str) -> None:
-        """Hold the two linear layers under their released names."""
-        super().__init__()
-        self.heads = heads
-        self.axis = axis
-        self.backend = backend
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BSD: Tensor, num_frames: int) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        qkv_BS3ND = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1))
-        return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=self.backend))
-
-    def forward_cls(self, x_BSD: Tensor) -> Tensor:
-        """The CLS row alone, [B, S, D] -> [B, 1, D]: keys and values of all tokens, the query of CLS only."""
-        width = x_BSD.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        query_B1ND = F.linear(x_BSD[:, :1], weight[:width], bias[:width]).unflatten(-1, (self.heads, -1))
-        kv_BS2ND = F.linear(x_BSD, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1))
-        key_BNSD, value_BNSD = kv_BS2ND.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(query_B1ND.transpose(1, 2), key_BNSD, value_BNSD)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """fc1, exact GELU, fc2."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        """Hold the two linear layers under their released names."""
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class SpaceTimeBlock(nn.Module):
-    """One block: time attention, space attention, MLP, each on a normalised input.
-
-    time = timeattn(norm3(x)); space = attn(norm1(x + time)); then Frozen in Time adds space to the block's INPUT,
-    y = x + space, and TimeSformer's divided block adds it to x + time; out = y + mlp(norm2(y)).
-    """
-
-    def __init__(self, size: VideoSize, block: Block, backend: str, skip_time_at_one_frame: bool) -> None:
-        """Build the block; see SpaceTimeTransformer for the arguments."""
-        super().__init__()
-        self.residual_from_input = block == "frozen_in_time"
-        self.skip_time_at_one_frame = skip_time_at_one_frame
-        self.norm1 = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
-        self.attn = Attention(size.width, size.heads, "space", backend)
-        self.timeattn = Attention(size.width, size.heads, "time", backend)
-        self.norm2 = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(size.width, size.width * size.mlp_ratio)
-        self.norm3 = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
-
-    def _add_time(self, x_BSD: Tensor, num_frames: int) -> Tensor:
-        """Return x + time attention.
-
-        A skipped branch stays in the graph times zero: DDP refuses parameters without a gradient, and ZeRO-3
-        applies the gradient of an earlier step to them.
-        """
-        if num_frames == 1 and self.skip_time_at_one_frame:
-            branch = (*self.norm3.parameters(), *self.timeattn.parameters())
-            return x_BSD + 0.0 * torch.stack([parameter.flatten()[0] for parameter in branch]).sum()
-        return x_BSD + self.timeattn(self.norm3(x_BSD), num_frames)
-
-    def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False) -> Tensor:
-        """[B, S, D] -> [B, S, D], or [B, 1, D] with cls_only: the same CLS row, without what nothing reads."""
-        with_time = self._add_time(x_BSD, num_frames)
-        residual = x_BSD if self.residual_from_input else with_time
-        if cls_only:
-            y = residual[:, :1] + self.attn.forward_cls(self.norm1(with_time))
-        else:
-            y = residual + self.attn(self.norm1(with_time), num_frames)
-        return y + self.mlp(self.norm2(y))
-
-
 class SpaceTimeTransformer(nn.Module):
     """Video tower: frames -> the CLS token after the last LayerNorm."""
 
@@ -212,12 +109,15 @@ class SpaceTimeTransformer(nn.Module):
         self.skip_time_attention_at_one_frame = skip_time_attention_at_one_frame
         self.checkpointed_blocks = checkpointed_blocks
         self.full_last_block = full_last_block
-        self.patch_embed = PatchEmbedding(size)
+        self.patch_embed = PatchEmbedding(size.patch, size.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + size.patches_per_frame, size.width))
         self.temporal_embed = nn.Parameter(torch.zeros(1, max_frames, size.width))
         self.blocks = nn.ModuleList(
-            SpaceTimeBlock(size, block, attention, skip_time_attention_at_one_frame) for _ in range(size.depth)
+            SpaceTimeBlock(
+                size.width, size.heads, size.width * size.mlp_ratio, block, attention, skip_time_attention_at_one_frame
+            )
+            for _ in range(size.depth)
         )
         self.norm = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
         self.init_weights(time_init)
@@ -246,15 +146,6 @@ class SpaceTimeTransformer(nn.Module):
         for block in self.blocks:
             init_time_attention(cast(SpaceTimeBlock, block).timeattn, time_init)
 
-    def embed(self, video_BTCHW: Tensor) -> Tensor:
-        """Patches, positions and CLS -> [B, S, D]."""
-        num_frames = video_BTCHW.shape[1]
-        patches_BTPD = self.patch_embed(video_BTCHW)
-        position_1TPD = self.pos_embed[:, None, 1:] + self.temporal_embed[:, :num_frames, None]
-        tokens = (patches_BTPD + position_1TPD).flatten(1, 2)
-        cls_11D = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls_11D.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
-
     def forward(self, video_BTCHW: Tensor) -> Tensor:
         """Embed clips.
 
@@ -269,15 +160,17 @@ class SpaceTimeTransformer(nn.Module):
         """
         self.check_video(video_BTCHW)
         num_frames = video_BTCHW.shape[1]
-        x = self.embed(video_BTCHW)
+        x = add_positions(self.patch_embed(video_BTCHW), self.cls_token, self.pos_embed, self.temporal_embed)
+        branch: Tensor | None = None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            cls_only = index == last and not self.full_last_block
+            arguments = (x, branch, num_frames, index == last and not self.full_last_block)
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, num_frames, cls_only, use_reentrant=False, preserve_rng_state=False)
+                x, branch = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, num_frames, cls_only)
-        return self.norm(x[:, 0])
+                x, branch = block(*arguments)
+        assert branch is not None, "a tower has at least one block"
+        return self.norm(x[:, 0] + branch[:, 0])
 
     def check_video(self, video_BTCHW: Tensor) -> None:
         """Raise a ValueError that names the expected shape, unless the clip batch has it."""

@@ -1,0 +1,184 @@
+"""The parts of a space-time transformer: patch projection, residual norm, divided attention, MLP, block.
+
+Every parameter is read inside its own module's forward, so that sharded training (ZeRO-3), which fetches parameters
+when a module is called, finds them all. Axis letters: see space_time.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from frozen_kernels import add_layer_norm, bias_gelu, divided_attention
+from frozen_kernels.gelu_pieces import exact_gelu
+
+Block = Literal["frozen_in_time", "timesformer"]
+
+LAYER_NORM_EPS = 1e-6
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, computed as one matrix product."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        """RGB patches of patch x patch pixels to width."""
+        super().__init__(3, width, kernel_size=patch, stride=patch)
+
+    def forward(self, video_BTCHW: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, T, P, D], patches row by row."""
+        batch, frames, channels, height, width = video_BTCHW.shape
+        patch = self.kernel_size[0]
+        grid = video_BTCHW.reshape(batch, frames, channels, height // patch, patch, width // patch, patch)
+        patches = grid.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, -1, channels * patch * patch)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Frames -> one token per patch; it gives the projection its released name, patch_embed.proj."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        """Hold the projection."""
+        super().__init__()
+        self.proj = PatchProjection(patch, width)
+
+    def forward(self, video_BTCHW: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, T, P, D]."""
+        return self.proj(video_BTCHW)
+
+
+class ResidualNorm(nn.LayerNorm):
+    """Adds a branch to the residual stream and normalises the sum, in one pass where there is a kernel for it."""
+
+    def __init__(self, width: int) -> None:
+        """Weights as LayerNorm's."""
+        super().__init__(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(x + branch, its norm), both [..., D]; the norm in the dtype that matrix products take here."""
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        return add_layer_norm(
+            x,
+            branch,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            out_dtype=torch.get_autocast_dtype(device_type) if autocast else None,
+            backend=_fused_backend(),
+        )
+
+
+class QkvLinear(nn.Linear):
+    """Queries, keys and values in one matrix product."""
+
+    def forward(self, x_BSD: Tensor, cls_only: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[B, S, D] -> [B, S, 3*D]; with cls_only the CLS query [B, 1, D] and all keys and values [B, S, 2*D]."""
+        if not cls_only:
+            return super().forward(x_BSD)
+        width = self.in_features
+        query = F.linear(x_BSD[:, :1], self.weight[:width], self.bias[:width])
+        return query, F.linear(x_BSD, self.weight[width:], self.bias[width:])
+
+
+class Attention(nn.Module):
+    """Divided attention over one axis: qkv, attention of frozen_kernels, output projection."""
+
+    def __init__(self, width: int, heads: int, axis: Literal["time", "space"], backend: str) -> None:
+        """Hold the two linear layers under their released names."""
+        super().__init__()
+        self.heads = heads
+        self.axis = axis
+        self.backend = backend
+        self.qkv = QkvLinear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False, backend: str | None = None) -> Tensor:
+        """[B, S, D] -> [B, S, D], or [B, 1, D] with cls_only: keys and values of all tokens, the query of CLS only."""
+        if not cls_only:
+            qkv_BS3ND = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1))
+            return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=backend or self.backend))
+        query_B1D, kv_BSD = self.qkv(x_BSD, cls_only=True)
+        query_BN1D = query_B1D.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key_BNSD, value_BNSD = kv_BSD.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(query_BN1D, key_BNSD, value_BNSD)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class GeluLinear(nn.Linear):
+    """A linear layer and the exact GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., hidden]. On a GPU the bias goes into the GELU's kernel, which reduces its gradient too."""
+        if x.is_cuda and _fused_backend() == "auto":
+            return bias_gelu(F.linear(x, self.weight), self.bias)
+        return exact_gelu(super().forward(x))
+
+
+class Mlp(nn.Module):
+    """fc1, exact GELU, fc2."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        """Hold the two linear layers under their released names."""
+        super().__init__()
+        self.fc1 = GeluLinear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(self.fc1(x))
+
+
+class SpaceTimeBlock(nn.Module):
+    """One block: time attention, space attention, MLP, each on a normalised input.
+
+    time = timeattn(norm3(x)); space = attn(norm1(x + time)); then Frozen in Time adds space to the block's INPUT,
+    y = x + space, and TimeSformer's divided block adds it to x + time; out = y + mlp(norm2(y)). The last sum is left
+    to who comes next, which adds and normalises in one pass: a block takes and returns (stream, branch still to add).
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, block: Block, backend: str, skip_time_at_one_frame: bool
+    ) -> None:
+        """Build the block; see SpaceTimeTransformer for the arguments."""
+        super().__init__()
+        self.residual_from_input = block == "frozen_in_time"
+        self.skip_time_at_one_frame = skip_time_at_one_frame
+        self.norm1 = ResidualNorm(width)
+        self.attn = Attention(width, heads, "space", backend)
+        self.timeattn = Attention(width, heads, "time", backend)
+        self.norm2 = ResidualNorm(width)
+        self.mlp = Mlp(width, hidden)
+        self.norm3 = ResidualNorm(width)
+
+    def forward(
+        self, x_BSD: Tensor, branch: Tensor | None, num_frames: int, cls_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(stream, branch) [B, S, D] -> the same, or their CLS rows [B, 1, D] with cls_only."""
+        if num_frames == 1 and self.skip_time_at_one_frame:
+            x_BSD = x_BSD if branch is None else x_BSD + branch
+            time = self._skipped_time(x_BSD)
+        else:
+            x_BSD, normed = self.norm3(x_BSD, branch)
+            time = self.timeattn(normed, num_frames)
+        with_time, normed = self.norm1(x_BSD, time)
+        space = self.attn(normed, num_frames, cls_only=cls_only)
+        residual = x_BSD if self.residual_from_input else with_time
+        y, normed = self.norm2(residual[:, :1] if cls_only else residual, space)
+        return y, self.mlp(normed)
+
+    def _skipped_time(self, x_BSD: Tensor) -> Tensor:
+        """Zeros that keep the branch in the graph, by way of two tokens of one clip.
+
+        DDP refuses parameters without a gradient, and ZeRO-3 applies the gradient of an earlier step to them.
+        """
+        _, normed = self.norm3(x_BSD[:1, :2])
+        out = 0.0 * self.timeattn(normed, 1, backend="reference").sum()
+        return out.expand_as(x_BSD)
+
+
+def _fused_backend() -> str:
+    """Kernels of our own in eager mode; under torch.compile the plain form, which the compiler fuses."""
+    return "plain" if torch.compiler.is_compiling() else "auto"

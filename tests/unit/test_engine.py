@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.evaluation import retrieval_metrics, similarity
 from frozen_fast.models.temporal import expand_temporal_embedding
 from frozen_fast.profiling.meter import StageMeter
+from frozen_fast.training import journal as journal_module
 from frozen_fast.training import precision
 from frozen_fast.training.evaluate import evaluate_source
 from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
@@ -272,19 +272,14 @@ def test_on_a_device_with_a_queue_rows_wait_for_their_window(parallel: Parallel,
 
 
 def test_without_a_terminal_there_are_plain_lines(
-    parallel: Parallel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    parallel: Parallel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logger = logging.getLogger("frozen_fast")
-    propagates, logger.propagate = logger.propagate, True
-    try:
-        with caplog.at_level(logging.INFO, logger="frozen_fast"):
-            made = journal(RunFolder(tmp_path), parallel, log_every_steps=2)
-            meter = StageMeter(stage=0, frames=2, batch_sizes={"a": 4})
-            for step in range(1, 6):
-                record(made, meter, step, 1.0)
-    finally:
-        logger.propagate = propagates
-    told = [line.getMessage() for line in caplog.records if line.name.endswith("journal")]
+    told: list[str] = []
+    monkeypatch.setattr(journal_module.log, "info", lambda message, *values: told.append(message % values))
+    made = journal(RunFolder(tmp_path), parallel, log_every_steps=2)
+    meter = StageMeter(stage=0, frames=2, batch_sizes={"a": 4})
+    for step in range(1, 6):
+        record(made, meter, step, 1.0)
     assert [line.split()[1] for line in told] == ["1/9", "2/9", "4/9"]
 
 

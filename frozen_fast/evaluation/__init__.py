@@ -1,6 +1,12 @@
 """Retrieval metrics, protocols and re-ranking: embeddings or similarities in, numbers out, no models."""
 
-from frozen_fast.evaluation.metrics import retrieval_metrics, retrieval_ranks, similarity, twin_accuracy
+from frozen_fast.evaluation.metrics import (
+    one_frame_ceiling,
+    retrieval_metrics,
+    retrieval_ranks,
+    similarity,
+    twin_accuracy,
+)
 from frozen_fast.evaluation.protocols import PROTOCOLS, choose_protocol, queries, v2t_max_over_captions
 from frozen_fast.evaluation.rerank import dual_softmax
 
@@ -8,6 +14,7 @@ __all__ = [
     "PROTOCOLS",
     "choose_protocol",
     "dual_softmax",
+    "one_frame_ceiling",
     "queries",
     "retrieval_metrics",
     "retrieval_ranks",

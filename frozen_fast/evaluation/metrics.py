@@ -112,12 +112,7 @@ def twin_accuracy(
         UserError: as retrieval_metrics; a twin outside the gallery or a video that is its own twin.
     """
     rows, own = assigned_rows(sim_QV, video_of_query)
-    twin = _whole_numbers(twin_of_video, "twin_of_video")
-    videos = sim_QV.shape[1]
-    if len(twin) != videos or twin.min() < -1 or twin.max() >= videos or bool((twin == np.arange(videos)).any()):
-        raise UserError(
-            f"twin_of_video: got {len(twin)} values for {videos} videos; allowed: for each the column of another, or -1"
-        )
+    twin = _checked_twins(twin_of_video, sim_QV.shape[1])
     keep = twin[own] >= 0
     if not keep.any():
         return None
@@ -127,6 +122,37 @@ def twin_accuracy(
         difference = chunk_KV.gather(1, own_K[:, None]) - chunk_KV.gather(1, twin_K[:, None])
         points += float((difference > 0).sum()) + 0.5 * float((difference == 0).sum())
     return 100.0 * points / int(keep.sum())
+
+
+def one_frame_ceiling(
+    sim_QV: Similarities, twin_of_video: Assignment, video_of_query: Assignment | None = None
+) -> float:
+    """The best text-to-video R@1 (percent) that a model which sees one frame of each clip can reach on average.
+
+    Twins show it the same frames, so that it ranks the right one of the two first half of the time at most; every
+    other query may hit.
+
+    Args:
+        sim_QV: similarities [Q, V], of which the shape alone counts.
+        twin_of_video: as twin_accuracy.
+        video_of_query: as retrieval_metrics.
+
+    Raises:
+        UserError: as twin_accuracy.
+    """
+    _, own = assigned_rows(sim_QV, video_of_query)
+    twin = _checked_twins(twin_of_video, sim_QV.shape[1])
+    return 100.0 - 50.0 * float(np.mean(twin[own] >= 0))
+
+
+def _checked_twins(twin_of_video: Assignment, videos: int) -> np.ndarray:
+    """The column of each video's twin, int64 [videos], -1 for none."""
+    twin = _whole_numbers(twin_of_video, "twin_of_video")
+    if len(twin) != videos or twin.min() < -1 or twin.max() >= videos or bool((twin == np.arange(videos)).any()):
+        raise UserError(
+            f"twin_of_video: got {len(twin)} values for {videos} videos; allowed: for each the column of another, or -1"
+        )
+    return twin
 
 
 def chunks(sim_QV: Similarities, rows: np.ndarray, own: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from frozen_fast.data import BadClip, EvaluationLoader, Source
 from frozen_fast.evaluation import (
+    one_frame_ceiling,
     queries,
     retrieval_metrics,
     similarity,
@@ -182,6 +183,7 @@ def _rows(
         accuracy = twin_accuracy(sim_QV, twins, video_of_query)
         if accuracy is not None:
             metrics["twin_accuracy"] = accuracy
+            metrics["one_frame_ceiling"] = one_frame_ceiling(sim_QV, twins, video_of_query)
     rows: list[Row] = [{"protocol": protocol, "metrics": metrics}]
     if protocol == "several_captions":
         second = v2t_max_over_captions(sim_QV, video_of_query)

@@ -107,7 +107,7 @@ def _figures(run: RunData) -> list[Figure]:
             Figure(
                 f"Text-to-video R@1, {_frames(last['frames'])}",
                 f"{number(last['metrics']['t2v/R@1'])} %",
-                f"chance {number(100 / last['num_videos'], 2)} %{earlier}",
+                f"chance {number(100 / last['num_videos'], 2)} %{earlier}{_one_frame_note(last)}",
             )
         )
         if "twin_accuracy" in last["metrics"]:
@@ -133,6 +133,11 @@ def _figures(run: RunData) -> list[Figure]:
             Figure(f"Clips/s at {_frames(last_total.frames)}", significant(last_total.clips_per_second), note)
         )
     return figures
+
+
+def _one_frame_note(row: dict[str, Any]) -> str:
+    ceiling = row["metrics"].get("one_frame_ceiling")
+    return "" if ceiling is None else f", one frame at best {number(ceiling)} %"
 
 
 def _state(run: RunData) -> Section | None:
@@ -175,13 +180,14 @@ def _retrieval(run: RunData) -> Section | None:
     if twins:
         notes += (
             " Twins: share of captions that score their own clip above its twin, which shows the same frames in "
-            "another order; what one frame shows cannot decide it."
+            "another order; what one frame shows cannot decide it. One frame at best: the R@1 that a model which sees "
+            "one frame of each clip reaches on average if it errs between twins only."
         )
     return Section("Retrieval", [*blocks, Text(notes)])
 
 
 def _chance_rows(run: RunData, direction: str, with_twins: bool) -> list[list[str]]:
-    """What a constant similarity would score on each set with one caption a clip."""
+    """What a constant similarity would score on each set with one caption a clip, and one frame at best."""
     rows = []
     for source in dict.fromkeys(row["source"] for row in run.evaluations):
         row = next(row for row in run.evaluations if row["source"] == source)
@@ -193,6 +199,9 @@ def _chance_rows(run: RunData, direction: str, with_twins: bool) -> list[list[st
         cells = ["chance", source, "", "", "", "", count(size), *(number(value) for value in recalls)]
         cells += [number((size + 1) / 2), number((size + 1) / 2), number(geometric)]
         rows.append(cells + (["50.0"] if with_twins else []))
+        ceiling = row["metrics"].get("one_frame_ceiling")
+        if with_twins and ceiling is not None:
+            rows.append(["one frame at best", *cells[1:7], number(ceiling), *[""] * 6, "50.0"])
     return rows
 
 

@@ -97,6 +97,7 @@ def hours_plot(run: RunData) -> str | None:
 def retrieval_plot(run: RunData) -> str | None:
     """Text-to-video R@1 and, where there are twins, twin accuracy after each stage; None below two stages."""
     series: dict[str, list[tuple[int, float]]] = {}
+    ceilings: set[float] = set()
     labels: dict[int, str] = {}
     several = len({row["source"] for row in run.evaluations}) > 1
     for row in run.evaluations:
@@ -104,6 +105,7 @@ def retrieval_plot(run: RunData) -> str | None:
             continue
         labels[row["stage"]] = f"{_ordinal(row)}\n{_frames(row['frames'])}"
         prefix = f"{row['source']}: " if several else ""
+        ceilings |= {row["metrics"]["one_frame_ceiling"]} if "one_frame_ceiling" in row["metrics"] else set()
         for key, name in (("t2v/R@1", "text-to-video R@1"), ("twin_accuracy", "twins told apart")):
             value = row["metrics"].get(key)
             if value is not None:
@@ -120,6 +122,8 @@ def retrieval_plot(run: RunData) -> str | None:
             colour = SERIES[index % len(SERIES)]
             bars = axes.bar(places, values, width=width * 0.9, color=colour, label=name)
             axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8.5, color=INK)
+        if len(ceilings) == 1:
+            axes.axhline(*ceilings, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="R@1 from one frame at best")
         axes.set_xticks(range(len(stages)), [labels[stage] for stage in stages])
         axes.tick_params(axis="x", length=0, labelcolor=INK)
         axes.grid(axis="x", visible=False)

@@ -8,7 +8,7 @@ import torch
 
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation import metrics as metrics_module
-from frozen_fast.evaluation import retrieval_metrics, retrieval_ranks, similarity, twin_accuracy
+from frozen_fast.evaluation import one_frame_ceiling, retrieval_metrics, retrieval_ranks, similarity, twin_accuracy
 
 
 def rank_in(scores: list[float], index: int) -> float:
@@ -167,6 +167,21 @@ def test_twin_accuracy_counts_wins_and_half_ties() -> None:
     assert twin_accuracy(torch.from_numpy(sim[:2]), twins, own[:2]) == pytest.approx(50.0)
     assert twin_accuracy(sim[:1], twins, own[:1]) == 100.0
     assert twin_accuracy(sim, [-1, -1, -1], own) is None
+
+
+def test_the_ceiling_of_one_frame_is_half_a_hit_for_each_query_with_a_twin() -> None:
+    own, twins = [0, 1, 1, 2, -1], [1, 0, -1]
+    assert one_frame_ceiling(np.zeros((5, 3)), twins, own) == pytest.approx(100 * (3 * 0.5 + 1) / 4)
+    assert one_frame_ceiling(np.zeros((2, 2)), [1, 0]) == 50.0
+    assert one_frame_ceiling(np.zeros((2, 2)), [-1, -1]) == 100.0
+    # What it bounds: frames seen without their order, scored by chance between twins.
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        sim = np.kron(np.eye(4), np.ones((2, 2))) + 0.1 * np.repeat(rng.random((8, 4)), 2, axis=1)
+        sim += 1e-6 * rng.random((1, 8))
+        found.append(retrieval_metrics(sim)["t2v/R@1"])
+    assert np.mean(found) == pytest.approx(one_frame_ceiling(sim, [1, 0, 3, 2, 5, 4, 7, 6]), abs=1e-9)
 
 
 @pytest.mark.parametrize("twins", [[1, 0], [0, 1, 2], [1, 3, -1], [1, 0, -2]])

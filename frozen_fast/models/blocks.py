@@ -1,7 +1,7 @@
 """The parts of a space-time transformer: patch projection, residual norm, divided attention, MLP, block.
 
-Every parameter is read inside its own module's forward, so that sharded training (ZeRO-3), which fetches parameters
-when a module is called, finds them all. Axis letters: see space_time.
+A parameter is read inside its own module's forward (but for _skipped_time, inside its block's), so that sharded
+training, which fetches parameters when a module is called, finds them. Axis letters: see space_time.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ class Attention(nn.Module):
         self.qkv = QkvLinear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False, backend: str | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False) -> Tensor:
         """[B, S, D] -> [B, S, D], or [B, 1, D] with cls_only: keys and values of all tokens, the query of CLS only."""
         if not cls_only:
             qkv_BS3ND = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1))
-            return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=backend or self.backend))
+            return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=self.backend))
         query_B1D, kv_BSD = self.qkv(x_BSD, cls_only=True)
         query_BN1D = query_B1D.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key_BNSD, value_BNSD = kv_BSD.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -170,13 +170,12 @@ class SpaceTimeBlock(nn.Module):
         return y, self.mlp(normed)
 
     def _skipped_time(self, x_BSD: Tensor) -> Tensor:
-        """Zeros that keep the branch in the graph, by way of two tokens of one clip.
+        """Zeros that keep the branch's parameters in the graph.
 
         DDP refuses parameters without a gradient, and ZeRO-3 applies the gradient of an earlier step to them.
         """
-        _, normed = self.norm3(x_BSD[:1, :2])
-        out = 0.0 * self.timeattn(normed, 1, backend="reference").sum()
-        return out.expand_as(x_BSD)
+        branch = (*self.norm3.parameters(), *self.timeattn.parameters())
+        return (0.0 * torch.stack([parameter.flatten()[0] for parameter in branch]).sum()).expand_as(x_BSD)
 
 
 def _fused_backend() -> str:

@@ -55,7 +55,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "purple": (170, 60, 200),
 }
-BACKGROUNDS: tuple[tuple[int, int, int], ...] = ((20, 20, 24), (60, 60, 64), (70, 52, 40), (36, 52, 64))
+BACKGROUNDS: tuple[tuple[int, int, int], ...] = ((12, 12, 14), (28, 28, 30), (34, 26, 20), (18, 26, 32))
 RADII: dict[str, float] = {"small": 0.11, "large": 0.19}  # share of the frame's side
 POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),

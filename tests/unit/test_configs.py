@@ -43,7 +43,7 @@ def config_of(name: str, *overrides: str) -> ExperimentConfig:
 
 @pytest.fixture(scope="module")
 def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text_tower(tmp_path_factory.mktemp("tower"))
+    return make_text_tower(tmp_path_factory.mktemp("tower"), layers=6)  # as many as a config may freeze
 
 
 @pytest.fixture(scope="module")

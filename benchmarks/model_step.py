@@ -1,0 +1,238 @@
+"""A training step of the model beside the same step computed as the released code computes it.
+
+    python benchmarks/model_step.py --output results/model_step_cpu.json
+    python benchmarks/model_step.py --frames 1=8,4=2 --contenders released,auto,auto+compile --precisions fp32 --whole
+
+One run: the same weights and the same batch for all, taking turns window by window. The step is the video tower's
+forward and backward pass; with --whole it is the dual encoder's: both towers, the contrastive loss and AdamW.
+`released` is benchmarks/released_tower.py. Other contenders name an attention backend of frozen_kernels (auto takes
+the fastest) in our tower; +compile compiles its blocks. Every contender runs in every precision (bf16: autocast over
+fp32 weights); its ratio to `released` in fp32 and in bf16 says how many times faster it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import DTYPES, Timing, peak_step_bytes, pick_device, time_in_turns, write_result
+from released_tower import ReleasedTower
+from torch import Tensor, nn
+
+from frozen_fast.errors import unknown_name
+from frozen_fast.losses import contrastive_loss
+from frozen_fast.models import VIDEO_SIZES, DualEncoder, SpaceTimeTransformer, TextTower
+from frozen_fast.models.text import KNOWN_ARCHITECTURES, model_from_config
+from frozen_kernels import BACKEND_NAMES, chosen_backends, unavailable_backends
+
+RELEASED = "released"
+COMPILED = "+compile"
+PRECISIONS = ("fp32", "bf16")
+BATCHES = {"cuda": "1=96,4=24,8=16", "cpu": "1=8,4=2,8=1"}
+TEXT = "distilbert-base-uncased"
+TEXT_TOKENS = 32
+LEARNING_RATE = 3e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch."""
+
+    frames: int
+    batch: int
+    whole: bool
+    size: str
+
+
+class Contender:
+    """One way to compute the step, with weights that all contenders share at the start."""
+
+    def __init__(self, name: str, case: Case, max_frames: int, device: torch.device) -> None:
+        """Build the model.
+
+        Args:
+            name: "released", or an attention backend, with or without +compile.
+            case: the batch.
+            max_frames: rows of temporal_embed.
+            device: where it runs.
+        """
+        torch.manual_seed(0)
+        size = VIDEO_SIZES[case.size]
+        backend = name.removesuffix(COMPILED)
+        ours = SpaceTimeTransformer(
+            size, max_frames, attention="auto" if backend == RELEASED else backend, time_init="random"
+        )
+        tower: nn.Module = ours
+        if backend == RELEASED:
+            tower = ReleasedTower(size, max_frames)
+            tower.load_state_dict(ours.state_dict())
+        self.case = case
+        self.device = device
+        self.model = tower.to(device).train()
+        self.optimizer: torch.optim.Optimizer | None = None
+        if case.whole:
+            text = TextTower(model_from_config(KNOWN_ARCHITECTURES[TEXT]()), None, "auto")
+            encoder = DualEncoder(ours, text)
+            encoder.video_model = tower  # type: ignore[assignment]
+            self.model = encoder.to(device).train()
+            fused = None if backend == RELEASED else True
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=0, fused=fused)
+        if name.endswith(COMPILED):
+            for block in tower.blocks:  # type: ignore[union-attr]
+                block.compile()
+
+    def step(self, precision: str, video_BTCHW: Tensor, text: dict[str, Tensor]) -> None:
+        """One step; gradients are dropped first, as a training loop drops them."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        half = torch.autocast(self.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+        with half:
+            if self.case.whole:
+                text_BD = self.model.encode_text(text, normalize=False)
+                video_BD = self.model.vid_proj(self.model.video_model(video_BTCHW))
+                loss = contrastive_loss(video_BD, text_BD)
+            else:
+                loss = self.model(video_BTCHW).float().square().sum()
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+
+def measure_case(
+    case: Case, options: argparse.Namespace, max_frames: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Rows of one case: a row per contender and precision; what cannot run has a row with the reason."""
+    resolution = VIDEO_SIZES[case.size].resolution
+    generator = torch.Generator().manual_seed(1)
+    video = torch.randn(case.batch, case.frames, 3, resolution, resolution, generator=generator).to(device)
+    ids = torch.randint(1000, 20000, (case.batch, TEXT_TOKENS), generator=generator).to(device)
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    steps: dict[str, Callable[[], None]] = {}
+    rows: list[dict[str, Any]] = []
+    for name in options.contenders.split(","):
+        contender = Contender(name, case, max_frames, device)
+        for precision in options.precisions.split(","):
+            label = {**asdict(case), "contender": name, "precision": precision}
+            reason = why_not(name, precision, device)
+            if reason:
+                rows.append({**label, "left_out": reason})
+                continue
+            steps[f"{name} {precision}"] = partial(contender.step, precision, video, text)
+            rows.append(label)
+    timings = time_in_turns(
+        steps, device, windows=options.windows, window_seconds=options.window_seconds, warmup=options.warmup
+    )
+    for row in rows:
+        key = f"{row['contender']} {row['precision']}"
+        if key in steps:
+            row.update(figures(key, timings, case.batch), peak_bytes=peak_step_bytes(steps[key], device))
+    return rows
+
+
+def figures(key: str, timings: dict[str, Timing], batch: int) -> dict[str, Any]:
+    """A contender's speed, and its ratios to the released code's."""
+    timing = timings[key]
+    ratios = {
+        f"times_released_{precision}": timings[f"{RELEASED} {precision}"].median / timing.median
+        for precision in PRECISIONS
+        if f"{RELEASED} {precision}" in timings
+    }
+    return {"seconds": asdict(timing), "clips_per_second": batch / timing.median, **ratios}
+
+
+def why_not(name: str, precision: str, device: torch.device) -> str:
+    """Why a contender cannot run here; empty if it can."""
+    return unavailable_backends(device, DTYPES[precision]).get(name.removesuffix(COMPILED), "")
+
+
+def table(rows: list[dict[str, Any]], device: torch.device) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| step | T | B | contender | precision | s (p20-p80) | clips/s | x released fp32 | x released bf16 | MiB |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        step = "whole" if row["whole"] else "video tower"
+        head = f"| {step} | {row['frames']} | {row['batch']} | {row['contender']} | {row['precision']} |"
+        if "left_out" in row:
+            lines.append(f"{head} left out: {row['left_out']} | | | | |")
+            continue
+        seconds = row["seconds"]
+        ratios = " | ".join(
+            f"{row[f'times_released_{precision}']:.2f}" if f"times_released_{precision}" in row else ""
+            for precision in PRECISIONS
+        )
+        lines.append(
+            f"{head} {seconds['median']:.3f} ({seconds['p20']:.3f}-{seconds['p80']:.3f}) | "
+            f"{row['clips_per_second']:.2f} | {ratios} | {row['peak_bytes'] / 2**20:.0f} |"
+        )
+    return "\n".join(lines) + f"\n\nMeasured on {device.type}; memory is what one step holds beyond the weights.\n"
+
+
+def read_pairs(text: str) -> list[tuple[int, int]]:
+    """frames=batch pairs, comma-separated."""
+    pairs = []
+    for part in text.split(","):
+        frames, _, batch = part.partition("=")
+        if not (frames.isdigit() and batch.isdigit() and int(frames) and int(batch)):
+            raise SystemExit(f"--frames: got {part!r}; allowed: FRAMES=BATCH, both at least 1")
+        pairs.append((int(frames), int(batch)))
+    return pairs
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, its names checked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--size", default="base_patch16_224", help="video tower, a name of VIDEO_SIZES")
+    parser.add_argument("--frames", default=None, help="frames=batch pairs, e.g. 1=96,4=24 (default by device)")
+    parser.add_argument("--contenders", default="released,auto,sdpa", help="released, attention backends, +compile")
+    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--whole", action="store_true", help="time the dual encoder's step, not the video tower's")
+    parser.add_argument("--windows", type=int, default=7)
+    parser.add_argument("--window-seconds", type=float, default=2.0, help="at least one step")
+    parser.add_argument("--warmup", type=int, default=2, help="steps of each contender before anything is timed")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's own choice")
+    parser.add_argument("--output", type=Path, default=Path("model_step.json"), help="result file")
+    options = parser.parse_args(arguments)
+    known = (RELEASED, "auto", *BACKEND_NAMES)
+    try:
+        for name in options.contenders.split(","):
+            if name.removesuffix(COMPILED) not in known:
+                raise unknown_name("--contenders", name, known)
+        for name in options.precisions.split(","):
+            if name not in PRECISIONS:
+                raise unknown_name("--precisions", name, PRECISIONS)
+        if options.size not in VIDEO_SIZES:
+            raise unknown_name("--size", options.size, VIDEO_SIZES)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print the table, write the file."""
+    options = parse(arguments)
+    device = pick_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    pairs = read_pairs(options.frames or BATCHES[device.type])
+    max_frames = max(frames for frames, _ in pairs)
+    rows = []
+    for frames, batch in pairs:
+        rows += measure_case(Case(frames, batch, options.whole, options.size), options, max_frames, device)
+        print(table(rows[-1:], device).splitlines()[2], file=sys.stderr)
+    write_result(options.output, device, vars(options), {"rows": rows, "attention": chosen_backends()})
+    print(table(rows, device))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

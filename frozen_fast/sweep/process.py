@@ -50,9 +50,9 @@ def resident_bytes(pid: int) -> int:
     return total
 
 
-def stop_session(process: subprocess.Popen[bytes]) -> None:
+def stop_session(process: subprocess.Popen[bytes], grace_seconds: float = GRACE_SECONDS) -> None:
     """End every process of the session: asked first, killed after a grace period."""
-    for signal_number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+    for signal_number, patience in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, GRACE_SECONDS)):
         try:
             os.killpg(process.pid, signal_number)
         except ProcessLookupError:
@@ -80,8 +80,12 @@ def run_limited(
     log: Path,
     seconds: float,
     memory_bytes: int | None,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> ProcessResult:
-    """Run a command with its output in `log`, stopping it past `seconds` or `memory_bytes` (resident, whole tree)."""
+    """Run a command with its output in `log`, stopping it past `seconds` or `memory_bytes` (resident, whole tree).
+
+    One that is stopped has `grace_seconds` to end by itself before it is killed.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     timed_out = over_memory = False
@@ -106,7 +110,7 @@ def run_limited(
                     break
                 time.sleep(POLL_SECONDS)
         finally:
-            stop_session(process)
+            stop_session(process, grace_seconds)
     return ProcessResult(
         exit_code=process.wait(),
         seconds=time.monotonic() - started,

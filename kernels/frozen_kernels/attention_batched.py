@@ -76,13 +76,14 @@ def _softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
 # Time axis, fp32 ---------------------------------------------------------------------------------------------
 
 
-def _one_frame_forward(x: Tensor, layout: Layout, out_cSND: Tensor) -> Tensor:
-    """A patch over (CLS, itself): p = sigmoid(scale q.(k - k_cls)); returns p [c, P, N]."""
+def _one_frame_forward(x: Tensor, layout: Layout, out_cSND: Tensor, saved: Tensor | None) -> None:
+    """A patch over (CLS, itself): p = sigmoid(scale q.(k - k_cls)); p [c, P, N] goes into saved."""
     query, key, value = x[:, 1:, 0], x[:, 1:, 1], x[:, 1:, 2]
     product = (key - x[:, :1, 1]).mul_(query)
     on_itself = product.sum(dim=-1).mul_(layout.scale).sigmoid_()
     torch.lerp(x[:, :1, 2], value, on_itself[..., None], out=out_cSND[:, 1:])
-    return on_itself
+    if saved is not None:
+        saved.copy_(on_itself)
 
 
 def _one_frame_backward(grad: Tensor, x: Tensor, on_itself: Tensor, layout: Layout, grad_x: Tensor) -> None:
@@ -105,9 +106,16 @@ def _weighted_sum(weights_cPN: Tensor, rows_cPND: Tensor, layout: Layout) -> Ten
     return _tokens_first(torch.bmm(weights, _heads_first(rows_cPND)), layout.heads)
 
 
-def _over_time(tokens_cSND: Tensor, layout: Layout, *, with_cls: bool) -> Tensor:
+def _position_slices(layout: Layout) -> Iterator[slice]:
+    """Slices of the positions of a clip whose fp32 qkv is about PIECE_BYTES."""
+    count = max(1, PIECE_BYTES // (layout.frames * 3 * layout.width * 4))
+    for start in range(0, layout.patches, count):
+        yield slice(start, min(start + count, layout.patches))
+
+
+def _over_time(tokens_cSND: Tensor, layout: Layout, positions: slice, *, with_cls: bool) -> Tensor:
     """One group per position and head: [c*P*N, T(+1), D], contiguous, CLS in front if asked for."""
-    patches = patch_view(tokens_cSND, layout).permute(0, 2, 3, 1, 4)
+    patches = patch_view(tokens_cSND, layout)[:, :, positions].permute(0, 2, 3, 1, 4)
     if not with_cls:
         return patches.reshape(-1, layout.frames, layout.head_width)
     groups = patches.new_empty(*patches.shape[:3], layout.frames + 1, layout.head_width)
@@ -116,30 +124,36 @@ def _over_time(tokens_cSND: Tensor, layout: Layout, *, with_cls: bool) -> Tensor
     return groups.view(-1, layout.frames + 1, layout.head_width)
 
 
-def _several_frames_forward(x: Tensor, layout: Layout, out_cSND: Tensor) -> Tensor:
-    """A patch over CLS and its position in all frames; returns probabilities [c*P*N, T, T+1]."""
-    query = _over_time(x[:, :, 0], layout, with_cls=False)
-    key, value = (_over_time(x[:, :, index], layout, with_cls=True) for index in (1, 2))
-    probabilities = _scaled_product(query, key.transpose(1, 2), layout.scale).softmax(dim=-1)
-    groups = torch.bmm(probabilities, value).view(-1, layout.patches, layout.heads, layout.frames, layout.head_width)
-    patch_view(out_cSND, layout).copy_(groups.permute(0, 3, 1, 2, 4))
-    return probabilities
+def _several_frames_forward(x: Tensor, layout: Layout, out_cSND: Tensor, saved: Tensor | None) -> None:
+    """A patch over CLS and its position in all frames; probabilities [c, P, N, T, T+1] go into saved."""
+    for positions in _position_slices(layout):
+        query = _over_time(x[:, :, 0], layout, positions, with_cls=False)
+        key, value = (_over_time(x[:, :, index], layout, positions, with_cls=True) for index in (1, 2))
+        probabilities = _scaled_product(query, key.transpose(1, 2), layout.scale).softmax(dim=-1)
+        shape = (x.shape[0], -1, layout.heads, layout.frames)
+        groups = torch.bmm(probabilities, value).view(*shape, layout.head_width)
+        patch_view(out_cSND, layout)[:, :, positions].copy_(groups.permute(0, 3, 1, 2, 4))
+        if saved is not None:
+            saved[:, positions].copy_(probabilities.view(*shape, layout.frames + 1))
 
 
-def _several_frames_backward(grad: Tensor, x: Tensor, probabilities: Tensor, layout: Layout, grad_x: Tensor) -> None:
+def _several_frames_backward(grad: Tensor, x: Tensor, saved: Tensor, layout: Layout, grad_x: Tensor) -> None:
     """Gradients of _several_frames_forward, added to those that the CLS row has set."""
-    query, grad_out = (_over_time(tokens, layout, with_cls=False) for tokens in (x[:, :, 0], grad))
-    key, value = (_over_time(x[:, :, index], layout, with_cls=True) for index in (1, 2))
-    grad_scores = _softmax_backward(torch.bmm(grad_out, value.transpose(1, 2)), probabilities)
-    shape = (-1, layout.patches, layout.heads, layout.frames, layout.head_width)
-    grad_query = _scaled_product(grad_scores, key, layout.scale).view(shape)
-    patch_view(grad_x[:, :, 0], layout).copy_(grad_query.permute(0, 3, 1, 2, 4))
-    grad_key = _scaled_product(grad_scores.transpose(1, 2), query, layout.scale)
-    grad_value = torch.bmm(probabilities.transpose(1, 2), grad_out)
-    for index, grads in ((1, grad_key), (2, grad_value)):
-        groups = grads.view(*shape[:3], layout.frames + 1, layout.head_width)
-        grad_x[:, 0, index].add_(groups[:, :, :, 0].sum(dim=1))
-        patch_view(grad_x[:, :, index], layout).add_(groups[:, :, :, 1:].permute(0, 3, 1, 2, 4))
+    for positions in _position_slices(layout):
+        query, grad_out = (_over_time(tokens, layout, positions, with_cls=False) for tokens in (x[:, :, 0], grad))
+        key, value = (_over_time(x[:, :, index], layout, positions, with_cls=True) for index in (1, 2))
+        probabilities = saved[:, positions].reshape(-1, layout.frames, layout.frames + 1)
+        grad_scores = _softmax_backward(torch.bmm(grad_out, value.transpose(1, 2)), probabilities)
+        shape = (x.shape[0], -1, layout.heads)
+        grad_query = _scaled_product(grad_scores, key, layout.scale).view(*shape, layout.frames, layout.head_width)
+        patch_view(grad_x[:, :, 0], layout)[:, :, positions].copy_(grad_query.permute(0, 3, 1, 2, 4))
+        grad_key = _scaled_product(grad_scores.transpose(1, 2), query, layout.scale)
+        grad_value = torch.bmm(probabilities.transpose(1, 2), grad_out)
+        for index, grads in ((1, grad_key), (2, grad_value)):
+            groups = grads.view(*shape, layout.frames + 1, layout.head_width)
+            grad_x[:, 0, index].add_(groups[:, :, :, 0].sum(dim=1))
+            patches = patch_view(grad_x[:, :, index], layout)[:, :, positions]
+            patches.add_(groups[:, :, :, 1:].permute(0, 3, 1, 2, 4))
 
 
 # Space axis, input dtype -------------------------------------------------------------------------------------
@@ -201,7 +215,7 @@ def _saved_shapes(layout: Layout, axis: str, keep: bool) -> tuple[tuple[int, ...
     if axis == "time" and layout.frames == 1:
         return (layout.batch, layout.patches, layout.heads), cls_shape
     if axis == "time":
-        return (layout.batch * layout.patches * layout.heads, layout.frames, layout.frames + 1), cls_shape
+        return (layout.batch, layout.patches, layout.heads, layout.frames, layout.frames + 1), cls_shape
     queries = layout.patches if layout.frames > 1 else layout.tokens
     patches_shape = (layout.frames, layout.batch * layout.heads, queries, layout.patches + 1)
     return patches_shape, cls_shape if layout.frames > 1 else (0,)
@@ -242,9 +256,7 @@ def batched_forward(qkv: Tensor, num_frames: int, axis: str, keep: bool) -> tupl
             direct = out.dtype == torch.float32
             target = piece_out if direct else torch.empty_like(piece_out, dtype=torch.float32)
             forward = _one_frame_forward if layout.frames == 1 else _several_frames_forward
-            probabilities = forward(in_fp32, layout, target)
-            if keep:
-                _rows_of(saved, rows, layout.batch).copy_(probabilities)
+            forward(in_fp32, layout, target, _rows_of(saved, rows, layout.batch) if keep else None)
             if not direct:
                 piece_out[:, 1:].copy_(target[:, 1:])
     return out.flatten(2), saved, cls_saved

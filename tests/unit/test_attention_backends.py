@@ -56,7 +56,7 @@ def test_strided_input(backend, frames, axis):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("frames", [1, 4])
 def test_pieces_of_a_batch_agree_with_the_whole(frames, axis, monkeypatch):
-    """batched cuts the batch by size: a cut through it, with a rest, changes nothing."""
+    """batched cuts the batch, and a clip's positions, by size: cuts with a rest change nothing."""
     from frozen_kernels import attention_batched
 
     qkv, grad = make_case(5, frames, 6, 2, 8)
@@ -68,6 +68,14 @@ def test_pieces_of_a_batch_agree_with_the_whole(frames, axis, monkeypatch):
     pieces = run(lambda x: divided_attention(x, frames, axis, backend="batched"), qkv, grad)
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=0, atol=1e-6)
+
+    four_positions = 4 * frames * 3 * 16 * 4
+    monkeypatch.setattr(attention_batched, "PIECE_BYTES", four_positions)
+    layout = read_layout(qkv, frames, axis)
+    assert [(part.start, part.stop) for part in attention_batched._position_slices(layout)] == [(0, 4), (4, 6)]
+    parts = run(lambda x: divided_attention(x, frames, axis, backend="batched"), qkv, grad)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -28,6 +28,7 @@ class ReleasedAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BSD: Tensor, num_frames: int) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
         qkv_BS3ND = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1))
         return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend="reference"))
 
@@ -42,6 +43,7 @@ class ReleasedMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -58,6 +60,7 @@ class ReleasedBlock(nn.Module):
         self.norm3 = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
 
     def forward(self, x_BSD: Tensor, num_frames: int) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
         with_time = x_BSD + self.timeattn(self.norm3(x_BSD), num_frames)
         y_BSD = x_BSD + self.attn(self.norm1(with_time), num_frames)
         return y_BSD + self.mlp(self.norm2(y_BSD))
@@ -78,6 +81,7 @@ class ReleasedTower(nn.Module):
         self.norm = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
+        """[B, T, 3, H, W] -> [B, D]."""
         batch, num_frames = video_BTCHW.shape[:2]
         patches = self.patch_embed["proj"](video_BTCHW.flatten(0, 1)).flatten(2).transpose(1, 2)
         tokens = patches.reshape(batch, -1, self.size.width)

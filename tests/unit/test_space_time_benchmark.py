@@ -48,7 +48,7 @@ def test_a_run_writes_ratios_to_both_baselines(
     result = json.loads(output.read_text())
     rows = {(row["frames"], row["contender"], row["precision"]): row for row in result["rows"]}
     assert len(rows) == 2 * 3 * 2
-    for (frames, contender, precision), row in rows.items():
+    for (frames, contender, _), row in rows.items():
         if contender == "xformers":
             assert "needs a CUDA GPU" in row["left_out"]
             continue

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from frozen_fast.errors import UserError
+from frozen_fast.errors import UserError, unknown_name
 from frozen_fast.models.blocks import LAYER_NORM_EPS, Attention, Block, PatchEmbedding, SpaceTimeBlock
-from frozen_kernels import add_positions
+from frozen_kernels import BACKEND_NAMES, add_positions, unavailable_backends
 
 TimeInit = Literal["zero_output", "released", "random"]
 
+AUTO_ATTENTION = "auto"
 INIT_STD = 0.02
 """Standard deviation of the truncated normal that ViT and the released code draw linear weights from."""
 
@@ -102,6 +103,8 @@ class SpaceTimeTransformer(nn.Module):
             )
         if block not in ("frozen_in_time", "timesformer"):
             raise UserError(f"model.video.block: got {block!r}; allowed: frozen_in_time, timesformer")
+        if attention not in (AUTO_ATTENTION, *BACKEND_NAMES):
+            raise unknown_name("model.video.attention", attention, (AUTO_ATTENTION, *BACKEND_NAMES))
         self.size = size
         self.max_frames = max_frames
         self.block = block
@@ -171,6 +174,19 @@ class SpaceTimeTransformer(nn.Module):
                 x, branch = block(*arguments)
         assert branch is not None, "a tower has at least one block"
         return self.norm(x[:, 0] + branch[:, 0])
+
+    def check_attention(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        """Raise a UserError that names model.video.attention, where the backend asked for cannot run.
+
+        Args:
+            device: where the tower will run.
+            dtype: what it will compute in.
+        """
+        missing = unavailable_backends(device, dtype)
+        if self.attention in missing:
+            able = ", ".join([AUTO_ATTENTION, *(name for name in BACKEND_NAMES if name not in missing)])
+            reason = missing[self.attention]
+            raise UserError(f"model.video.attention: got {self.attention!r}: {reason}; allowed here: {able}")
 
     def check_video(self, video_BTCHW: Tensor) -> None:
         """Raise a ValueError that names the expected shape, unless the clip batch has it."""

@@ -61,6 +61,7 @@ def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: 
     except ValueError as error:  # the kernel library knows nothing of UserError
         raise UserError(f"model: {' '.join(str(error).split())}") from error
     _check_normalisation(model, config)
+    model.video_model.check_attention(device)
     return model.to(device).train()
 
 
@@ -86,6 +87,7 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
         video_options={"attention": config.model.video.attention},
     )
     _check_normalisation(model, config)
+    model.video_model.check_attention(device)
     return model.to(device).eval()
 
 

@@ -165,11 +165,20 @@ def test_another_shape_is_refused_with_the_expected_one(shape: tuple[int, ...]) 
         ({"checkpointed_blocks": 4}, "checkpointed_blocks: got 4; allowed: 0 to 3"),
         ({"block": "joint"}, "block: got 'joint'"),
         ({"time_init": "zeros"}, "time_init: got 'zeros'"),
+        ({"attention": "spda"}, "model.video.attention: got 'spda' .did you mean 'sdpa'"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SpaceTimeTransformer(SIZE, **{"max_frames": 4, **options})
+
+
+def test_an_attention_backend_that_cannot_run_here_is_named_before_the_first_step() -> None:
+    SpaceTimeTransformer(SIZE, 4, attention="sdpa").check_attention("cpu")
+    with pytest.raises(
+        UserError, match=r"model.video.attention: got 'xformers': .*; allowed here: auto, reference, sdpa"
+    ):
+        SpaceTimeTransformer(SIZE, 4, attention="xformers").check_attention("cpu")
 
 
 @pytest.mark.parametrize(

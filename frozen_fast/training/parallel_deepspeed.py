@@ -17,12 +17,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.errors import UserError
-from frozen_fast.models.space_time import PatchEmbedding
 from frozen_fast.training.parallel import check_optimizer_state
 from frozen_fast.training.sharded import ShardedParallel
 from frozen_fast.training.strategy_config import deepspeed_settings, read_deepspeed
@@ -56,8 +54,8 @@ class DeepSpeedParallel(ShardedParallel):
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         given, where = read_deepspeed(os.environ)
         settings = deepspeed_settings(given, where, config, world_size=world_size, precision=precision)
-        if settings["zero_optimization"]["stage"] == 3 and config.training.compile:
-            raise UserError("training.compile: got true with ZeRO-3; allowed: false, or zero1, zero2, fsdp2, ddp")
+        if settings["zero_optimization"]["stage"] == 3:
+            _check_stage_3(config)
         if find_spec("deepspeed") is None:
             raise UserError(f"{where}: got DeepSpeed, which is not installed (pip install 'frozen-fast[deepspeed]')")
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -67,8 +65,6 @@ class DeepSpeedParallel(ShardedParallel):
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Hand model and optimizer to DeepSpeed's engine."""
         self.keep_hollow(model)
-        if self._stage == 3:
-            _fetch_blocks_whole(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._trained = {
             names[id(parameter)]: index
@@ -247,6 +243,7 @@ def _accelerator(settings: dict[str, Any], cpu: bool) -> Accelerator:
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
     from deepspeed.accelerator import get_accelerator
+    from transformers.integrations import unset_hf_deepspeed_config
 
     expected, found = "cpu" if cpu else "cuda", get_accelerator().device_name()
     if cpu:
@@ -264,12 +261,16 @@ def _accelerator(settings: dict[str, Any], cpu: bool) -> Accelerator:
     plugin.deepspeed_config = plugin.hf_ds_config.config
     # Without gloo each process would believe itself alone on a machine without GPUs.
     handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no",
         gradient_accumulation_steps=settings["gradient_accumulation_steps"],
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
+    # Accelerate tells transformers of ZeRO-3, which would then cut a pretrained text tower while it is being loaded.
+    plugin.dschf = None
+    unset_hf_deepspeed_config()
+    return accelerator
 
 
 def _leave_ops_uncompiled() -> None:
@@ -298,13 +299,15 @@ def _device_choice(cpu: bool) -> Iterator[None]:
             os.environ["ACCELERATE_TORCH_DEVICE"] = before
 
 
-def _fetch_blocks_whole(model: nn.Module) -> None:
-    """Let stage 3 gather a block's parameters together: fewer messages, and parents may read their children's."""
-    from deepspeed.utils import set_z3_leaf_modules
-
-    blocks = {type(block) for part in model.modules() if isinstance(part, nn.ModuleList) for block in part}
-    readers = {PatchEmbedding} & {type(part) for part in model.modules()}
-    set_z3_leaf_modules(model, sorted(blocks | readers, key=lambda kind: kind.__name__))
+def _check_stage_3(config: ExperimentConfig) -> None:
+    """Refuse what reads parameters where stage 3 has not gathered them."""
+    refused = {
+        "training.compile": config.training.compile,
+        "model.video.skip_time_attention_at_one_frame": config.model.video.skip_time_attention_at_one_frame,
+    }
+    for key, asked in refused.items():
+        if asked:
+            raise UserError(f"{key}: got true with ZeRO stage 3; allowed: false, or zero1, zero2, fsdp2, ddp")
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -38,7 +38,8 @@ class DeepSpeedParallel(ShardedParallel):
 
     def __init__(self, accelerator: Accelerator, config: ExperimentConfig, precision: tuple[str, str]) -> None:
         super().__init__(accelerator, config, precision)
-        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        plugin: Any = accelerator.state.deepspeed_plugin
+        zero = plugin.deepspeed_config["zero_optimization"]
         self._stage: int = zero["stage"]
         offloaded = zero.keys() & {"offload_optimizer", "offload_param"}
         self.strategy = f"zero{self._stage}" + ("+offload" if offloaded else "")

@@ -24,6 +24,7 @@ Strategy = Literal["ddp", "deepspeed", "fsdp2"]
 _BUCKET = 50_000_000
 _ZERO_DEFAULTS: dict[str, Any] = {
     "contiguous_gradients": True,
+    "overlap_comm": True,
     "reduce_bucket_size": _BUCKET,
     "allgather_bucket_size": _BUCKET,
     "stage3_prefetch_bucket_size": _BUCKET,
@@ -225,6 +226,8 @@ def _check_zero(zero: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: zero_optimization.{key}.device: got {device!r}; allowed: none, cpu")
         if device == "none":
             zero.pop(key, None)
+        else:
+            zero[key].setdefault("pin_memory", True)
     if "offload_param" in zero and stage != 3:
         raise UserError(f"{where}: zero_optimization.offload_param: got stage {stage}; allowed: stage 3 only")
 

@@ -76,6 +76,7 @@ class SourceConfig:
     cut: str = key("", "webvid: 2M or 10M; msrvtt: 1k-A, 1k-B or full; msrvtt_clip4clip: 1k-A, 1k-A-7k or full")
     captions: Literal["random", "first", "paragraph", "all"] = key("random", "training draws one, takes the first, or joins a random number; evaluation reads all or joins all")
     max_caption_characters: int = key(350, "captions are cut to this length, 0: never")
+    twins_together: bool = key(False, "training takes a clip and its twin (a manifest's field) in turn, so that an even batch holds both: negatives that one frame cannot tell apart")
     weight: float = key(1.0, "relative share of optimizer steps among the sources")
     max_clips: int = key(0, "use the first so many clips only, 0: all")
 

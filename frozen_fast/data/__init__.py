@@ -4,7 +4,7 @@ from frozen_fast.data.bad_clips import BadClip, BadClipLedger
 from frozen_fast.data.batches import Batch, ClipReader, TrainingLoader
 from frozen_fast.data.evaluation_loader import EvaluationBatch, EvaluationLoader
 from frozen_fast.data.samplers import BatchSpec, DataPosition, epoch_steps, plan_steps
-from frozen_fast.data.sources import Clip, Source, read_source, read_sources
+from frozen_fast.data.sources import Clip, Source, read_source, read_sources, twin_pairs
 
 __all__ = [
     "BadClip",
@@ -22,4 +22,5 @@ __all__ = [
     "plan_steps",
     "read_source",
     "read_sources",
+    "twin_pairs",
 ]

@@ -93,6 +93,7 @@ def plan_steps(
     start: DataPosition,
     rank: int = 0,
     world_size: int = 1,
+    pairs: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[BatchSpec]:
     """The forward passes of optimizer steps start.step + 1 to start.step + num_steps.
 
@@ -111,6 +112,8 @@ def plan_steps(
         start: where the run stands.
         rank: this process.
         world_size: number of processes.
+        pairs: source name -> indices of clips that come one after the other, [clips / 2, 2] (sources.twin_pairs);
+            with an even batch size they share a batch. A source without an entry is shuffled clip by clip.
 
     Raises:
         UserError: at once, for sizes, weights or batch sizes that do not fit.
@@ -120,7 +123,8 @@ def plan_steps(
         _check_batch(name, source_sizes[name], batch_sizes, world_size, warn=rank == 0)
     if accumulation < 1:
         raise UserError(f"curriculum.gradient_accumulation_steps: got {accumulation}; allowed: from 1")
-    streams = {name: SourceStream(name, size, seed) for name, size in source_sizes.items()}
+    pairs = pairs or {}
+    streams = {name: SourceStream(name, size, seed, pairs.get(name)) for name, size in source_sizes.items()}
 
     def specs() -> Iterator[BatchSpec]:
         consumed = {name: start.consumed.get(name, 0) for name in source_sizes}
@@ -214,12 +218,14 @@ def source_order(weights: Mapping[str, float], order: Order, seed: int, first_st
 
 
 class SourceStream:
-    """The endless stream of one source's clips."""
+    """The endless stream of one source's clips; pairs [size / 2, 2], if given, are shuffled as wholes."""
 
     _KEPT_EPOCHS = 3
 
-    def __init__(self, name: str, size: int, seed: int) -> None:
+    def __init__(self, name: str, size: int, seed: int, pairs: np.ndarray | None = None) -> None:
+        assert pairs is None or 2 * len(pairs) == size, "pairs hold every clip once"
         self.size = size
+        self._pairs = pairs
         self._name = name
         self._seed = seed
         self._orders: dict[int, np.ndarray] = {}
@@ -241,12 +247,16 @@ class SourceStream:
         left = self.size - position % self.size
         if batch_size <= left or batch_size > self.size:
             return position
-        third = self.size // 3
+        third = self.size // 3 if self._pairs is None else 2 * (len(self._pairs) // 3)
         return position if left <= third and batch_size - left <= third else position + left
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            self._orders[epoch] = epoch_order(self._name, self.size, self._seed, epoch)
+            if self._pairs is None:
+                self._orders[epoch] = epoch_order(self._name, self.size, self._seed, epoch)
+            else:
+                order = epoch_order(self._name, len(self._pairs), self._seed, epoch)
+                self._orders[epoch] = self._pairs[order].reshape(-1)
             for old in sorted(self._orders)[: -self._KEPT_EPOCHS]:
                 del self._orders[old]
         return self._orders[epoch]

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from frozen_fast.config import ExperimentConfig, StagePlan, to_plain
-from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, TrainingLoader, plan_steps
+from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, TrainingLoader, plan_steps, twin_pairs
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
 from frozen_fast.models.checkpoint import save_pretrained
@@ -257,6 +257,7 @@ class Engine:
             start=self._position,
             rank=self._parallel.rank,
             world_size=self._parallel.world_size,
+            pairs={one.name: twin_pairs(self._parts.sources[one.name]) for one in sources if one.twins_together},
         )
 
     def _save(self, plan: StagePlan, steps_in_stage: int, meter: StageMeter) -> None:

@@ -110,6 +110,37 @@ def test_a_source_smaller_than_a_batch_repeats_as_evenly_as_it_can(caplog: pytes
     assert set(total.values()) == {12}
 
 
+@pytest.mark.parametrize("clips", [2, 6, 10, 50, 64])
+def test_pairs_stay_together_and_a_batch_never_repeats_a_clip(clips: int) -> None:
+    rng = np.random.default_rng(clips)
+    pairs = rng.permutation(clips).reshape(-1, 2)
+    partner = {int(a): int(b) for a, b in [*pairs, *pairs[:, ::-1]]}
+    for batch in range(2, clips + 1, 2):
+        stream = SourceStream("s", clips, 5, pairs)
+        position, seen = 0, Counter[int]()
+        for _ in range(4 * clips // batch + 4):
+            position = stream.batch_start(position, batch)
+            taken = stream.clips(position, batch)
+            assert len(set(taken)) == batch and {partner[clip] for clip in taken} == set(taken)
+            position += batch
+            seen.update(taken)
+        assert set(seen) == set(range(clips))
+    streams = [SourceStream("s", clips, seed, pairs) for seed in range(3)]
+    orders = {stream.clips(clips * epoch, clips) for stream in streams for epoch in range(3)}
+    assert len(orders) == 9 or clips < 10
+
+
+def test_pairs_pass_through_the_plan_of_every_rank() -> None:
+    pairs = np.arange(50).reshape(-1, 2)[:, ::-1]
+    whole = [spec for spec in plan(pairs={"video": pairs}) if spec.source == "video"]
+    assert all({clip ^ 1 for clip in spec.batch_clips} == set(spec.batch_clips) for spec in whole)
+    images = [spec.clip_indices for spec in plan(pairs={"video": pairs}) if spec.source == "image"]
+    assert images == [spec.clip_indices for spec in plan() if spec.source == "image"]
+    halves = [plan(pairs={"video": pairs}, rank=rank, world_size=2) for rank in range(2)]
+    parts = [a.clip_indices + b.clip_indices for a, b in zip(*halves, strict=True) if a.source == "video"]
+    assert parts == [spec.clip_indices for spec in whole]
+
+
 def test_streams_do_not_depend_on_other_sources_or_batch_sizes() -> None:
     alone = SourceStream("video", 50, 7)
     taken = [clip for spec in plan() if spec.source == "video" for clip in spec.clip_indices]

@@ -3,5 +3,6 @@
 from frozen_fast.data.sources.captions import CaptionRule
 from frozen_fast.data.sources.clip import Clip, PackedClips, Source
 from frozen_fast.data.sources.read import FORMATS, read_source, read_sources
+from frozen_fast.data.sources.twins import twin_pairs
 
-__all__ = ["FORMATS", "CaptionRule", "Clip", "PackedClips", "Source", "read_source", "read_sources"]
+__all__ = ["FORMATS", "CaptionRule", "Clip", "PackedClips", "Source", "read_source", "read_sources", "twin_pairs"]

@@ -345,9 +345,10 @@ def _machine(run: RunData) -> Section | None:
         return None
     dirty = " with local changes" if environment.get("git_dirty") else ""
     command = environment.get("command")
+    strategy = environment.get("strategy", environment.get("distributed_type"))
     facts = {
         "Devices": _devices(run),
-        "Processes": f"{environment.get('world_size')} ({environment.get('distributed_type')})",
+        "Processes": f"{environment.get('world_size')} ({strategy})",
         "Precision": " ".join(
             str(environment[key]) for key in ("precision", "precision_reason") if environment.get(key)
         ),

@@ -223,7 +223,7 @@ class _Run:
                     precision=parallel.precision,
                     precision_reason=parallel.precision_reason,
                 )
-                write_json(self._folder.environment, described)
+                write_json(self._folder.environment, {**described, "strategy": parallel.strategy})
             sources = read_training_sources(config)
             evaluation_sources = read_evaluation_sources(config) if config.evaluation.every != "never" else {}
             fingerprints = {name: fingerprint(source) for name, source in sources.items()}

@@ -12,6 +12,7 @@ import yaml
 from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.config.schema import TrainingConfig
 from frozen_fast.errors import UserError
+from frozen_fast.training import parallel_deepspeed
 from frozen_fast.training.strategy_config import (
     check_precision,
     clips_per_pass,
@@ -230,3 +231,24 @@ def test_names_of_accelerate_files_say_what_they_start(path: Path) -> None:
         assert fsdp_settings(environ).reshard_after_forward
     else:
         assert values["distributed_type"] == ("MULTI_GPU" if processes > 1 else "NO")
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "message"),
+    [
+        ("2", {}, "got DeepSpeed, which is not installed .pip install 'frozen-fast.deepspeed"),
+        ("3", {"training": {"compile": True}}, "training.compile: got true with ZeRO stage 3; allowed: false"),
+        (
+            "3",
+            {"model": {"video": {"skip_time_attention_at_one_frame": True}}},
+            "skip_time_attention_at_one_frame: got true with ZeRO stage 3",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_do_here(
+    monkeypatch: pytest.MonkeyPatch, stage: str, section: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(parallel_deepspeed, "find_spec", lambda name: None)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    with pytest.raises(UserError, match=message):
+        parallel_deepspeed.DeepSpeedParallel.accelerator_for(config_from_mapping(section), True, "fp32")

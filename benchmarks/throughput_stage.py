@@ -175,6 +175,9 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
         compiling.compile_towers(model)
     parallel.prepare(model, build_optimizer(model, config.optimizer))
     expand_frames(parallel, model, options.frames, config.model.expansion)
+    if config.training.compile:
+        rows = options.batch_size // parallel.world_size
+        compiling.begin_stage(model, {options.frames: rows}, device=parallel.device, precision=parallel.precision)
     setup = Setup(
         config=config, parallel=parallel, sources=sources, model=model, frames=options.frames,
         batch_size=options.batch_size, text_tokens=options.text_tokens,

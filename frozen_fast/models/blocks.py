@@ -92,6 +92,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.axis = axis
         self.backend = backend
+        self.backend_at: dict[int, str] = {}  # frames -> what "auto" chose beforehand, where it cannot while it runs
         self.qkv = QkvLinear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -99,7 +100,8 @@ class Attention(nn.Module):
         """[B, S, D] -> [B, S, D], or [B, 1, D] with cls_only: keys and values of all tokens, the query of CLS only."""
         if not cls_only:
             qkv_BS3ND = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1))
-            return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=self.backend))
+            backend = self.backend_at.get(num_frames, self.backend)
+            return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=backend))
         query_B1D, kv_BSD = self.qkv(x_BSD, cls_only=True)
         query_BN1D = query_B1D.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key_BNSD, value_BNSD = kv_BSD.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -1,31 +1,58 @@
-"""torch.compile of the towers, and how often it had to compile."""
+"""torch.compile of the towers, safe across stage changes, and how many graphs it compiled.
+
+A block is compiled for each shape a stage has (a source's batch and frames), with sizes fixed: shapes are few, and
+fixed sizes make faster kernels and compile sooner than symbolic ones. The text tower is compiled once with symbolic
+sizes, because the longest caption, and with it L, changes from batch to batch. A stage change drops what was compiled.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from frozen_fast.models import DualEncoder
+from frozen_fast.models.blocks import Attention
+from frozen_kernels import resolve_backend
 
-# A stage has a few shapes (sources, the last captions' lengths); beyond this many Dynamo would fall back to eager.
+# A shape takes three graphs: first block, those between, last block. Beyond the limit Dynamo falls back to eager.
 _RECOMPILE_LIMIT = 64
 
 
-def compile_towers(model: DualEncoder) -> None:
+def compile_towers(model: DualEncoder, *, backend: str = "inductor") -> None:
     """Compile the video tower's blocks and the text tower in place; parameter names stay as they are."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     for block in model.video_model.blocks:
-        block.compile()
-    model.text_model.compile(dynamic=True)
+        block.compile(dynamic=False, backend=backend)
+    model.text_model.compile(dynamic=True, backend=backend)
 
 
-def forget_compiled() -> None:
-    """Drop compiled code at a stage change: its shapes will not come again."""
+def begin_stage(model: DualEncoder, batch_sizes: Mapping[int, int], *, device: torch.device, precision: str) -> None:
+    """Drop the code compiled for another stage's shapes and let `auto` choose attention for this stage's.
+
+    Under torch.compile nothing can be measured, so the choice must stand before the first step.
+
+    Args:
+        model: its towers compiled.
+        batch_sizes: frames -> clips of one forward pass on this rank.
+        device: where it runs.
+        precision: "bf16" or "fp32", the dtype of attention.
+    """
     torch.compiler.reset()
+    tower = model.video_model
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    heads, head_width = tower.size.heads, tower.size.width // tower.size.heads
+    for frames, batch in batch_sizes.items():
+        tokens = 1 + frames * tower.size.patches_per_frame
+        # Only sizes, dtype and device are read, so one number stands for all.
+        qkv_BS3ND = torch.empty((), device=device, dtype=dtype).expand(batch, tokens, 3, heads, head_width)
+        for attention in tower.modules():
+            if isinstance(attention, Attention):
+                attention.backend_at[frames] = resolve_backend(attention.backend, qkv_BS3ND, frames, attention.axis)
 
 
 def compiled_graphs() -> int:

@@ -123,7 +123,10 @@ class Engine:
         done = 0 if state is None else state.steps_in_stage
         expand_frames(self._parallel, self._parts.model, plan.frames, self._config.model.expansion)
         if self._config.training.compile:
-            compiling.forget_compiled()
+            sizes = {frames: plan.micro_batch_sizes[name] for name, frames in plan.source_frames.items()}
+            compiling.begin_stage(
+                self._parts.model, sizes, device=self._parallel.device, precision=self._parallel.precision
+            )
         graphs = compiling.compiled_graphs()
         meter = StageMeter(
             stage=plan.index,

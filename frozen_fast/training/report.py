@@ -210,7 +210,7 @@ def _stages(run: RunData) -> Section | None:
     if not totals:
         return Section("Stages", [Text("No optimizer step has finished.")])
     header = ["Stage", "Frames", "Batch", "Steps", "Clips", "Wall time", _hours_name(run), "Clips/s", "Stall"]
-    header += ["Peak memory", "MFU", "Recompiled"]
+    header += ["Peak memory", "MFU", "Graphs compiled"]
     rows = [_stage_cells(run, total) for total in totals]
     blocks: list[Block] = []
     if len(rows) > 1:

@@ -1,0 +1,78 @@
+"""torch.compile through a stage change with videos and pictures: the same numbers, few graphs, no storm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from frozen_fast.config.schema import ModelConfig, TextTowerConfig, VideoTowerConfig
+from frozen_fast.models import DualEncoder, build_dual_encoder
+from frozen_fast.training import compiling
+from support.towers import make_text_tower
+
+GRAPHS_PER_SHAPE = 3  # first block, those between, last block
+
+
+def build(tower: Path, attention: str) -> DualEncoder:
+    torch.manual_seed(0)
+    model = build_dual_encoder(
+        ModelConfig(
+            video=VideoTowerConfig(size="nano_patch16_64", attention=attention),
+            text=TextTowerConfig(name=str(tower), max_tokens=40),
+            embedding_width=16,
+        ),
+        max_frames=4,
+        first_frames=1,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+    )
+    return model.eval()  # no dropout; compiled as in training
+
+
+def embeddings(model: DualEncoder, batch: int, frames: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    video = torch.randn(batch, frames, 3, 64, 64, generator=generator)
+    ids = torch.randint(5, 40, (batch, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, tokens // 2 :] = 0
+    video_BD, text_BD = model(video, {"input_ids": ids, "attention_mask": mask})
+    (video_BD.square().sum() + text_BD.square().sum()).backward()
+    return video_BD.detach(), text_BD.detach()
+
+
+@pytest.mark.slow
+def test_caption_lengths_compile_nothing_anew_and_a_stage_change_no_more_than_its_shapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path / "cache"))
+    tower = make_text_tower(tmp_path / "tower", layers=1)
+    plain, compiled = build(tower, "auto"), build(tower, "auto")
+    compiling.compile_towers(compiled, backend="aot_eager")
+    for frames in (1, 4):
+        for model in (plain, compiled):
+            model.expand_frames(frames, "zero")
+        shapes = {1: 6, frames: 4}
+        compiling.begin_stage(compiled, shapes, device=torch.device("cpu"), precision="fp32")
+        started = compiling.compiled_graphs()
+        assert set(compiled.video_model.blocks[0].timeattn.backend_at.values()) <= {"sdpa", "batched"}
+        seen = []
+        for number, tokens in enumerate((5, 7, 9, 12, 31, 6)):
+            here = (1, frames)[number % 2]
+            pairs = zip(
+                embeddings(compiled, shapes[here], here, tokens),
+                embeddings(plain, shapes[here], here, tokens),
+                strict=True,
+            )
+            for ours, theirs in pairs:
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            seen.append(compiling.compiled_graphs() - started)
+        assert seen[-1] == seen[1] == GRAPHS_PER_SHAPE * len(shapes) + 1  # the text tower's is one for all lengths
+    gradients = zip(compiled.named_parameters(), plain.named_parameters(), strict=True)
+    for (name, ours), (_, theirs) in gradients:
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=name)
+    started = compiling.compiled_graphs()
+    with compiling.eager():  # evaluation: a batch size that no stage has
+        embeddings(compiled, 3, 2, 17)
+    assert compiling.compiled_graphs() == started

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import json
 import logging
 import multiprocessing
@@ -25,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,20 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from demo_scenes import (
+    COLOURS,
+    POLYGONS,
+    RADII,
+    SHAPES,
+    STILL_PLACES,
+    Recipe,
+    Scene,
+    Spot,
+    Thing,
+    draw_scenes,
+    plan,
+    spot_of,
+)
 from frozen_fast.common.files import read_json_lines, write_atomically, write_json
 from frozen_fast.errors import UserError
 
@@ -40,199 +53,12 @@ from frozen_fast.errors import UserError
 
 logger = logging.getLogger("frozen_fast.render_demo")
 
-RECIPE_VERSION = 1
 CLIP_PIXELS = 64
 STILL_PIXELS = 96
-CLIP_FRAMES = 32
 FRAMES_PER_SECOND = 16
 SUPERSAMPLING = 4
 
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (225, 40, 40),
-    "green": (50, 190, 70),
-    "blue": (55, 90, 235),
-    "yellow": (240, 215, 50),
-    "white": (245, 245, 245),
-    "purple": (170, 60, 200),
-}
 BACKGROUNDS: tuple[tuple[int, int, int], ...] = ((12, 12, 14), (28, 28, 30), (34, 26, 20), (18, 26, 32))
-RADII: dict[str, float] = {"small": 0.11, "large": 0.19}  # share of the frame's side
-POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
-    "square": ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
-    "triangle": ((0.0, -1.05), (1.0, 0.8), (-1.0, 0.8)),
-    "cross": (
-        (-0.33, -1.0), (0.33, -1.0), (0.33, -0.33), (1.0, -0.33), (1.0, 0.33), (0.33, 0.33),
-        (0.33, 1.0), (-0.33, 1.0), (-0.33, 0.33), (-1.0, 0.33), (-1.0, -0.33), (-0.33, -0.33),
-    ),
-}  # fmt: skip
-SHAPES = ("circle", *POLYGONS)
-
-# Captions of a motion and of its reverse. {a}: "small red circle"; {b}: the second thing; {c}, {d}: colours.
-MOTIONS: dict[str, tuple[str, str]] = {
-    "right": ("a {a} moves from left to right", "a {a} moves from right to left"),
-    "right_stop": ("a {a} moves from left to right, then stops", "a {a} waits, then moves from right to left"),
-    "left_stop": ("a {a} moves from right to left, then stops", "a {a} waits, then moves from left to right"),
-    "down": ("a {a} moves from top to bottom", "a {a} moves from bottom to top"),
-    "down_stop": ("a {a} moves from top to bottom, then stops", "a {a} waits, then moves from bottom to top"),
-    "up_stop": ("a {a} moves from bottom to top, then stops", "a {a} waits, then moves from top to bottom"),
-    "grow": ("a {a} grows", "a {a} shrinks"),
-    "appear": ("a {a} appears", "a {a} disappears"),
-    "recolour": ("a {a} is first {c}, then {d}", "a {a} is first {d}, then {c}"),
-    "two": ("first a {a}, then a {b}", "first a {b}, then a {a}"),
-}
-STILL_PLACES: dict[str, tuple[float, float]] = {
-    "on the left": (0.22, 0.5),
-    "on the right": (0.78, 0.5),
-    "at the top": (0.5, 0.22),
-    "at the bottom": (0.5, 0.78),
-    "in the middle": (0.5, 0.5),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a set holds; two runs with the same recipe give the same bytes."""
-
-    seed: int = 0
-    train_pairs: int = 220
-    test_pairs: int = 50
-    stills: int = 240
-    version: int = RECIPE_VERSION
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thing:
-    """A shape in words: what a caption calls "small red circle"."""
-
-    shape: str
-    colour: str = ""
-    size: str = ""
-
-    @property
-    def words(self) -> str:
-        """The words of the caption."""
-        return " ".join(word for word in (self.size, self.colour, self.shape) if word)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scene:
-    """What happens in a pair of clips: a motion and the things that take part in it."""
-
-    motion: str
-    first: Thing
-    second: Thing
-
-    def captions(self) -> tuple[str, str]:
-        """The caption of the clip and that of its reverse."""
-        words = {"a": self.first.words, "b": self.second.words, "c": self.first.colour, "d": self.second.colour}
-        if self.motion == "recolour":
-            words["a"] = Thing(shape=self.first.shape, size=self.first.size).words
-        forward, backward = MOTIONS[self.motion]
-        return forward.format(**words), backward.format(**words)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spot:
-    """One thing as it is drawn in one frame: centre and radius as shares of the side, opacity from 0 to 1."""
-
-    shape: str
-    rgb: tuple[float, ...]
-    x: float
-    y: float
-    radius: float
-    opacity: float = 1.0
-
-
-def all_scenes(motion: str) -> list[Scene]:
-    """Every scene of a motion; scenes that differ only by the order of two things are one scene (its twin)."""
-    if motion == "recolour":
-        colours = itertools.combinations(COLOURS, 2)
-        return [
-            Scene(
-                motion=motion,
-                first=Thing(shape=shape, colour=one, size=size),
-                second=Thing(shape=shape, colour=other, size=size),
-            )
-            for shape, size, (one, other) in itertools.product(SHAPES, RADII, colours)
-        ]
-    if motion == "two":
-        things = [Thing(shape=shape, colour=colour) for shape, colour in itertools.product(SHAPES, COLOURS)]
-        pairs = itertools.combinations(things, 2)
-        return [Scene(motion=motion, first=one, second=other) for one, other in pairs if one.colour != other.colour]
-    sizes = ("",) if motion == "grow" else tuple(RADII)
-    products = itertools.product(SHAPES, COLOURS, sizes)
-    things = [Thing(shape=shape, colour=colour, size=size) for shape, colour, size in products]
-    return [Scene(motion=motion, first=thing, second=thing) for thing in things]
-
-
-def draw_scenes(recipe: Recipe) -> tuple[list[Scene], list[Scene]]:
-    """Draw the scenes of the training and of the test pairs, or raise a UserError for counts that cannot be.
-
-    Motions come in turn. No scene, hence no caption, of the test set is in the training set or twice in the test
-    set, while every colour, shape, size and motion of the test set has been seen in training.
-    """
-    rng = random.Random(f"scenes:{recipe.seed}")
-    decks = {motion: all_scenes(motion) for motion in MOTIONS}
-    for deck in decks.values():
-        rng.shuffle(deck)
-    turns = list(MOTIONS)
-    most = len(turns) * (min(len(deck) for deck in decks.values()) // 2)
-    if not 1 <= recipe.test_pairs <= most:
-        raise UserError(
-            f"--test-pairs: got {recipe.test_pairs}; allowed: 1 to {most}, which leaves scenes for training"
-        )
-    if recipe.train_pairs < 1:
-        raise UserError(f"--train-pairs: got {recipe.train_pairs}; allowed: from 1")
-    test = [decks[turns[index % len(turns)]].pop() for index in range(recipe.test_pairs)]
-    train = []
-    for index in range(recipe.train_pairs):
-        deck = decks[turns[index % len(turns)]]
-        train.append(deck[(index // len(turns)) % len(deck)])
-    return train, test
-
-
-def progress(time: float, start: float, end: float) -> float:
-    """How far a motion between two times has come, from 0 to 1, all times as shares of the clip."""
-    return min(1.0, max(0.0, (time - start) / (end - start)))
-
-
-def plan(scene: Scene, rng: random.Random) -> list[list[Spot]]:
-    """Where everything is in every frame of a clip: CLIP_FRAMES lists of spots. Draws place, speed and timing."""
-    radius = RADII.get(scene.first.size, 0.15) * rng.uniform(0.92, 1.08)
-    near, far = rng.uniform(0.1, 0.2), rng.uniform(0.8, 0.9)
-    across, along = rng.uniform(0.25, 0.75), rng.uniform(0.3, 0.7)
-    start = rng.uniform(0.0, 0.08)
-    end = rng.uniform(0.5, 0.62) if scene.motion.endswith("_stop") else rng.uniform(0.92, 1.0)
-    switch = rng.uniform(0.4, 0.6)
-    smallest, largest = rng.uniform(0.05, 0.08), rng.uniform(0.26, 0.34)
-    places = [(rng.uniform(0.25, 0.75), rng.uniform(0.25, 0.75)) for _ in range(2)]
-
-    def spots(time: float) -> list[Spot]:
-        done = progress(time, start, end)
-        place = near + (far - near) * done
-        colour = COLOURS[scene.first.colour]
-        still = partial(Spot, shape=scene.first.shape, rgb=colour, x=along, y=across, radius=radius)
-        kind = scene.motion.split("_")[0]
-        if kind == "right":
-            return [still(x=place)]
-        if kind == "left":
-            return [still(x=1.0 - place)]
-        if kind == "down":
-            return [still(x=across, y=place)]
-        if kind == "up":
-            return [still(x=across, y=1.0 - place)]
-        if kind == "grow":
-            return [still(radius=smallest + (largest - smallest) * done)]
-        if kind == "appear":
-            return [still(opacity=progress(time, switch - 0.15, switch + 0.15))]
-        if kind == "recolour":
-            share = progress(time, switch - 0.06, switch + 0.06)
-            other = COLOURS[scene.second.colour]
-            return [still(rgb=tuple((1.0 - share) * a + share * b for a, b in zip(colour, other, strict=True)))]
-        thing, (x, y) = (scene.first, places[0]) if time < switch else (scene.second, places[1])
-        return [Spot(shape=thing.shape, rgb=COLOURS[thing.colour], x=x, y=y, radius=radius)]
-
-    return [spots(index / (CLIP_FRAMES - 1)) for index in range(CLIP_FRAMES)]
 
 
 def background_HWC(pixels: int, rng: random.Random) -> np.ndarray:
@@ -351,9 +177,8 @@ def render_still(folder: Path, recipe: Recipe, index: int) -> dict[str, Any]:
     rng = random.Random(f"still:{index}:{recipe.seed}")
     thing = Thing(shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)), size=rng.choice(list(RADII)))
     place, (x, y) = rng.choice(list(STILL_PLACES.items()))
-    spot = Spot(
-        shape=thing.shape,
-        rgb=COLOURS[thing.colour],
+    spot = spot_of(
+        thing,
         x=x + rng.uniform(-0.08, 0.08),
         y=y + rng.uniform(-0.08, 0.08),
         radius=RADII[thing.size] * rng.uniform(0.92, 1.08),

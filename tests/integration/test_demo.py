@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import demo_result
+import render_demo
 from frozen_fast.common.files import read_json_lines
-from launch import demo_result, render_demo
 from support.runs import REPOSITORY, environment
 
 pytestmark = pytest.mark.integration

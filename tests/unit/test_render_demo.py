@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import render_demo
+from demo_scenes import CLIP_FRAMES, MOTIONS, Recipe, Scene, Thing, draw_scenes
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data import read_sources
-from launch import render_demo
-from launch.render_demo import MOTIONS, Recipe, Scene, Thing, draw_scenes, one_frame_ceiling, render_clip_THWC
+from render_demo import one_frame_ceiling, render_clip_THWC
 
 SMALL = Recipe(train_pairs=11, test_pairs=10, stills=4)
 RED_CIRCLE = Thing(shape="circle", colour="red", size="small")
+BLUE_SQUARE = Thing(shape="square", colour="blue", size="small")
 
 
 def decoded_THWC(path: Path) -> np.ndarray:
@@ -78,20 +80,31 @@ def test_growing_and_appearing() -> None:
     assert red_place(appearing[-1].astype(np.uint8))[2] > 20
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_one_thing_comes_to_another(seed: int) -> None:
+    scene = Scene(motion="approach", first=RED_CIRCLE, second=BLUE_SQUARE)
+    frames = render_clip_THWC(scene, random.Random(seed))
+    blue = (frames[..., 2] > 150) & (frames[..., 0] < 110)
+    columns = np.array([np.nonzero(mask)[1].mean() / mask.shape[1] for mask in blue])
+    gap = np.abs(columns - np.array([red_place(frame)[0] for frame in frames]))
+    assert np.ptp(columns) < 1e-6
+    assert gap[0] > 0.55 and gap[-1] < 0.35 and (np.diff(gap) < 1e-6).all()
+    joined = render_clip_THWC(Scene(motion="join", first=RED_CIRCLE, second=BLUE_SQUARE), random.Random(seed))
+    blue = (joined[..., 2] > 150) & (joined[..., 0] < 110)
+    assert not blue[0].any() and blue[-1].sum() > 20
+
+
 def test_captions_of_a_scene_and_of_its_reverse() -> None:
-    blue = Thing(shape="square", colour="blue", size="small")
     stop = Scene(motion="right_stop", first=RED_CIRCLE, second=RED_CIRCLE)
     assert stop.captions() == (
         "a small red circle moves from left to right, then stops",
         "a small red circle waits, then moves from right to left",
     )
-    two = Scene(motion="two", first=RED_CIRCLE, second=blue)
-    assert two.captions() == (
-        "first a small red circle, then a small blue square",
-        "first a small blue square, then a small red circle",
+    joined = Scene(motion="join", first=RED_CIRCLE, second=BLUE_SQUARE)
+    assert joined.captions() == (
+        "a small red circle is joined by a small blue square",
+        "a small blue square leaves a small red circle",
     )
-    colours = Scene(motion="recolour", first=RED_CIRCLE, second=Thing(shape="circle", colour="blue", size="small"))
-    assert colours.captions() == ("a small circle is first red, then blue", "a small circle is first blue, then red")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -114,7 +127,7 @@ def test_twins_hold_the_same_frames_in_reverse(rendered: Path) -> None:
         assert twin["twin"] == row["id"] and twin["captions"] != row["captions"]
     for row in lines(rendered / "test.jsonl")[::2]:
         frames, reverse = (decoded_THWC(rendered / rows[name]["path"]) for name in (row["id"], row["twin"]))
-        assert len(frames) == render_demo.CLIP_FRAMES
+        assert len(frames) == CLIP_FRAMES
         assert np.array_equal(frames, reverse[::-1])
         assert not np.array_equal(frames, reverse)
 

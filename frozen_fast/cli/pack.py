@@ -35,7 +35,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quality", type=_number, default=90, help="of the JPEGs (default 90)")
     parser.add_argument(
-        "--shard-bytes", type=_number, default=256 * 2**20, metavar="BYTES", help="size of a shard (default 268435456)"
+        "--shard-bytes", type=_number, default=2**30, metavar="BYTES", help="size of a shard (default 1 GiB)"
     )
     parser.add_argument("--workers", type=_number, metavar="N", help="processes (default: the cores); 0: this process")
 

@@ -190,7 +190,7 @@ class WorkerPrefetcher(Generic[T]):
             prefetch_factor=max(1, -(-depth // workers)),
             timeout=_WORKER_POLL_SECONDS,
             pin_memory=pin_memory,
-            multiprocessing_context=_process_context(),
+            multiprocessing_context=process_context(),
         )
         self._iterator: Iterator[Any] | None = iter(loader)
 
@@ -257,7 +257,7 @@ def stream_from_workers(
     )
 
 
-def _process_context() -> multiprocessing.context.BaseContext:
+def process_context() -> multiprocessing.context.BaseContext:
     """How worker processes start: never by a fork of this process, whose decoders and threads do not survive one.
 
     A fork server imports what workers need once, so that the workers of later stages start in no time.

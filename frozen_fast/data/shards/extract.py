@@ -39,7 +39,7 @@ class PackSettings:
     frames_per_clip: int = 8
     short_side: int = 256
     quality: int = 90
-    shard_bytes: int = 256 * 2**20
+    shard_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         for name, (low, high) in _ALLOWED.items():

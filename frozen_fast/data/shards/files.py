@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from threading import Lock
 
 from frozen_fast.data.decode.types import ClipError
 
-MOST_OPEN = 64
+MOST_OPEN = 512
+"""Shards kept open by one decoder, where the system allows a process twice as many files."""
 
 
 class _OpenFile:
@@ -25,7 +27,8 @@ class ShardFiles:
     """Keeps the most recently used shards open; closing one waits for nobody: one in use is closed when it is free."""
 
     def __init__(self, most_open: int = MOST_OPEN) -> None:
-        self._most_open = most_open
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_open = most_open if limit == resource.RLIM_INFINITY else max(1, min(most_open, limit // 2))
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = Lock()
 

@@ -186,8 +186,9 @@ def index_of(where: Address) -> ShardIndex:
         try:
             index = open_index(where.folder)
         except UserError as error:
-            cause: Literal["missing", "decode_failed"] = "missing" if "missing" in str(error) else "decode_failed"
-            raise ClipError(cause, str(error), f"{where.file}#{where.row}") from None
+            there = (Path(where.folder) / layout.INDEX).is_file()
+            path = f"{where.file}#{where.row}"
+            raise ClipError("decode_failed" if there else "missing", str(error), path) from None
     return index
 
 

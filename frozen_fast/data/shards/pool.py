@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TypeVar
 
 from frozen_fast.data.decode.types import ClipError
+from frozen_fast.data.prefetch import process_context
 from frozen_fast.data.sources import Clip
 
 R = TypeVar("R")
@@ -36,9 +37,7 @@ def _start_worker() -> None:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    return ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker)
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
@@ -75,15 +74,15 @@ def map_clips(
                 futures.append(pool.submit(function, clip))
             if not waiting:
                 return
+            clip, future = waiting.popleft(), futures.popleft()
             try:
-                result: R | ClipError = futures[0].result(timeout_seconds)
+                result: R | ClipError = future.result(timeout_seconds)
             except (BrokenProcessPool, FutureTimeout) as error:
                 _stop(pool)
-                result = _alone(function, waiting[0], error, timeout_seconds)
+                result = _alone(function, clip, error, timeout_seconds)
                 pool = _pool(workers)
-                futures = deque(pool.submit(function, clip) for clip in waiting)
-            futures.popleft()
-            yield waiting.popleft(), result
+                futures = deque(pool.submit(function, later) for later in waiting)
+            yield clip, result
     finally:
         _stop(pool)
 

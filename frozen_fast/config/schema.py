@@ -36,6 +36,8 @@ class VideoTowerConfig:
     block: Literal["frozen_in_time", "timesformer"] = key("frozen_in_time", "where the space residual adds: the block's input, or TimeSformer's divided block")
     attention: Attention = key("auto", "attention backend of frozen_kernels")
     time_init: Literal["zero_output", "released", "random"] = key("zero_output", "how time attention starts: output projection 0; qkv 0 and projection 1 as released at more than one frame (its queries and keys then never learn); or random as released at one frame")
+    position_init_std: float = key(0.02, "spread of the position embeddings' start; a tower from scratch on little data needs 1 to see where things are")
+    temporal_init_std: float = key(0.0, "spread of the temporal embeddings' start, added to what the first expansion makes of one frame's row; 0: as in the paper")
     skip_time_attention_at_one_frame: bool = key(False, "leave temporal attention out in stages of one frame (changes the model)")
     checkpointed_blocks: int = key(0, "number of blocks whose activations are recomputed in the backward pass")
     full_last_block: bool = key(False, "compute the last block's patch outputs too, which nothing reads (for timing comparisons)")

@@ -30,6 +30,8 @@ _RANGES: dict[str, _Rule] = {
     "run_folder": _NOT_EMPTY,
     "seed": (lambda value: 0 <= value < 2**32, "0 to 4294967295"),
     "model.video.checkpointed_blocks": _NOT_NEGATIVE,
+    "model.video.position_init_std": _NOT_NEGATIVE,
+    "model.video.temporal_init_std": _NOT_NEGATIVE,
     "model.video.size": _NOT_EMPTY,
     "model.video.weights": _NOT_EMPTY,
     "model.text.name": _NOT_EMPTY,

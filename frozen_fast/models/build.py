@@ -48,7 +48,14 @@ def build_dual_encoder(
         return _from_checkpoint(config, max_frames, first_frames, options)
     if video.size not in VIDEO_SIZES:
         raise unknown_name("model.video.size", video.size, VIDEO_SIZES)
-    tower = SpaceTimeTransformer(VIDEO_SIZES[video.size], max_frames, time_init=video.time_init, **options)
+    tower = SpaceTimeTransformer(
+        VIDEO_SIZES[video.size],
+        max_frames,
+        time_init=video.time_init,
+        position_init_std=video.position_init_std,
+        temporal_init_std=video.temporal_init_std,
+        **options,
+    )
     if video.weights != "none":
         load_vit_weights(tower, video.weights)
     text = config.text

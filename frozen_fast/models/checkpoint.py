@@ -100,7 +100,8 @@ def from_pretrained(
         num_frames: rows of temporal embedding that count as learned; None: the checkpoint's.
         expansion: how more of them are made.
         tokenizer: None: the checkpoint's own.
-        max_frames: rows of temporal_embed to allocate; None: num_frames. The rows above num_frames are 0.
+        max_frames: rows of temporal_embed to allocate; None: num_frames. The rows above num_frames are 0,
+            or, with num_frames None, what a run drew them as and has not used yet.
         max_tokens: captions are cut to so many tokens; None: as the checkpoint has it (a released file: 77, or as many
             as its text tower takes).
         video_options: keywords of SpaceTimeTransformer that replace the checkpoint's.
@@ -111,10 +112,10 @@ def from_pretrained(
     if learned < 1:
         raise UserError(f"num_frames: got {learned}; allowed: 1 or more")
     rows = max(learned, max_frames or learned)
-    rows_learned_1TD = parts.state[TEMPORAL][:, : parts.learned_frames]
-    parts.state[TEMPORAL] = expand_temporal_embedding(
-        expand_temporal_embedding(rows_learned_1TD, learned, expansion), rows, "zero"
-    )
+    rows_1TD = parts.state[TEMPORAL]
+    if num_frames is not None:
+        rows_1TD = expand_temporal_embedding(rows_1TD[:, : parts.learned_frames], learned, expansion)
+    parts.state[TEMPORAL] = expand_temporal_embedding(rows_1TD, rows, "zero")
     with torch.device("meta"):  # drawing weights that the file replaces would take seconds
         video = SpaceTimeTransformer(parts.size, rows, **{**parts.video_options, **(video_options or {})})
     model = DualEncoder(video.to_empty(device="cpu"), parts.text, learned_frames=learned, **parts.options)

@@ -173,6 +173,9 @@ class DualEncoder(nn.Module):
     def expand_frames(self, num_frames: int, method: str = "zero") -> None:
         """Fill rows learned_frames.. of temporal_embed in place, and count them as learned from now on.
 
+        From one frame, "nearest" and "bilinear" give every frame the same row and "zero" none but the first: what the
+        new rows were drawn as (temporal_init_std; 0 unless asked for) is added, so that frames differ from the start.
+
         Args:
             num_frames: up to the tower's max_frames; fewer than learned_frames or as many changes nothing.
             method: "zero", "nearest" or "bilinear" (temporal.expand_temporal_embedding).
@@ -187,6 +190,8 @@ class DualEncoder(nn.Module):
             return
         with torch.no_grad():
             expanded = expand_temporal_embedding(embed[:, : self.learned_frames], num_frames, method)
+            if self.learned_frames == 1:
+                expanded[:, 1:] += embed[:, 1:num_frames]
             embed[:, :num_frames] = expanded
         self.learned_frames = num_frames
 

@@ -78,6 +78,8 @@ class SpaceTimeTransformer(nn.Module):
         block: Block = "frozen_in_time",
         attention: str = "auto",
         time_init: TimeInit = "zero_output",
+        position_init_std: float = INIT_STD,
+        temporal_init_std: float = 0.0,
         skip_time_attention_at_one_frame: bool = False,
         checkpointed_blocks: int = 0,
         full_last_block: bool = False,
@@ -90,6 +92,8 @@ class SpaceTimeTransformer(nn.Module):
             block: where the space residual adds (SpaceTimeBlock).
             attention: backend of frozen_kernels.divided_attention.
             time_init: how time attention starts (init_weights).
+            position_init_std: spread of the spatial position embeddings' start.
+            temporal_init_std: likewise of the temporal embeddings'; 0: zeros.
             skip_time_attention_at_one_frame: leave it out at T=1; another model than the released one.
             checkpointed_blocks: the first so many blocks recompute their activations in the backward pass.
             full_last_block: compute the last block's patch outputs too, as the released code does.
@@ -123,9 +127,11 @@ class SpaceTimeTransformer(nn.Module):
             for _ in range(size.depth)
         )
         self.norm = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
-        self.init_weights(time_init)
+        self.init_weights(time_init, position_init_std, temporal_init_std)
 
-    def init_weights(self, time_init: TimeInit = "zero_output") -> None:
+    def init_weights(
+        self, time_init: TimeInit = "zero_output", position_init_std: float = INIT_STD, temporal_init_std: float = 0.0
+    ) -> None:
         """Draw the weights: truncated normals of 0.02, biases 0; patches as LeCun (std fan_in^-0.5); temporal_embed 0.
 
         Args:
@@ -135,6 +141,10 @@ class SpaceTimeTransformer(nn.Module):
                 released: qkv 0, projection weight 1, bias 0, what the released code does at more than one frame.
                 Queries and keys are then 0 and so are their gradients, for good, and all value channels stay equal.
                 random: drawn like the rest, what the released code does at one frame (where its curriculum starts).
+            position_init_std: of pos_embed. A patch's embedding has entries around 1, beside which 0.02 says nothing
+                of the place until it has been learned; a tower from scratch on little data needs 1.
+            temporal_init_std: of temporal_embed. Rows that no stage has used yet are added to what the first
+                expansion makes of one row (DualEncoder.expand_frames): the same row for every frame.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -144,8 +154,8 @@ class SpaceTimeTransformer(nn.Module):
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
-        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
-        nn.init.zeros_(self.temporal_embed)
+        nn.init.normal_(self.pos_embed, std=position_init_std)
+        nn.init.normal_(self.temporal_embed, std=temporal_init_std)
         for block in self.blocks:
             init_time_attention(cast(SpaceTimeBlock, block).timeattn, time_init)
 

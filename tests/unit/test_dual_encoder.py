@@ -195,6 +195,22 @@ def test_a_saved_model_comes_back_without_a_hub(tmp_path: Path, kind: str, monke
     assert loaded.text_model.tokenizer.max_tokens == 16
 
 
+@pytest.mark.parametrize("method", ["zero", "nearest", "bilinear"])
+def test_rows_drawn_apart_make_the_first_expansions_frames_differ(tower_folder: Path, method: str) -> None:
+    torch.manual_seed(0)
+    tower = SpaceTimeTransformer(SIZE, 4, temporal_init_std=1.0)
+    model = DualEncoder(tower, TextTower.build(str(tower_folder), max_tokens=8), learned_frames=1)
+    before = tower.temporal_embed.detach().clone()
+    model.expand_frames(2, method)
+    made = torch.zeros_like(before[:, 0]) if method == "zero" else before[:, 0]
+    assert torch.equal(tower.temporal_embed[:, 0], before[:, 0])
+    torch.testing.assert_close(tower.temporal_embed[:, 1], made + before[:, 1])
+    two = tower.temporal_embed[:, :2].detach().clone()
+    model.expand_frames(4, "zero")
+    assert torch.equal(tower.temporal_embed[:, :2], two)
+    assert torch.equal(tower.temporal_embed[:, 2:], torch.zeros_like(two)), "later expansions are the paper's"
+
+
 @pytest.mark.parametrize("block", ["frozen_in_time", "timesformer"])
 def test_the_block_form_is_kept(tower_folder: Path, tmp_path: Path, block: str) -> None:
     text = TextTower.build(str(tower_folder), max_tokens=16)

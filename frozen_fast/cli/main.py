@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from frozen_fast import __version__
 from frozen_fast.cli import commands
+from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arguments
 from frozen_fast.cli.pack import pack, pack_arguments
 from frozen_fast.errors import UserError
 
@@ -29,6 +30,11 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         "turn a released .pth/.pth.tar checkpoint into a frozen_fast folder",
         commands.convert_arguments,
         commands.convert,
+    ),
+    "find-batch-size": (
+        "the largest batch of each number of frames that fits one device",
+        find_batch_size_arguments,
+        find_batch_size,
     ),
     "report": ("write a run's report.md and report.html again", commands.report_arguments, commands.report),
     "compare": ("put several runs side by side", commands.compare_arguments, commands.compare),

@@ -70,6 +70,7 @@ def build_report(run: RunData) -> Document:
         _paper(run),
         _loss(run),
         _bad_clips(run),
+        _largest_batches(run),
         _machine(run),
         _config(run),
     ]
@@ -257,6 +258,24 @@ def _stage_cells(run: RunData, total: StageTotals) -> list[str]:
         percent(row.get("mfu")),
         count(row.get("recompilations")),
     ]
+
+
+def _largest_batches(run: RunData) -> Section | None:
+    """What `frozen-fast find-batch-size` found, where its file is in the folder."""
+    found = run.batch_sizes
+    if not found.get("rows"):
+        return None
+    rows = [
+        [
+            str(row["frames"]),
+            count(row["batch_size"]),
+            significant(row.get("clips_per_second")),
+            gibibytes(row.get("peak_memory_bytes")),
+        ]
+        for row in found["rows"]
+    ]
+    limit = f"Limit {gibibytes(found['memory_limit_bytes'])} on {found['device']}, per {found['per']}."
+    return Section("Largest batches", [Table(["Frames", "Batch", "Clips/s", "Peak memory"], rows), Text(limit)])
 
 
 def _parts_table(run: RunData) -> Table:

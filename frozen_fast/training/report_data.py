@@ -63,6 +63,7 @@ class RunData:
     evaluations: list[Row]
     bad_clips: list[Row]
     operators: dict[str, str]
+    batch_sizes: Row
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -141,6 +142,7 @@ def read_run(folder: str | Path) -> RunData:
         evaluations=list(metrics.get("evaluations", [])),
         bad_clips=reader.read_lines("bad_clips.jsonl", None),
         operators={path.name: path.read_text("utf-8") for path in sorted(folder.glob("traces/*.operators.txt"))},
+        batch_sizes=reader.read("batch_sizes.json", json.loads, {}, None),
         missing=reader.missing,
     )
 
@@ -152,15 +154,17 @@ class _Reader:
         self.folder = folder
         self.missing: list[str] = []
 
-    def read(self, name: str, parse: Callable[[str], Any], default: Any, means: str) -> Any:
+    def read(self, name: str, parse: Callable[[str], Any], default: Any, means: str | None) -> Any:
+        """A file's content; with `means` None its absence is normal."""
         path = self.folder / name
         if not path.is_file():
-            self.missing.append(f"{name} is missing: {means}")
+            if means is not None:
+                self.missing.append(f"{name} is missing: {means}")
             return default
         try:
             return parse(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            self.missing.append(f"{name} cannot be read ({error}): {means}")
+            self.missing.append(f"{name} cannot be read ({error}): {means or 'it is left out'}")
             return default
 
     def read_lines(self, name: str, means: str | None) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Clips to decode in a benchmark: a manifest or folder that is there, or VP9 clips or stills rendered on the spot."""
+"""Clips to read in a benchmark: a manifest, a folder or shards that are there, or what is rendered on the spot."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 COUNT = 64
 """Rendered clips; a manifest names each of them several times, so that a batch is never larger than the source."""
 REPEATS = 64
+DATA = "render, shards, stills, a manifest (.jsonl), packed shards, or a folder of clips"
 FILLER = "shown again and again " * 16
 """Captions are cut to --text-tokens, so that a real batch costs the text tower what the synthetic one does."""
 
@@ -26,7 +27,8 @@ def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
     """The manifest of what to decode.
 
     Args:
-        data: "render", "stills" (pictures, which need no video encoder), a manifest (.jsonl), or a folder of clips.
+        data: "render", "shards" (rendered and packed), "stills" (pictures, which need no video encoder), a manifest
+            (.jsonl), a folder that frozen-fast pack wrote, or a folder of clips.
         scratch: where rendered clips and a folder's manifest go.
         small: render small, short clips.
 
@@ -38,6 +40,10 @@ def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
         return render_clips(scratch / "clips", small=small)
     if data == "stills":
         return render_stills(scratch / "stills", small=small)
+    if data == "shards":
+        return repeated_shards(pack_rendered(scratch, small=small), scratch)
+    if (path / "index.json").is_file():
+        return repeated_shards(path.resolve(), scratch)
     if path.is_dir():
         clips = sorted(file.resolve() for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES)
         if not clips:
@@ -45,7 +51,7 @@ def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
         return write_manifest(scratch / "folder.jsonl", clips, repeats=max(1, COUNT * REPEATS // len(clips)))
     if path.suffix == ".jsonl" and path.is_file():
         return path.resolve()
-    raise UserError(f"--data: got {data!r}; allowed: render, stills, a manifest (.jsonl), or a folder of clips")
+    raise UserError(f"--data: got {data!r}; allowed: {DATA}")
 
 
 def write_manifest(path: Path, clips: list[Path], *, repeats: int, kind: str = "video") -> Path:
@@ -78,6 +84,35 @@ def render_clips(folder: Path, *, small: bool) -> Path:
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             list(pool.map(render, paths, range(count)))
     return write_manifest(folder / "clips.jsonl", paths, repeats=REPEATS)
+
+
+def pack_rendered(scratch: Path, *, small: bool) -> Path:
+    """Render clips and pack 8 frames of each; the packed folder."""
+    from frozen_fast.config.schema import SourceConfig
+    from frozen_fast.data.shards.extract import PackSettings
+    from frozen_fast.data.shards.pack import PackLimits, pack_source
+    from frozen_fast.data.sources import read_source
+
+    manifest = render_clips(scratch / "clips", small=small)
+    distinct = len(list(manifest.parent.glob("*.webm")))
+    source = read_source(SourceConfig(name="rendered", path=str(manifest), max_clips=distinct))
+    workers = 0 if small else len(os.sched_getaffinity(0))
+    return pack_source(source, scratch / "packed", PackSettings(), PackLimits(workers=workers)).folder
+
+
+def repeated_shards(folder: Path, scratch: Path) -> Path:
+    """A manifest of packed clips; those of a small folder several times, so that a batch is not larger than it."""
+    lines = [json.loads(line) for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
+    repeats = COUNT * REPEATS // max(1, len(lines))
+    if repeats <= 1:
+        return folder / "clips.jsonl"
+    path = scratch / "shards.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for repeat in range(repeats):
+            for line in lines:
+                changed = {"id": f"{line['id']}_{repeat}", "path": f"{folder / line['path']}", "split": "train"}
+                file.write(json.dumps({key: value for key, value in line.items() if key != "twin"} | changed) + "\n")
+    return path
 
 
 def render_stills(folder: Path, *, small: bool) -> Path:
@@ -117,8 +152,8 @@ def render_clip(path: Path, seed: int, *, width: int, height: int, frames: int) 
 if __name__ == "__main__":
     import argparse
 
-    parser = argparse.ArgumentParser(description="Render clips or stills and their manifest into a folder.")
-    parser.add_argument("data", choices=("render", "stills"))
+    parser = argparse.ArgumentParser(description="Render clips, shards or stills and their manifest into a folder.")
+    parser.add_argument("data", choices=("render", "shards", "stills"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()

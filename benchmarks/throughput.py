@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clips import data_manifest
+from clips import DATA, data_manifest
 from throughput_report import write_throughput_report
 
 from frozen_fast.common.files import write_atomically, write_json
@@ -124,7 +124,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=ROOT / "configs/benchmarks/throughput.yaml",
                         help="experiment file whose model, engine and decoding are measured")  # fmt: skip
     parser.add_argument("--accelerate", type=Path, help="Accelerate config file")
-    parser.add_argument("--data", default="render", help="render, stills, a manifest (.jsonl), or a folder of clips")
+    parser.add_argument("--data", default="render", help=DATA)
     parser.add_argument("--modes", default=",".join(MODES), help=f"some of {','.join(MODES)}")
     parser.add_argument("--compare", default="auto", help="attention backends side by side, comma-separated")
     parser.add_argument("--batch-sizes", default="", help="FRAMES=CLIPS,...: other batch sizes than the paper's")

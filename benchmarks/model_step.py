@@ -229,7 +229,8 @@ def main(arguments: list[str]) -> int:
     for frames, batch in pairs:
         rows += measure_case(Case(frames, batch, options.whole, options.size), options, max_frames, device)
         print(table(rows[-1:], device).splitlines()[2], file=sys.stderr)
-    write_result(options.output, device, vars(options), {"rows": rows, "attention": chosen_backends()})
+        # after every case, so that a run that is stopped leaves what it measured
+        write_result(options.output, device, vars(options), {"rows": rows, "attention": chosen_backends()})
     print(table(rows, device))
     return 0
 

@@ -112,18 +112,23 @@ def tests_command(bench: Bench) -> list[str]:
 
 def attention_command(bench: Bench) -> list[str]:
     """The attention table: the paper's batches, and ones that fill a large GPU (512 passes the grid limit)."""
-    sizes = ["--frames", "1=96,1=512,4=24,4=128,8=16,8=64"]
+    sizes = ["--frames", "1=96,1=512,4=128,8=64"]
     if bench.small:
         sizes = ["--frames", "1=4,4=2", "--patches", "4", "--heads", "2", "--head-width", "16", "--device", "cpu"]
     return [sys.executable, "benchmarks/attention.py", "--output", str(bench.scratch / "attention"), *sizes]
 
 
 def model_step_command(bench: Bench) -> list[str]:
-    """The table of whole steps."""
-    small = ["--small"] if bench.small else ["--compile", "both"]
-    backends = "reference,sdpa" if bench.small else ",".join(bench.attention)
-    return [sys.executable, "benchmarks/model_step.py", "--output", str(bench.scratch / "model_step"),
-            "--backends", backends, *small]  # fmt: skip
+    """The table of whole steps: the released code, each attention backend, and two of them compiled."""
+    output = ["--output", str(bench.scratch / "model_step.json")]
+    if bench.small:
+        sizes = ["--size", "pico_patch16_32", "--frames", "1=4,4=2", "--contenders", "released,sdpa", "--device", "cpu"]
+        windows = ["--precisions", "fp32", "--windows", "2", "--window-seconds", "0.02", "--warmup", "1"]
+        return [sys.executable, "benchmarks/model_step.py", *sizes, *windows, *output]
+    contenders = ["released", *bench.attention, "sdpa+compile", "auto+compile"]
+    sizes = ["--whole", "--frames", "4=64,1=256,8=32", "--contenders", ",".join(contenders)]
+    windows = ["--precisions", "bf16", "--windows", "5", "--window-seconds", "0.3"]
+    return [sys.executable, "benchmarks/model_step.py", *sizes, *windows, *output]
 
 
 def common_overrides(bench: Bench) -> list[str]:
@@ -178,23 +183,23 @@ def training_command(bench: Bench) -> list[str]:
 STEPS = (
     Step(
         name="gpu_tests",
-        seconds=95.0,
+        seconds=70.0,
         command=tests_command,
         results={"gpu_tests.xml": "gpu_tests.json"},
         environment=lambda bench: {} if bench.small else {"FAIL_WITHOUT_CUDA": "1"},
     ),
-    Step(name="attention", seconds=85.0, command=attention_command, results={"attention": "attention.json"}),
-    Step(name="model_step", seconds=100.0, command=model_step_command, results={"model_step": "model_step.json"}),
+    Step(name="attention", seconds=65.0, command=attention_command, results={"attention": "attention.json"}),
+    Step(name="model_step", seconds=190.0, command=model_step_command, results={"model_step.json": "model_step.json"}),
     Step(
         name="training",
-        seconds=140.0,
+        seconds=110.0,
         before=render_command,
         command=training_command,
         results={"training/report.md": "training_report.md", "training/stages.json": "training_stages.json"},
     ),
     Step(
         name="throughput",
-        seconds=90.0,
+        seconds=75.0,
         command=throughput_command,
         results={"throughput/throughput.json": "throughput.json"},
     ),

@@ -22,7 +22,14 @@ def bare_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu_bench")
     variables = bare_environment(folder / "bare")
     result = subprocess.run(
-        ["bash", "launch/gpu_bench.sh", "--cpu", "--steps", "gpu_tests,attention,training", str(folder / "out")],
+        [
+            "bash",
+            "launch/gpu_bench.sh",
+            "--cpu",
+            "--steps",
+            "gpu_tests,attention,model_step,training",
+            str(folder / "out"),
+        ],
         cwd=REPOSITORY,
         env={**variables, "FROZEN_FAST_PYTHON": sys.executable, "FROZEN_FAST_VENV": "/nowhere"},
         capture_output=True,
@@ -36,12 +43,12 @@ def bare_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_steps_leave_a_few_flat_files_and_the_summary_names_what_is_missing(bare_results: Path) -> None:
     summary = json.loads((bare_results / "summary.json").read_text())
     assert [(row["step"], row["cause"]) for row in summary["steps"]] == [
-        ("gpu_tests", "ok"), ("attention", "ok"), ("training", "ok"),
+        ("gpu_tests", "ok"), ("attention", "ok"), ("model_step", "ok"), ("training", "ok"),
     ]  # fmt: skip
     assert summary["small"] and "no figure counts" in summary["note"]
     left_out = summary["left_out"]
     assert {"xformers", "deepspeed", "nvidia.dali", "av", "decoder pyav", "training on videos"} <= set(left_out)
-    assert {"model_step", "throughput"} <= set(left_out)  # not asked for
+    assert left_out["throughput"] == "not asked for (--steps)"
     files = {path.name for path in bare_results.iterdir()}
     assert files == {"summary.json", "logs.txt", *(name for row in summary["steps"] for name in row["files"])}
     assert len(files) <= 8 and all(path.is_file() for path in bare_results.iterdir())
@@ -54,6 +61,10 @@ def test_results_are_those_of_the_steps(bare_results: Path) -> None:
     assert "1 => 1 => 1 frames" in report  # still pictures: one frame in every stage
     rows = json.loads((bare_results / "attention.json").read_text())["rows"]
     assert {row["axis"] for row in rows} == {"time", "space"}
+    rows = json.loads((bare_results / "model_step.json").read_text())["rows"]
+    assert {(row["frames"], row["contender"]) for row in rows} == {
+        (T, name) for T in (1, 4) for name in ("released", "sdpa")
+    }
     tests = json.loads((bare_results / "gpu_tests.json").read_text())
     assert tests["tests"] == len(tests["skipped"]) > 0 and tests["passed"] == 0
     assert "==== training" in (bare_results / "logs.txt").read_text()

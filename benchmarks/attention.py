@@ -13,6 +13,7 @@ computing. Writes attention.json, attention.md and attention.svg. On a CPU the s
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -134,6 +135,10 @@ def table(rows: list[dict[str, Any]], device: torch.device, peaks: dict[str, dic
     lines = ["# Divided attention", ""]
     if device.type != "cuda":
         lines += ["Measured on a CPU at small sizes: it says nothing about a GPU.", ""]
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if device.type == "cpu" and load > 0.5 * cores + torch.get_num_threads():
+        other = f"Other work was running (load average {load:.1f} on {cores} cores)"
+        lines += [f"{other}: compare within a row's case only.", ""]
     for dtype, peak in peaks.items():
         speed, width = peak["flops_per_second"] / 1e12, peak["bytes_per_second"] / 1e9
         lines.append(f"Peak in {dtype}: {speed:.2f} TFLOP/s, {width:.1f} GB/s ({peak['source']}).")

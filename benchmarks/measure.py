@@ -180,7 +180,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def write_result(path: Path, device: torch.device, options: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-    """Write a result file: the command, its options, the machine, and the result's own keys."""
-    command = ["python", str(Path(sys.argv[0]).name), *sys.argv[1:]]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    """Write a result file: the command, its options, the machine, and the result's own keys.
+
+    Of absolute paths only the last part is kept: where a folder lies is nobody's business.
+    """
+    command = ["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in options.items()}
     write_json(path, {"command": command, "options": settings, "machine": describe_machine(device), **result})

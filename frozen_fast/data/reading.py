@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,26 +31,35 @@ def probe(path: str | Path, kind: Kind, *, max_pixels: int) -> VideoInfo:
 
 
 class ClipDecoder:
-    """Sends packed clips to their reader and all others to the decoder of files."""
+    """Sends packed clips to their reader and all others to the decoder of files, which is made when one comes."""
 
-    def __init__(self, files: Decoder, packed: Decoder) -> None:
-        self.name = files.name
-        self._files = files
+    def __init__(self, name: str, make_files: Callable[[], Decoder], packed: Decoder) -> None:
+        self.name = name
+        self._make_files = make_files
+        self._files: Decoder | None = None
         self._packed = packed
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
         """Decode a batch, in order; a bad clip becomes a ClipError in its place."""
-        is_packed = [parse_address(os.fspath(request.path)) is not None for request in requests]
+        places: dict[bool, list[int]] = {False: [], True: []}
+        for place, request in enumerate(requests):
+            places[parse_address(os.fspath(request.path)) is not None].append(place)
         outcomes: dict[int, Decoded | ClipError] = {}
-        for decoder, packed in ((self._files, False), (self._packed, True)):
-            places = [place for place, kind in enumerate(is_packed) if kind is packed]
-            if places:
-                outcomes.update(zip(places, decoder.decode([requests[place] for place in places]), strict=True))
+        for packed, group in places.items():
+            if group:
+                decoder = self._packed if packed else self._of_files()
+                outcomes.update(zip(group, decoder.decode([requests[place] for place in group]), strict=True))
         return [outcomes[place] for place in range(len(requests))]
+
+    def _of_files(self) -> Decoder:
+        if self._files is None:
+            self._files = self._make_files()
+        return self._files
 
     def close(self) -> None:
         """Close both."""
-        self._files.close()
+        if self._files is not None:
+            self._files.close()
         self._packed.close()
 
 
@@ -77,8 +87,14 @@ def build_decoder(
     Raises:
         UserError: an unknown backend, or one that is not installed.
     """
-    files = build_file_decoder(
-        backend, device=device, resolution=resolution, mean=mean, std=std, threads=threads, max_pixels=max_pixels
+    make = partial(
+        build_file_decoder, backend, device=device, resolution=resolution, mean=mean, std=std, threads=threads,
+        max_pixels=max_pixels,
+    )  # fmt: skip
+    packed = PackedFrameDecoder(
+        ViewTransform(resolution, mean, std, torch.device(device)), threads=threads, max_pixels=max_pixels
     )
-    transform = ViewTransform(resolution, mean, std, torch.device(device))
-    return ClipDecoder(files, PackedFrameDecoder(transform, threads=threads, max_pixels=max_pixels))
+    if backend == "auto":
+        return ClipDecoder(backend, make, packed)
+    named = make()  # one that is not installed is an error now, whatever the clips are
+    return ClipDecoder(backend, lambda: named, packed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -206,6 +207,16 @@ def test_short_reads_are_continued(both: tuple[Source, Source], monkeypatch: pyt
     (pieces,) = packing.decoder().decode([request])
     assert isinstance(whole, Decoded) and isinstance(pieces, Decoded)
     assert torch.equal(whole.frames_TCHW, pieces.frames_TCHW)
+
+
+def test_no_video_library_is_needed(both: tuple[Source, Source], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("av", "nvidia.dali", "torchcodec", "decord"):
+        monkeypatch.setitem(sys.modules, name, None)
+    decoder = packing.decoder("auto")
+    requests = [DecodeRequest(clip.path, "video", (1,), TestView(96)) for clip in both[1].clips]
+    outcomes = [outcome for outcome in decoder.decode(requests) if isinstance(outcome, Decoded)]
+    assert [packing.codes(outcome.frames_TCHW) for outcome in outcomes] == [[7]] * len(requests)
+    decoder.close()
 
 
 def test_few_files_stay_open(tmp_path: Path) -> None:

@@ -203,15 +203,20 @@ def heading(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_throughput_report(folder: Path, result: dict[str, Any]) -> Path:
-    """Write report.md, report.html and throughput.svg; returns report.md."""
+def projected_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every row of Table 4 that a result can project, for each attention backend that it measured."""
     backends = list(dict.fromkeys(stage["attention"] for stage in result["stages"]))
-    rows = [
+    return [
         projected
         for row, entries in result["row_stages"].items()
         for backend in backends
         if (projected := project_row(row, entries, result["stages"], backend, result["clips_per_row"]))
     ]
+
+
+def write_throughput_report(folder: Path, result: dict[str, Any]) -> Path:
+    """Write report.md, report.html and throughput.svg; returns report.md."""
+    rows = projected_rows(result)
     notes, picture = heading(result), plot(rows, result["stages"])
     tables = [
         ("Rows of Table 4", row_table(rows, comparable=not result["small"])),

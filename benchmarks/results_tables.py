@@ -1,0 +1,105 @@
+"""The tables of docs/performance.md from benchmarks/results/*.json, so that no figure there is written by hand.
+
+python benchmarks/results_tables.py            rewrite what stands between the page's two markers
+python benchmarks/results_tables.py --check    1 where the page differs from the files
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention import table as attention_table
+from model_step import table as model_step_table
+from throughput_report import markdown, projected_rows, row_table, stage_table
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/performance.md"
+RESULTS = ROOT / "benchmarks/results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def attention_text(result: dict[str, Any]) -> str:
+    """benchmarks/attention.py's result; its own heading is left out."""
+    device = torch.device(result["machine"]["device_type"])
+    return attention_table(result["rows"], device, result["peaks"]).split("\n", 2)[2].strip()
+
+
+def model_step_text(result: dict[str, Any]) -> str:
+    """benchmarks/model_step.py's result."""
+    return model_step_table(result["rows"], torch.device(result["machine"]["device_type"])).strip()
+
+
+def throughput_text(result: dict[str, Any]) -> str:
+    """benchmarks/throughput.py's result: projected rows and measured stages."""
+    small = "A tiny model, to exercise the lines: no figure compares with the paper.\n\n" if result["small"] else ""
+    rows = row_table(projected_rows(result), comparable=not result["small"])
+    return f"{small}{markdown(rows)}\n\n{markdown(stage_table(result['stages']))}"
+
+
+def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
+    """What writes a result's table; None for a file that has no table here."""
+    if "row_stages" in result:
+        return throughput_text
+    rows = result.get("rows") or [{}]
+    if not isinstance(rows, list) or not isinstance(rows[0], dict):
+        return None
+    if "axis" in rows[0]:
+        return attention_text
+    return model_step_text if "contender" in rows[0] else None
+
+
+def section(path: Path) -> str:
+    """A file's heading, machine, command and table."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    lines = [f"### {path.name}", ""]
+    machine = result.get("machine") or {}
+    if machine:
+        versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
+        lines.append(f"{machine['device']}, {machine['threads']} CPU threads, Python {machine['python']}, {versions}.")
+    if result.get("command"):
+        lines.append(f"Command: `{' '.join(result['command'])}`")
+    form = form_of(result)
+    lines += ["", form(result) if form else "No table here: see the file.", ""]
+    return "\n".join(lines)
+
+
+def tables(folder: Path) -> str:
+    """Every result file's section, by name."""
+    files = sorted(folder.glob("*.json"))
+    return "\n".join(section(path) for path in files) if files else "No result has been committed yet.\n"
+
+
+def page_with(text: str, generated: str) -> str:
+    """The page with new text between its markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{PAGE.name}: got a page without {BEGIN} and {END}; allowed: both, once")
+    return f"{before}{BEGIN}\n\n{generated}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where the page is not up to date")
+    options = parser.parse_args(arguments)
+    text = PAGE.read_text(encoding="utf-8")
+    wanted = page_with(text, tables(RESULTS))
+    if options.check:
+        return int(wanted != text)
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,8 @@
 Renders clips of smooth drifting texture under a little noise (456x256, 250 frames at 25 a second, a key frame every
 125), encodes each as VP9 and as H.264 with B-frames, packs the H.264 ones (8 frames a clip), and times the training
 loader on one form after the other: draw frames, read, decode, crop, resize, normalise, stack. No model; captions cost
-nothing. Files are in the page cache, so disks are not measured.
+nothing. Files are in the page cache, so disks are not measured. Clips per CPU second (all
+threads of the loader's process) tell the cost where other work shares the machine; they are not told of --workers.
 """
 
 from __future__ import annotations
@@ -110,11 +111,13 @@ def rates(source: Source, frames: int, options: argparse.Namespace, device: torc
             next(batches)
         steps = max(2, round(options.window_seconds * 2 / (time.perf_counter() - began)))
         seconds = []
+        cpu_began = time.process_time()
         for _ in range(options.windows):
             began = time.perf_counter()
             for _ in range(steps):
                 next(batches)
             seconds.append((time.perf_counter() - began) / steps)
+        cpu_seconds = time.process_time() - cpu_began
     finally:
         loader.close()
     timing = summarize(seconds, steps)
@@ -124,8 +127,20 @@ def rates(source: Source, frames: int, options: argparse.Namespace, device: torc
         "clips_per_second": clips["median"],
         "clips_per_second_p20": clips["p80"],  # slow windows have few clips a second
         "clips_per_second_p80": clips["p20"],
+        "clips_per_cpu_second": None if options.workers else options.batch_size * steps * len(seconds) / cpu_seconds,
         "seconds_per_batch": asdict(timing),
     }
+
+
+def tell(rows: list[dict[str, Any]]) -> None:
+    """Print the forms of one number of frames, and how much faster shards (the last) are than each."""
+    for row in rows:
+        row["shards_are_faster_by"] = rows[-1]["clips_per_second"] / row["clips_per_second"]
+        cpu = f"{row['clips_per_cpu_second']:8.1f} per CPU second" if row["clips_per_cpu_second"] else ""
+        print(
+            f"{row['frames']} frames  {row['form']:7s} {row['clips_per_second']:8.1f} clips/s {cpu} "
+            f"(shards: {row['shards_are_faster_by']:.1f} x)  {', '.join(row['backends'])}", flush=True
+        )  # fmt: skip
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -162,13 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             for frames in options.frames:
                 for form, source in found.items():
                     rows.append({"frames": frames, "form": form, **rates(source, frames, options, device)})
-                base = rows[-1]["clips_per_second"]
-                for row in rows[-len(found) :]:
-                    row["shards_are_faster_by"] = base / row["clips_per_second"]
-                    print(
-                        f"{frames} frames  {row['form']:7s} {row['clips_per_second']:8.1f} clips/s  "
-                        f"(shards: {row['shards_are_faster_by']:.1f} x)  {', '.join(row['backends'])}", flush=True
-                    )  # fmt: skip
+                tell(rows[-len(found) :])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw
 from demo_scenes import (
     COLOURS,
     POLYGONS,
-    RADII,
+    RADIUS,
     SHAPES,
     STILL_PLACES,
     Recipe,
@@ -175,13 +175,13 @@ def pair_rows(split: str, pair: int, scene: Scene) -> list[dict[str, Any]]:
 def render_still(folder: Path, recipe: Recipe, index: int) -> dict[str, Any]:
     """Write one still picture where it is missing, JPEG and PNG in turn; returns its manifest line."""
     rng = random.Random(f"still:{index}:{recipe.seed}")
-    thing = Thing(shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)), size=rng.choice(list(RADII)))
+    thing = Thing(shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)))
     place, (x, y) = rng.choice(list(STILL_PLACES.items()))
     spot = spot_of(
         thing,
         x=x + rng.uniform(-0.08, 0.08),
         y=y + rng.uniform(-0.08, 0.08),
-        radius=RADII[thing.size] * rng.uniform(0.92, 1.08),
+        radius=RADIUS * rng.uniform(0.9, 1.1),
     )
     name, (suffix, format_name) = f"still_{index:03d}", (("jpg", "JPEG"), ("png", "PNG"))[index % 2]
     path = folder / "images" / f"{name}.{suffix}"

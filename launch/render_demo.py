@@ -33,15 +33,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from demo_scenes import (
-    COLOURS,
     POLYGONS,
     RADIUS,
-    SHAPES,
     STILL_PLACES,
+    THINGS,
     Recipe,
     Scene,
     Spot,
-    Thing,
     draw_scenes,
     plan,
     spot_of,
@@ -175,7 +173,7 @@ def pair_rows(split: str, pair: int, scene: Scene) -> list[dict[str, Any]]:
 def render_still(folder: Path, recipe: Recipe, index: int) -> dict[str, Any]:
     """Write one still picture where it is missing, JPEG and PNG in turn; returns its manifest line."""
     rng = random.Random(f"still:{index}:{recipe.seed}")
-    thing = Thing(shape=rng.choice(SHAPES), colour=rng.choice(list(COLOURS)))
+    thing = rng.choice(THINGS)
     place, (x, y) = rng.choice(list(STILL_PLACES.items()))
     spot = spot_of(
         thing,

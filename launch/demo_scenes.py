@@ -52,9 +52,9 @@ THINGS = (
     Thing(colour="purple", shape="square"),
 )
 
-# Captions of a motion and of its reverse. The words that tell the two apart are words that a sentence encoder tells
-# apart: it sets "from left to right" and "from right to left" ten times closer to each other than a
-# clip that "stops" and one that "waits".
+# Captions of a motion and of its reverse. What tells the two apart must be words that a sentence encoder tells apart:
+# "from left to right" and "from right to left" are a tenth as far from each other as two colours; "stops" and "waits",
+# "falls" and "rises" are nearly as far.
 MOTIONS: dict[str, tuple[str, str]] = {
     "right_stop": ("a {} moves from left to right, then stops", "a {} waits, then moves from right to left"),
     "left_stop": ("a {} moves from right to left, then stops", "a {} waits, then moves from left to right"),

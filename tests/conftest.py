@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
+
+# What auto chooses is measured, and the machine is busy while tests run: nothing of it may outlive them.
+if "FROZEN_FAST_CACHE" not in os.environ:
+    os.environ["FROZEN_FAST_CACHE"] = tempfile.mkdtemp(prefix="frozen_fast_tests_")
+    atexit.register(shutil.rmtree, os.environ["FROZEN_FAST_CACHE"], ignore_errors=True)
 
 import pytest
 

@@ -54,6 +54,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         datasets.write_webvid(root / "WebVid", CLIPS, split=split)
         datasets.write_cc3m(root / "CC3M", CLIPS, split=split)
     datasets.write_msrvtt(root / "MSRVTT", CLIPS)
+    for name in ("train", "test"):
+        datasets.manifest_folder(root / "own", CLIPS).rename(root / "own" / f"{name}.jsonl")
     return root
 
 

@@ -358,6 +358,13 @@ def test_ids_never_become_paths(manifest: Path, tmp_path: Path) -> None:
                for name in files_of(folder))  # fmt: skip
 
 
+def test_captions_stay_as_they_were(manifest: Path, tmp_path: Path) -> None:
+    captions = (" spaces around ", "", "a half of a pair: \ud83d", "two\nlines", "x" * 10_000)
+    path = next(manifest.parent.joinpath("clips").iterdir())
+    pack(Source("odd", "webvid", PackedClips([Clip("a", str(path), captions)])), tmp_path / "packed")
+    assert source_of(tmp_path / "packed").clips[0].captions == captions
+
+
 @pytest.mark.parametrize(("name", "value"), [("frames_per_clip", 0), ("short_side", 8), ("quality", 101),
                                              ("shard_bytes", 0)])  # fmt: skip
 def test_settings_have_limits(name: str, value: int) -> None:

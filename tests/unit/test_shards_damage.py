@@ -76,8 +76,13 @@ HARM_AT_START: dict[str, tuple[Callable[[Path], object], str]] = {
     "table is no table": (lambda f: overwrite(f / "clips.npy", b"x"), "clips.npy: not a table"),
     "table of objects": (lambda f: pickled_table(f), "clips.npy: not a table"),
     "clip list truncated": (lambda f: os.truncate(f / "clips.jsonl", 50), "clips.jsonl: got 50 bytes"),
-    "clip list names a file": (lambda f: readdress(f, "../../../etc/passwd"), "clips.jsonl:1: path: got"),
-    "clip list in another order": (lambda f: readdress(f, "shard-00000.tar#1"), "clips.jsonl:1: path: got"),
+    "clip list line is no JSON": (lambda f: change_line(f, "{"), "clips.jsonl:1: not a packed clip"),
+    "clip list line lacks a key": (lambda f: change_line(f, '{"id": "c0"}'), "clips.jsonl:1: not a packed clip"),
+    "clip list has no captions": (lambda f: reline(f, captions=[]), "clips.jsonl:1: not a packed clip"),
+    "clip list has another kind": (lambda f: reline(f, kind="image"), "clips.jsonl:1: kind: got 'image'"),
+    "clip list is too short": (lambda f: change_line(f, None), "clips.jsonl:1: path: got"),
+    "clip list names a file": (lambda f: reline(f, path="../../../etc/passwd"), "clips.jsonl:1: path: got"),
+    "clip list in another order": (lambda f: reline(f, path="shard-00000.tar#1"), "clips.jsonl:1: path: got"),
 }
 
 
@@ -99,11 +104,17 @@ def sizes(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in ("clips.jsonl", "clips.npy", "frames.npy")}
 
 
-def readdress(folder: Path, path: str) -> None:
+def change_line(folder: Path, line: str | None) -> None:
+    """Put something else in place of the first line, or nothing."""
     lines = (folder / "clips.jsonl").read_text().splitlines()
-    lines[0] = json.dumps(json.loads(lines[0]) | {"path": path})
+    lines[:1] = [] if line is None else [line]
     (folder / "clips.jsonl").write_text("\n".join(lines) + "\n")
     edit(folder, files=sizes(folder))
+
+
+def reline(folder: Path, **changes: object) -> None:
+    first = (folder / "clips.jsonl").read_text().splitlines()[0]
+    change_line(folder, json.dumps(json.loads(first) | changes))
 
 
 @pytest.mark.parametrize("harm", HARM_AT_START)

@@ -28,6 +28,7 @@ class ShardIndex:
         folder: the folder.
         kind: of all of its clips.
         splits: split -> number of clips.
+        bad_clips: clips of the source that could not be packed.
         shard_bytes: the size of each shard, by number.
         clips: [clips] layout.CLIP_DTYPE.
         frames: [frames] layout.FRAME_DTYPE.
@@ -37,6 +38,7 @@ class ShardIndex:
     folder: str
     kind: Literal["video", "image"]
     splits: dict[str, int]
+    bad_clips: int
     shard_bytes: tuple[int, ...]
     clips: np.ndarray
     frames: np.ndarray
@@ -53,7 +55,7 @@ class ShardIndex:
         root = Path(folder)
         value = _read_index(root)
         try:
-            clips, frames, _ = (int(value[name]) for name in _COUNTS)
+            clips, frames, bad_clips = (int(value[name]) for name in _COUNTS)
             kind: Literal["video", "image"] = {"video": "video", "image": "image"}[value["kind"]]  # type: ignore[assignment]
             splits = {str(split): int(count) for split, count in value["splits"].items()}
             files = {str(name): int(size) for name, size in value["files"].items()}
@@ -69,6 +71,7 @@ class ShardIndex:
             folder=os.fspath(folder),
             kind=kind,
             splits=splits,
+            bad_clips=bad_clips,
             shard_bytes=shards,
             clips=_table(root / layout.CLIP_TABLE, layout.CLIP_DTYPE, clips),
             frames=_table(root / layout.FRAME_TABLE, layout.FRAME_DTYPE, frames),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +19,16 @@ if "FROZEN_FAST_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["FROZEN_FAST_CACHE"], ignore_errors=True)
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def untouched_log() -> None:
+    """Undo what set_up_logging did in an earlier test of this process, so that caplog hears the package again."""
+    for name in ("frozen_fast", "frozen_kernels"):
+        logger = logging.getLogger(name)
+        logger.handlers = []
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,11 +24,15 @@ import pytest
 @pytest.fixture(autouse=True)
 def untouched_log() -> None:
     """Undo what set_up_logging did in an earlier test of this process, so that caplog hears the package again."""
+    logging.disable(logging.NOTSET)
     for name in ("frozen_fast", "frozen_kernels"):
         logger = logging.getLogger(name)
         logger.handlers = []
         logger.setLevel(logging.NOTSET)
         logger.propagate = True
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("frozen_fast", "frozen_kernels")):
+            logging.getLogger(name).disabled = False  # a library's dictConfig may have switched it off
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -73,8 +73,9 @@ class DeepSpeedParallel(ShardedParallel):
             for parameter in group["params"]
         }
         super().prepare(model, optimizer)
-        self._engine: Any = self._wrapped
-        self._zero: Any = self._engine.optimizer
+        engine: Any = self._wrapped
+        self._engine: Any = engine
+        self._zero: Any = engine.optimizer
         # DeepSpeed links state to parameters after its first group's step, before the other groups have any.
         self._allocate_state([0.0] * len(self._partitions()))
 

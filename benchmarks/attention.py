@@ -13,7 +13,6 @@ computing. Writes attention.json, attention.md and attention.svg. On a CPU the s
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import DTYPES, measured_peak, peak_step_bytes, pick_device, time_in_turns, write_result
+from measure import (
+    DTYPES,
+    describe_machine,
+    measured_peak,
+    peak_step_bytes,
+    pick_device,
+    time_in_turns,
+    write_result,
+)
 from torch import Tensor
 
 from frozen_fast.common.files import write_atomically
@@ -130,14 +137,18 @@ def _ratio(timings: dict[str, Any], over: str, name: str) -> float | None:
     return timings[over].median / timings[name].median if over in timings else None
 
 
-def table(rows: list[dict[str, Any]], device: torch.device, peaks: dict[str, dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+def table(
+    rows: list[dict[str, Any]],
+    device: torch.device,
+    peaks: dict[str, dict[str, Any]],
+    machine: dict[str, Any] | None = None,
+) -> str:
+    """The rows as Markdown; `machine` is what describe_machine said when they were measured."""
     lines = ["# Divided attention", ""]
     if device.type != "cuda":
         lines += ["Measured on a CPU at small sizes: it says nothing about a GPU.", ""]
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if device.type == "cpu" and load > 0.5 * cores + torch.get_num_threads():
-        other = f"Other work was running (load average {load:.1f} on {cores} cores)"
+    if machine and device.type == "cpu" and machine["load_average"] > 0.5 * machine["cores"] + machine["threads"]:
+        other = f"Other work was running (load average {machine['load_average']:.1f} on {machine['cores']} cores)"
         lines += [f"{other}: compare within a row's case only.", ""]
     for dtype, peak in peaks.items():
         speed, width = peak["flops_per_second"] / 1e12, peak["bytes_per_second"] / 1e9
@@ -239,7 +250,7 @@ def main(arguments: list[str]) -> int:
         "operators": xformers_operators(),
         "rows": rows,
     }
-    text = table(rows, device, peaks)
+    text = table(rows, device, peaks, describe_machine(device))
     options.output.mkdir(parents=True, exist_ok=True)
     write_result(options.output / "attention.json", device, vars(options), result)
     write_atomically(options.output / "attention.md", text)

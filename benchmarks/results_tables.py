@@ -27,7 +27,7 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 def attention_text(result: dict[str, Any]) -> str:
     """benchmarks/attention.py's result; its own heading is left out."""
     device = torch.device(result["machine"]["device_type"])
-    return attention_table(result["rows"], device, result["peaks"]).split("\n", 2)[2].strip()
+    return attention_table(result["rows"], device, result["peaks"], result["machine"]).split("\n", 2)[2].strip()
 
 
 def model_step_text(result: dict[str, Any]) -> str:

@@ -42,6 +42,24 @@ def throughput_text(result: dict[str, Any]) -> str:
     return f"{small}{markdown(rows)}\n\n{markdown(stage_table(result['stages']))}"
 
 
+def input_forms_text(result: dict[str, Any]) -> str:
+    """benchmarks/input_forms.py's result."""
+    lines = ["| frames | form | clips/s (p20-p80) | clips per CPU second | KB a clip | read by |", "|" + 6 * "---|"]
+    for row in result["rows"]:
+        spread = f"{row['clips_per_second_p20']:.1f}-{row['clips_per_second_p80']:.1f}"
+        cpu = row["clips_per_cpu_second"]
+        lines.append(
+            f"| {row['frames']} | {row['form']} | {row['clips_per_second']:.1f} ({spread}) | "
+            f"{'n/a' if cpu is None else f'{cpu:.1f}'} | {result['bytes_per_clip'][row['form']] / 1e3:.0f} | "
+            f"{', '.join(row['backends'])} |"
+        )
+    machine = result["machine"]
+    note = f"Load average {machine['load_average']:g} on {machine['cores']} cores at the end"
+    if machine["load_average"] > machine["cores"] + 1:
+        note += ": other work shared the machine, so only the clips per CPU second can be compared"
+    return f"{note}.\n\n" + "\n".join(lines)
+
+
 def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     """What writes a result's table; None for a file that has no table here."""
     if "row_stages" in result:
@@ -49,6 +67,8 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     rows = result.get("rows") or [{}]
     if not isinstance(rows, list) or not isinstance(rows[0], dict):
         return None
+    if "clips_per_cpu_second" in rows[0]:
+        return input_forms_text
     if "axis" in rows[0]:
         return attention_text
     return model_step_text if "contender" in rows[0] else None

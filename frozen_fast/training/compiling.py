@@ -16,6 +16,7 @@ import torch
 from frozen_fast.models import DualEncoder
 from frozen_fast.models.blocks import Attention
 from frozen_kernels import resolve_backend
+from frozen_kernels.attention import load_backend
 
 # A shape takes three graphs: first block, those between, last block. Beyond the limit Dynamo falls back to eager.
 _RECOMPILE_LIMIT = 64
@@ -52,7 +53,9 @@ def begin_stage(model: DualEncoder, batch_sizes: Mapping[int, int], *, device: t
         qkv_BS3ND = torch.empty((), device=device, dtype=dtype).expand(batch, tokens, 3, heads, head_width)
         for attention in tower.modules():
             if isinstance(attention, Attention):
-                attention.backend_at[frames] = resolve_backend(attention.backend, qkv_BS3ND, frames, attention.axis)
+                name = resolve_backend(attention.backend, qkv_BS3ND, frames, attention.axis)
+                load_backend(name, device, dtype)  # an import inside a compiled step would break its graph
+                attention.backend_at[frames] = name
 
 
 def compiled_graphs() -> int:

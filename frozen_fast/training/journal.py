@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frozen_fast.common.tracking import Tracker
 from frozen_fast.errors import UserError
 from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.training.parallel import Parallel
 from frozen_fast.training.run_folder import RunFolder
-from frozen_fast.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 

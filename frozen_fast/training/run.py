@@ -8,6 +8,7 @@ from typing import Any
 
 from frozen_fast.common.files import write_atomically, write_json
 from frozen_fast.common.logs import set_up_logging
+from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import ExperimentConfig, dump_yaml, resolve_stages, to_plain
 from frozen_fast.errors import UserError
 from frozen_fast.profiling.peak import device_peak
@@ -37,7 +38,6 @@ from frozen_fast.training.parallel import Parallel
 from frozen_fast.training.report import write_report
 from frozen_fast.training.run_folder import RunFolder
 from frozen_fast.training.signals import StopRequest
-from frozen_fast.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,15 @@ class _Run:
         checkpoint, state, closed = self._prepare_folder(resume)
         parts = self._build(checkpoint, state)
         with parallel.together():
-            self._tracker = Tracker.start(config, to_plain(config), folder.path, is_main=parallel.is_main)
+            if parallel.is_main:
+                self._tracker = Tracker.start(
+                    config.wandb.mode,
+                    project=config.wandb.project,
+                    name=config.wandb.name or config.name,
+                    plain_config=to_plain(config),
+                    folder=folder.path,
+                    field="wandb.mode",
+                )
         self._journal = Journal(
             folder,
             parallel,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from frozen_fast.common.files import read_json_lines
+from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import config_from_mapping
 from frozen_fast.data.bad_clips import BadClip
 from frozen_fast.data.sources import CaptionRule, Clip, Source
@@ -29,7 +30,6 @@ from frozen_fast.training.parallel import Parallel, check_world, seed_step
 from frozen_fast.training.precision import choose_precision
 from frozen_fast.training.run_folder import RunFolder
 from frozen_fast.training.stages import TEMPORAL_EMBEDDING, expand_frames, warm_up_steps
-from frozen_fast.training.tracking import Tracker
 
 
 @pytest.fixture

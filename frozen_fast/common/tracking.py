@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from frozen_fast.common.files import write_atomically
-from frozen_fast.config.schema import ExperimentConfig
 from frozen_fast.errors import UserError
 
 
@@ -18,37 +17,46 @@ class Tracker:
         self._run = run
 
     @classmethod
-    def start(cls, config: ExperimentConfig, plain_config: dict[str, Any], folder: Path, *, is_main: bool) -> Tracker:
-        """Open a run as config.wandb says; its files go into the run folder.
+    def start(
+        cls, mode: str, *, project: str, name: str, plain_config: dict[str, Any], folder: Path, field: str
+    ) -> Tracker:
+        """Open a run; its files go into a folder.
+
+        Args:
+            mode: "off" (nothing is opened), "offline" or "online".
+            project: the project at Weights & Biases.
+            name: the run's name there.
+            plain_config: JSON-able settings that the run is listed with.
+            folder: where its files and its id are kept.
+            field: the config key that switched it on, for messages.
 
         Raises:
             UserError: it is switched on and wandb is missing or refuses.
         """
-        if config.wandb.mode == "off" or not is_main:
+        if mode == "off":
             return cls()
         try:
             import wandb
         except ImportError:
-            mode = config.wandb.mode
-            raise UserError(f"wandb.mode: got {mode!r}, but wandb is not installed; allowed: off") from None
+            raise UserError(f"{field}: got {mode!r}, but wandb is not installed; allowed: off") from None
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             run = wandb.init(
-                mode=config.wandb.mode,
-                project=config.wandb.project,
-                name=config.wandb.name or config.name,
+                mode=mode,
+                project=project,
+                name=name,
                 dir=str(folder),
                 config=plain_config,
                 id=_run_id(folder),
-                resume="allow" if config.wandb.mode == "online" else None,
+                resume="allow" if mode == "online" else None,
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.Error as error:
-            mode = config.wandb.mode
-            raise UserError(f"wandb.mode: got {mode!r}, but wandb refuses: {error}; allowed: off, offline") from None
+            raise UserError(f"{field}: got {mode!r}, but wandb refuses: {error}; allowed: off, offline") from None
         return cls(run)
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Send values at an optimizer step."""
+        """Send values at a step (an optimizer step of a run, a trial of a sweep)."""
         if self._run is not None:
             self._run.log(values, step=step)
 
@@ -60,7 +68,7 @@ class Tracker:
 
 
 def _run_id(folder: Path) -> str:
-    """The run's id at Weights & Biases: drawn once and kept in the run folder, so that a resumed run goes on there."""
+    """The run's id at Weights & Biases: drawn once and kept in its folder, so that a resumed run goes on there."""
     path = folder / "wandb_id"
     if not path.exists():
         write_atomically(path, secrets.token_hex(8))

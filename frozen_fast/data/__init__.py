@@ -3,6 +3,7 @@
 from frozen_fast.data.bad_clips import BadClip, BadClipLedger
 from frozen_fast.data.batches import Batch, ClipReader, TrainingLoader
 from frozen_fast.data.evaluation_loader import EvaluationBatch, EvaluationLoader
+from frozen_fast.data.prefetch import LoaderEndedError
 from frozen_fast.data.samplers import BatchSpec, DataPosition, epoch_steps, plan_steps
 from frozen_fast.data.sources import Clip, Source, read_source, read_sources, twin_pairs
 
@@ -16,6 +17,7 @@ __all__ = [
     "DataPosition",
     "EvaluationBatch",
     "EvaluationLoader",
+    "LoaderEndedError",
     "Source",
     "TrainingLoader",
     "epoch_steps",

@@ -44,6 +44,18 @@ def timed_out(what: str, timeout_seconds: float) -> UserError:
     )
 
 
+class LoaderEndedError(UserError):
+    """A loader process ended before its work: a crash, no memory, or a signal to the whole process group."""
+
+
+def _loader_ended(what: str, error: Exception) -> LoaderEndedError:
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    return LoaderEndedError(
+        f"data.decode.workers: a loader process ended while {what} was awaited (a crash in a decoder, or memory ran "
+        f"out: {why}); allowed: fewer workers, or another backend"
+    )
+
+
 class _Failure:
     """An exception on its way to the consumer."""
 
@@ -192,7 +204,10 @@ class WorkerPrefetcher(Generic[T]):
             pin_memory=pin_memory,
             multiprocessing_context=process_context(),
         )
-        self._iterator: Iterator[Any] | None = iter(loader)
+        try:
+            self._iterator: Iterator[Any] | None = iter(loader)
+        except (OSError, EOFError) as error:
+            raise _loader_ended(describe(), error) from None
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -217,14 +232,12 @@ class WorkerPrefetcher(Generic[T]):
         while True:
             try:
                 return next(iterator)
+            except (OSError, EOFError) as error:  # the connection over which tensors come
+                raise _loader_ended(self._describe(), error) from None
             except RuntimeError as error:
                 message = str(error)
                 if "exited unexpectedly" in message or "is killed by signal" in message:
-                    raise UserError(
-                        f"data.decode.workers: a loader process ended while {self._describe()} was awaited (a crash in "
-                        f"a decoder, or memory ran out: {message.splitlines()[0]}); allowed: fewer workers, or another "
-                        "backend"
-                    ) from None
+                    raise _loader_ended(self._describe(), error) from None
                 if "timed out" not in message:
                     raise
                 if time.monotonic() >= deadline:

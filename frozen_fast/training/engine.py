@@ -24,13 +24,13 @@ from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.profiling.peak import DevicePeak
 from frozen_fast.training import compiling
 from frozen_fast.training.build import build_evaluation_loader
-from frozen_fast.training.checkpoint import RunState, save_checkpoint
+from frozen_fast.training.checkpoint import RunState, checkpoint_name, checkpoints, save_checkpoint
 from frozen_fast.training.evaluate import Evaluation, evaluate_source
 from frozen_fast.training.journal import Journal, StepResult
 from frozen_fast.training.optimizer import learning_rate_factor, set_learning_rate
 from frozen_fast.training.parallel import Parallel, seed_step
 from frozen_fast.training.run_folder import RunFolder
-from frozen_fast.training.signals import StopRequest
+from frozen_fast.training.signals import StopRequest, stop_explains
 from frozen_fast.training.stages import expand_frames, warm_up_steps
 from frozen_fast.training.step import forward_backward, update
 from frozen_fast.training.trace import StageTrace
@@ -63,6 +63,10 @@ class RunParts:
     plans: Sequence[StagePlan]
     flops_per_clip: Callable[[int, int, int], float | None]
     peak: DevicePeak | None
+
+
+class _StepGivenUp(Exception):  # noqa: N818  (it is no error: the run was told to stop)
+    """A rank has no batch because its loader was stopped with it; every rank raises it at the same pass."""
 
 
 class Engine:
@@ -154,7 +158,7 @@ class Engine:
     def _run_steps(self, plan: StagePlan, done: int, meter: StageMeter) -> bool:
         """The stage's remaining steps; False when told to stop (then saved)."""
         config, parallel = self._config, self._parallel
-        batches = self._parts.loader.batches(self._specs(plan, done))
+        batches = self._batches(plan, done)
         warm_up = done + warm_up_steps(plan.steps, sum(source.weight > 0 for source in config.data.sources))
         trace = StageTrace(
             self._folder.traces,
@@ -166,7 +170,12 @@ class Engine:
         try:
             for index in range(done, plan.steps):
                 trace.before_step(index)
-                self._run_step(plan, batches, meter, warmup=index < warm_up)
+                try:
+                    self._run_step(plan, batches, meter, warmup=index < warm_up)
+                except _StepGivenUp:
+                    if not self._is_saved():
+                        self._save(plan, index, meter)
+                    return False
                 trace.after_step(index)
                 every = config.checkpoints.every_steps
                 if self._stopped or (every and self.step % every == 0 and index + 1 < plan.steps):
@@ -189,9 +198,14 @@ class Engine:
         set_learning_rate(parallel.optimizer.param_groups, learning_rate)
         total = torch.zeros((), device=parallel.device)
         bad_clips = 0
+        ledger = self._ledger.to_json()
         with meter.step(warmup=warmup) as timing:
             for pass_index in range(plan.accumulation):
-                batch, bad = self._next_batch(batches, timing, step)
+                try:
+                    batch, bad = self._next_batch(batches, timing, step)
+                except _StepGivenUp:
+                    self._ledger.resume(ledger)  # the step's earlier passes will be read again
+                    raise
                 bad_clips += bad
                 total += forward_backward(
                     parallel,
@@ -224,8 +238,9 @@ class Engine:
 
         Raises:
             UserError: a clip that cannot be read under policy error, or too many of them; on every rank.
+            _StepGivenUp: told to stop, and a rank's loader is gone; on every rank.
         """
-        error: BaseException | None = None
+        error: Exception | None = None
         batch: Batch | None = None
         with timing.stall():
             try:
@@ -234,10 +249,14 @@ class Engine:
                 error = RuntimeError("the loader ended before the stage did")
             except Exception as caught:  # told to the other ranks, then raised by agree()
                 error = caught
-            bad_here = 0 if batch is None else len(batch.bad_clips)
-            stop, (bad,) = self._parallel.agree(error, stop=self._stop.asked, counts=(bad_here,))
-        assert batch is not None
+            if error is not None and stop_explains(error, lambda: self._stop.asked):
+                error = None
+            counts = (0 if batch is None else len(batch.bad_clips), int(batch is None))
+            stop, (bad, without) = self._parallel.agree(error, stop=self._stop.asked, counts=counts)
         self._stopped = self._stopped or stop
+        if without:
+            raise _StepGivenUp
+        assert batch is not None
         self.decode_backends[batch.source] += batch.backends
         found = self._parallel.gather_objects(batch.bad_clips) if bad else []
         self._ledger.record(
@@ -245,6 +264,10 @@ class Engine:
         )
         self._ledger.check()
         return batch, bad
+
+    def _batches(self, plan: StagePlan, done: int) -> Iterator[Batch]:
+        """The batches of the stage's remaining steps; reading begins with the first, whose failures are its own."""
+        yield from self._parts.loader.batches(self._specs(plan, done))
 
     def _specs(self, plan: StagePlan, done: int) -> Iterator[Any]:
         sources = self._config.data.sources
@@ -294,6 +317,13 @@ class Engine:
                     path = save_checkpoint(self._folder.checkpoints, state, write, optimizer, keep=keep)
                     self._folder.write_status("running", step=self.step, stage=plan.index)
                     log.info("saved %s", path)
+
+    def _is_saved(self) -> bool:
+        """Whether the run folder has a checkpoint of the last step; asks rank 0."""
+        found = False
+        if self._parallel.is_main:
+            found = checkpoint_name(self.step) in [path.name for path in checkpoints(self._folder.checkpoints)]
+        return bool(self._parallel.gather_objects(found)[0])
 
     def _note_backends(self) -> None:
         """Add what decoded and what computed attention, as chosen so far on this rank, to environment.json."""

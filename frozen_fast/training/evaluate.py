@@ -24,6 +24,7 @@ from frozen_fast.evaluation import (
 )
 from frozen_fast.models import DualEncoder
 from frozen_fast.training.parallel import Parallel
+from frozen_fast.training.signals import stop_explains
 
 Row = dict[str, Any]
 
@@ -121,6 +122,9 @@ def _embed_windows(
             for index, row_D in zip(batch.clip_indices, rows_ND.float().cpu(), strict=True):
                 sums[index] = sums[index] + row_D if index in sums else row_D
                 counts[index] = counts.get(index, 0) + 1
+    except Exception as error:
+        if not stop_explains(error, stop_asked):
+            raise
     finally:
         loader.close()
     return sums, counts

@@ -6,12 +6,19 @@ import logging
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from frozen_fast.data import LoaderEndedError
 
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A signal reaches the processes of a group one after the other.
+_SIGNAL_SPREAD_SECONDS = 3.0
+_POLL_SECONDS = 0.05
 
 
 class StopRequest:
@@ -55,6 +62,26 @@ class StopRequest:
             raise KeyboardInterrupt
         self._event.set()
         log.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+
+
+def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
+    """Whether reading failed because this process is being stopped, so that its failure is none.
+
+    A signal to the whole process group (Ctrl-C, Slurm) ends loader processes too, maybe before this process has heard
+    it; so for a loader process that ended the signal is waited for. Whatever else goes wrong after a wish to stop goes
+    wrong again when the run goes on.
+
+    Args:
+        error: what reading raised.
+        asked: tells whether this process was told to stop.
+    """
+    deadline = time.monotonic() + (_SIGNAL_SPREAD_SECONDS if isinstance(error, LoaderEndedError) else 0.0)
+    while not asked():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    log.warning("what was being read is given up: %s", error)
+    return True
 
 
 def _started_by_accelerate_alone() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import config_from_mapping
+from frozen_fast.data import LoaderEndedError
 from frozen_fast.data.bad_clips import BadClip
 from frozen_fast.data.sources import CaptionRule, Clip, Source
 from frozen_fast.errors import UserError
@@ -22,7 +23,7 @@ from frozen_fast.evaluation import retrieval_metrics, similarity
 from frozen_fast.models.temporal import expand_temporal_embedding
 from frozen_fast.profiling.meter import StageMeter
 from frozen_fast.training import journal as journal_module
-from frozen_fast.training import precision
+from frozen_fast.training import precision, signals
 from frozen_fast.training.evaluate import evaluate_source
 from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
 from frozen_fast.training.optimizer import build_optimizer
@@ -367,6 +368,25 @@ def test_paragraphs_and_first_captions_are_protocols_of_their_own(parallel: Para
     assert {name: row["metrics"][name] for name in expected} == pytest.approx(expected)
     (row,) = evaluation(parallel, protocol="plain")[0].rows
     assert (row["protocol"], row["num_queries"]) == ("plain", 3)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_loader_that_ends_with_the_run_is_no_failure_of_the_evaluation(
+    parallel: Parallel, monkeypatch: pytest.MonkeyPatch, stop: bool
+) -> None:
+    """A signal to the whole process group ends the loader processes, maybe in the middle of an evaluation."""
+
+    def batches(self: WindowLoader) -> Iterator[Any]:
+        raise LoaderEndedError("it ended")
+        yield
+
+    monkeypatch.setattr(WindowLoader, "batches", batches)
+    monkeypatch.setattr(signals, "_SIGNAL_SPREAD_SECONDS", 0.1)
+    if stop:
+        assert evaluation(parallel, stop=True)[0] is None
+    else:
+        with pytest.raises(LoaderEndedError):
+            evaluation(parallel)
 
 
 def test_told_to_stop_there_is_no_result(parallel: Parallel) -> None:

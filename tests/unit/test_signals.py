@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 
 import pytest
 
-from frozen_fast.training.signals import StopRequest
+from frozen_fast.data import LoaderEndedError
+from frozen_fast.training import signals
+from frozen_fast.training.signals import StopRequest, stop_explains
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -47,3 +50,28 @@ def test_accelerates_child_stops_when_its_launcher_is_gone(
     assert not stop.asked
     monkeypatch.setattr(os, "getppid", lambda: 1_000_000)
     assert stop.asked is stops
+
+
+def told_after(checks: int) -> Callable[[], bool]:
+    """Answers yes from the given time it is asked on."""
+    asked = [0]
+
+    def is_asked() -> bool:
+        asked[0] += 1
+        return asked[0] > checks
+
+    return is_asked
+
+
+def test_a_signal_explains_a_loader_process_that_ended_even_before_it_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(signals, "_SIGNAL_SPREAD_SECONDS", 60.0)
+    assert stop_explains(LoaderEndedError("it ended"), told_after(3))
+    monkeypatch.setattr(signals, "_SIGNAL_SPREAD_SECONDS", 0.2)
+    assert not stop_explains(LoaderEndedError("it ended"), lambda: False)
+
+
+def test_other_failures_are_forgiven_only_when_the_stop_came_first() -> None:
+    assert stop_explains(ZeroDivisionError("a defect"), lambda: True)
+    assert not stop_explains(ZeroDivisionError("a defect"), told_after(1))

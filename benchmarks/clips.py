@@ -35,7 +35,7 @@ def data_manifest(data: str, scratch: Path, *, small: bool) -> Path:
     Raises:
         UserError: nothing to decode there.
     """
-    path = Path(data)
+    path, scratch = Path(data), scratch.resolve()  # manifests name clips by their absolute path
     if data == "render":
         return render_clips(scratch / "clips", small=small)
     if data == "stills":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from frozen_fast.common.files import write_atomically
 from frozen_fast.errors import UserError
+
+Mode = Literal["off", "offline", "online"]
 
 
 class Tracker:
@@ -18,7 +20,7 @@ class Tracker:
 
     @classmethod
     def start(
-        cls, mode: str, *, project: str, name: str, plain_config: dict[str, Any], folder: Path, field: str
+        cls, mode: Mode, *, project: str, name: str, plain_config: dict[str, Any], folder: Path, field: str
     ) -> Tracker:
         """Open a run; its files go into a folder.
 

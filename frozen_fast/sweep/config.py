@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,9 @@ from frozen_fast.config import yaml_text
 from frozen_fast.config.convert import build
 from frozen_fast.config.overrides import apply_overrides
 from frozen_fast.config.schema import key, section
+from frozen_fast.config.yaml_text import Origins
 from frozen_fast.errors import UserError
+from frozen_fast.sweep.space import ACCELERATE_AXIS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class SweepConfig:
     overrides: tuple[str, ...] = key((), "key.path=value for every trial's measurement (not part of the winner)")
     environment: tuple[tuple[str, str], ...] = key((), "environment variables of every trial (a mapping in YAML)")
     axes: tuple[tuple[str, tuple[Any, ...]], ...] = key(
-        (), "config key (or accelerate) -> values; their product is tried (a mapping in YAML)"
+        (), "config key (or accelerate, or environment.NAME) -> values; their product is tried (a mapping in YAML)"
     )
     trials: tuple[tuple[tuple[str, Any], ...], ...] = key(
         (), "single trials beside the product (a list of mappings in YAML)"
@@ -47,7 +49,8 @@ class SweepConfig:
     devices_per_trial: int = key(1, "GPUs of one trial")
     epoch_clips: int = key(2_500_000, "clips of the epoch that GPU-hours are projected for")
     limits: LimitsConfig = section(LimitsConfig, "limits of one trial")
-    wandb: Literal["off", "offline", "online"] = key("off", "log results to Weights & Biases")
+    wandb: Literal["off", "offline", "online"] = key("off", "one run at Weights & Biases, a row per trial")
+    wandb_project: str = key("frozen_fast", "its project")
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -55,7 +58,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
     Args:
         path: the YAML file; the paths in it are relative to its folder.
-        overrides: texts `key.path=value`.
+        overrides: texts `key.path=value`; the paths in them are relative to the working directory.
 
     Raises:
         UserError: for an unknown key, a wrong type, or a sweep that has nothing to try.
@@ -64,16 +67,39 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: got a {type(tree).__name__} at the top; allowed: a mapping of keys")
     apply_overrides(tree, overrides, origins)
-    config = build(SweepConfig, tree, origins=origins)
+    config = _with_whole_paths(build(SweepConfig, tree, origins=origins), path.parent, origins)
     check(config)
     return config
+
+
+def _with_whole_paths(config: SweepConfig, base: Path, origins: Origins) -> SweepConfig:
+    """The sweep with absolute paths of the experiment and the Accelerate files, listed and in axes alike."""
+
+    def whole(value: Any, origin: str) -> Any:
+        root = Path.cwd() if origins.get(origin) == "command line" else base
+        return str((root / value).resolve()) if isinstance(value, str) and value else value
+
+    def settings_of(trial: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+        return tuple((name, whole(value, "trials") if name == ACCELERATE_AXIS else value) for name, value in trial)
+
+    return replace(
+        config,
+        experiment=whole(config.experiment, "experiment"),
+        accelerate=whole(config.accelerate, "accelerate"),
+        axes=tuple(
+            (name, tuple(whole(value, "axes") for value in values) if name == ACCELERATE_AXIS else values)
+            for name, values in config.axes
+        ),
+        trials=tuple(settings_of(trial) for trial in config.trials),
+    )
 
 
 def check(config: SweepConfig) -> None:
     """Refuse a sweep that cannot run.
 
     Raises:
-        UserError: no experiment, nothing to try, an empty axis, halving without rungs, limits that allow nothing.
+        UserError: no experiment, nothing to try, an empty axis, an Accelerate file that is not there, halving without
+            rungs, limits that allow nothing.
     """
     if not config.experiment:
         raise UserError("experiment: got nothing; allowed: the path of an experiment file")
@@ -82,6 +108,10 @@ def check(config: SweepConfig) -> None:
     for name, values in config.axes:
         if not values:
             raise UserError(f"axes.{name}: got an empty list; allowed: at least one value")
+    named = [dict(trial).get(ACCELERATE_AXIS) for trial in config.trials]
+    for file in (config.accelerate, *dict(config.axes).get(ACCELERATE_AXIS, ()), *named):
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"accelerate: got {file}; allowed: an Accelerate config file, relative to the sweep file")
     if config.search == "halving" and not config.rungs:
         raise UserError("rungs: got nothing; allowed with search halving: a list of lists of key.path=value")
     if not 0 < config.keep_share < 1:

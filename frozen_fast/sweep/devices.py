@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 
+from frozen_fast.errors import UserError
+
 FREE_MEMORY_SHARE = 0.9
 
 
@@ -35,13 +37,15 @@ def device_groups(parallel: int, devices_per_trial: int) -> list[dict[str, str]]
         devices_per_trial: GPUs of one trial.
 
     Raises:
-        ValueError: GPUs exist, but too few are free for one trial.
+        UserError: GPUs exist, but too few are free for one trial.
     """
     gpus = free_gpus()
     if not gpus:
         return [{} for _ in range(max(1, parallel))]
     groups = [gpus[i : i + devices_per_trial] for i in range(0, len(gpus) - devices_per_trial + 1, devices_per_trial)]
     if not groups:
-        raise ValueError(f"devices_per_trial: got {devices_per_trial}; {len(gpus)} GPU(s) are free")
+        raise UserError(
+            f"devices_per_trial: got {devices_per_trial}; allowed: at most {len(gpus)}, the GPUs that are free"
+        )
     chosen = groups[:parallel] if parallel else groups
     return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in chosen]

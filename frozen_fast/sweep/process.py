@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ import psutil
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
+
+
+class StoppedError(Exception):
+    """The caller wished to stop while the process ran; it has been ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +86,14 @@ def run_limited(
     seconds: float,
     memory_bytes: int | None,
     grace_seconds: float = GRACE_SECONDS,
+    stop: threading.Event | None = None,
 ) -> ProcessResult:
     """Run a command with its output in `log`, stopping it past `seconds` or `memory_bytes` (resident, whole tree).
 
     One that is stopped has `grace_seconds` to end by itself before it is killed.
+
+    Raises:
+        StoppedError: `stop` was set meanwhile, from another thread.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -108,6 +117,8 @@ def run_limited(
                 timed_out = time.monotonic() - started > seconds
                 if over_memory or timed_out:
                     break
+                if stop is not None and stop.is_set():
+                    raise StoppedError
                 time.sleep(POLL_SECONDS)
         finally:
             stop_session(process, grace_seconds)

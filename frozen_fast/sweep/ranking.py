@@ -96,10 +96,12 @@ def plot_speeds(outcomes: Sequence[Outcome], trials: Mapping[str, Trial], path: 
     return True
 
 
-def write_ranking(folder: Path, name: str, outcomes: Sequence[Outcome], trials: Mapping[str, Trial], note: str) -> Path:
-    """Write ranking.md (and speeds.svg where a trial worked) into the sweep's folder."""
+def write_ranking(
+    folder: Path, name: str, outcomes: Sequence[Outcome], trials: Mapping[str, Trial], note: str, *, plots: bool
+) -> Path:
+    """Write ranking.md (and speeds.svg, where plots are wanted and a trial worked) into the sweep's folder."""
     table = markdown_table(table_rows(outcomes, trials))
-    picture = "\n![speeds](speeds.svg)\n" if plot_speeds(outcomes, trials, folder / "speeds.svg") else ""
+    picture = "\n![speeds](speeds.svg)\n" if plots and plot_speeds(outcomes, trials, folder / "speeds.svg") else ""
     text = f"# Sweep {name}\n\n{note}\n\n{table}{picture}"
     path = folder / "ranking.md"
     write_atomically(path, text)

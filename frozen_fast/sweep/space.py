@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ACCELERATE_AXIS = "accelerate"
+ENVIRONMENT_PREFIX = "environment."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,8 @@ class Trial:
     """One point of the space.
 
     Attributes:
-        settings: config key -> value; the key "accelerate" names an Accelerate config file.
+        settings: config key -> value; the key "accelerate" names an Accelerate config file, and environment.NAME sets
+            an environment variable.
     """
 
     settings: tuple[tuple[str, Any], ...]
@@ -34,17 +36,32 @@ class Trial:
         """The Accelerate config file of this trial, or None for the sweep's own."""
         return dict(self.settings).get(ACCELERATE_AXIS)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables that this trial sets."""
+        start = len(ENVIRONMENT_PREFIX)
+        return {key[start:]: str(value) for key, value in self.settings if key.startswith(ENVIRONMENT_PREFIX)}
+
     def overrides(self) -> list[str]:
         """The settings as `key.path=value` arguments of train.py (values as JSON, which YAML reads)."""
-        return [f"{key}={json.dumps(value)}" for key, value in self.settings if key != ACCELERATE_AXIS]
+        return [f"{key}={json.dumps(value)}" for key, value in self.settings if _is_config_key(key)]
 
     def label(self) -> str:
-        """The settings in one line for tables, keys shortened to their last part."""
+        """The settings in one line for tables, keys shortened to their last part (and the list item it belongs to)."""
         parts = []
         for key, value in self.settings:
             shown = str(value).rsplit("/", 1)[-1].removesuffix(".yaml") if key == ACCELERATE_AXIS else value
-            parts.append(f"{key.rsplit('.', 1)[-1]}={shown}")
+            parts.append(f"{_short(key)}={shown}")
         return " ".join(parts) or "(as configured)"
+
+
+def _is_config_key(key: str) -> bool:
+    return key != ACCELERATE_AXIS and not key.startswith(ENVIRONMENT_PREFIX)
+
+
+def _short(key: str) -> str:
+    *above, last = key.split(".")
+    return f"{above[-1]}.{last}" if above and above[-1].endswith("]") else last
 
 
 def enumerate_trials(axes: Mapping[str, Sequence[Any]], listed: Sequence[Mapping[str, Any]]) -> list[Trial]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 from frozen_fast.common.files import write_atomically
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def write_winner(
-    folder: Path, experiment: Path, trial: Trial, accelerate_of: Callable[[Trial], Path | None]
+    folder: Path, experiment: Path, trial: Trial, accelerate: Path | None, environment: Mapping[str, str]
 ) -> tuple[Path, Path | None]:
     """Write winner.yaml and, where the trial had an Accelerate config, winner_accelerate.yaml.
 
@@ -26,21 +27,24 @@ def write_winner(
         folder: the sweep's folder.
         experiment: the experiment file that the sweep started from.
         trial: the winning settings.
-        accelerate_of: the Accelerate config file of a trial.
+        accelerate: its Accelerate config file.
+        environment: the variables it was measured with; they stand in the command at the top of winner.yaml.
 
     Returns:
         The two paths (the second None where the sweep used no Accelerate config).
     """
     config = load_config(experiment, trial.overrides())
     experiment_path = folder / "winner.yaml"
-    write_atomically(experiment_path, f"# Winner of a sweep: {trial.label()}\n{dump_yaml(config)}")
-    source = accelerate_of(trial)
     accelerate_path = None
-    command = f"accelerate launch train.py --config {experiment_path}"
-    if source is not None:
+    words = ["accelerate", "launch"]
+    if accelerate is not None:
         accelerate_path = folder / "winner_accelerate.yaml"
-        shutil.copyfile(source, accelerate_path)
-        command = f"accelerate launch --config_file {accelerate_path} train.py --config {experiment_path}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(accelerate, accelerate_path)
+        words += ["--config_file", str(accelerate_path)]
+    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
+    command = variables + shlex.join([*words, "train.py", "--config", str(experiment_path)])
+    write_atomically(experiment_path, f"# Winner of a sweep: {trial.label()}\n# {command}\n{dump_yaml(config)}")
     log.info("winner: %s", trial.label())
     log.info("train with it: %s", command)
     return experiment_path, accelerate_path

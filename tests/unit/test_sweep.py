@@ -190,9 +190,11 @@ environment: {DS_ACCELERATOR: cpu}
 axes: {training.compile: [false, true], "curriculum.stages[0].global_batch_size": [8, 16]}
 trials: [{accelerate: zero1.yaml, training.precision: fp32}]
 """
+    (tmp_path / "zero1.yaml").touch()
     config = read_sweep(write_sweep(tmp_path, text), ["limits.memory_gib=2.5"])
     assert dict(config.axes) == {"training.compile": (False, True), "curriculum.stages[0].global_batch_size": (8, 16)}
-    assert dict(config.trials[0]) == {"accelerate": "zero1.yaml", "training.precision": "fp32"}
+    assert dict(config.trials[0]) == {"accelerate": str(tmp_path / "zero1.yaml"), "training.precision": "fp32"}
+    assert config.experiment == str(tmp_path / "base.yaml")
     assert dict(config.environment) == {"DS_ACCELERATOR": "cpu"}
     assert config.limits.memory_gib == 2.5
 
@@ -207,6 +209,7 @@ trials: [{accelerate: zero1.yaml, training.precision: fp32}]
         ("experiment: x.yaml\naxes: {a: [1]}\nlimit: {}", "did you mean limits"),
         ("experiment: x.yaml\naxes: {a: [1]}\nlimits: {seconds: 0}", "limits.seconds: got 0"),
         ("- 1", "allowed: a mapping"),
+        ("experiment: x.yaml\naxes: {accelerate: [no.yaml]}", r"accelerate: got .*no\.yaml; allowed: an Accelerate"),
     ],
 )
 def test_a_wrong_sweep_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

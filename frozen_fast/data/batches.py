@@ -18,12 +18,13 @@ from torch import Tensor
 from frozen_fast.config.schema import AugmentationConfig, DecodeConfig
 from frozen_fast.data.bad_clips import BadClip
 from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, VideoInfo
-from frozen_fast.data.prefetch import Prefetcher, ThreadPrefetcher, map_in_threads, map_in_workers
+from frozen_fast.data.prefetch import Prefetcher, ThreadPrefetcher, map_in_workers
 from frozen_fast.data.reading import probe
 from frozen_fast.data.samplers import BatchSpec
 from frozen_fast.data.sampling import train_frames
 from frozen_fast.data.seeds import keyed_rng
 from frozen_fast.data.sources import Clip, Source
+from frozen_fast.data.threads import map_in_threads
 from frozen_fast.data.views import draw_train_view
 from frozen_fast.errors import UserError
 

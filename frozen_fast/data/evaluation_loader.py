@@ -19,10 +19,11 @@ from frozen_fast.config.schema import DecodeConfig
 from frozen_fast.data.bad_clips import BadClip
 from frozen_fast.data.batches import Policy, Prober, probe_clip, resolve_policy, unreadable
 from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, TestView
-from frozen_fast.data.prefetch import Prefetcher, ThreadPrefetcher, map_in_threads, stream_from_workers
+from frozen_fast.data.prefetch import Prefetcher, ThreadPrefetcher, stream_from_workers
 from frozen_fast.data.reading import probe
 from frozen_fast.data.sampling import stride_in_frames, test_windows
 from frozen_fast.data.sources import Clip, Source
+from frozen_fast.data.threads import map_in_threads
 from frozen_fast.errors import UserError
 
 _PROBED_AT_ONCE = 16

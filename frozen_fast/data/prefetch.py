@@ -7,7 +7,7 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -16,7 +16,6 @@ from frozen_fast.errors import UserError
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
-S = TypeVar("S")
 
 _POLL_SECONDS = 0.1
 _JOIN_SECONDS = 2.0
@@ -280,38 +279,3 @@ def process_context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["frozen_fast.data.batches"])
     return context
-
-
-def map_in_threads(function: Callable[[S], T], items: Sequence[S], threads: int) -> list[T]:
-    """Call a function on each item, results in order, by a few daemon threads.
-
-    Python's own thread pools are waited for when the interpreter ends, so a read that never returns would keep a
-    finished program alive; daemon threads do not.
-    """
-    if threads <= 1 or len(items) <= 1:
-        return [function(item) for item in items]
-    results: list[Any] = [None] * len(items)
-    numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in range(len(items)):
-        numbers.put(number)
-
-    def run() -> None:
-        while True:
-            try:
-                number = numbers.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results[number] = function(items[number])
-            except BaseException as error:  # noqa: BLE001  raised below, in the caller's thread
-                results[number] = _Failure(error)
-
-    workers = [threading.Thread(target=run, daemon=True) for _ in range(min(threads, len(items)))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for result in results:
-        if isinstance(result, _Failure):
-            raise result.error
-    return results

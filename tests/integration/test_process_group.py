@@ -92,3 +92,14 @@ def test_a_signal_to_the_whole_group_saves_and_the_rest_is_bit_identical(
     assert train(load_config(config, ["data.decode.workers=0", f"run_folder={straight}"])) == 0
     assert losses(run) == losses(straight)
     assert read_json(run / "stages.json")[0]["clips"] == read_json(straight / "stages.json")[0]["clips"]
+
+
+def test_a_decoder_that_never_returns_keeps_no_failed_run_alive(data: dict[str, Path], tmp_path: Path) -> None:
+    """Python waits for a thread pool's threads at exit; a run that has failed must leave, and say why."""
+    config = write_config(data, tmp_path, threads=2, read_timeout_seconds=8)
+    process = start(config, STUCK_AT_STEP="2", STUCK_IN="decode")
+    errors = process.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert process.returncode == 2, errors
+    last = errors.strip().splitlines()[-1]
+    assert "data.decode.read_timeout_seconds: waited for the batch of step 2" in last
+    assert read_json(tmp_path / "run" / "status.json")["exit_code"] == 2

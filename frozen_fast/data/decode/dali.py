@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +23,7 @@ from frozen_fast.data.decode.probe import clip_index, probe
 from frozen_fast.data.decode.pyav import read_frames
 from frozen_fast.data.decode.threaded import ThreadedDecoder, check_frame_indices, untimed
 from frozen_fast.data.decode.types import ClipError, Decoded, DecodeRequest, TestView
+from frozen_fast.data.threads import DaemonPool
 from frozen_fast.errors import UserError
 
 CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
@@ -80,7 +80,7 @@ class DaliDecoder:
         self._codecs = GPU_CODECS if device.type == "cuda" else CPU_CODECS
         self._process = 0
         self._pipelines: dict[tuple[Stage, int], object] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = DaemonPool(threads, "dali-read")
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
         """Decode a batch, in order; a bad clip becomes a ClipError in its place.
@@ -88,11 +88,9 @@ class DaliDecoder:
         Raises:
             UserError: a clip's codec is one that DALI does not read on this device.
         """
-        if self._process != os.getpid():  # neither threads nor pipelines survive a fork
-            self._pool, self._pipelines = ThreadPoolExecutor(self._threads, "dali-read"), {}
-            self._process = os.getpid()
-        assert self._pool is not None
-        outcomes: list[Job | Decoded | ClipError] = list(self._pool.map(self._prepare, requests))
+        if self._process != os.getpid():  # pipelines do not survive a fork
+            self._pipelines, self._process = {}, os.getpid()
+        outcomes: list[Job | Decoded | ClipError] = self._pool.map(self._prepare, requests)
         for places in self._batches(outcomes):
             jobs = [outcomes[place] for place in places]
             for place, outcome in zip(places, self._run([job for job in jobs if isinstance(job, Job)]), strict=True):
@@ -235,7 +233,6 @@ class DaliDecoder:
 
     def close(self) -> None:
         """Free the pipelines and stop the reading threads."""
-        if self._process == os.getpid() and self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool, self._pipelines, self._process = None, {}, 0
+        self._pool.close()
+        self._pipelines, self._process = {}, 0
         self._pictures.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from frozen_fast.data.decode.pictures import read_picture
 from frozen_fast.data.decode.probe import clip_index, probe
 from frozen_fast.data.decode.transforms import ViewTransform
 from frozen_fast.data.decode.types import ClipError, Decoded, DecodeRequest
+from frozen_fast.data.threads import DaemonPool
 
 # (path, index, distinct ascending frame numbers, max_pixels) -> upright uint8 frames [N, H, W, 3], in that order
 FrameReader = Callable[[str, ClipIndex, Sequence[int], int], np.ndarray]
@@ -53,19 +53,12 @@ class ThreadedDecoder:
         self._needs_times = needs_times
         self._reader = reader
         self._transform = transform
-        self._threads = threads
         self._max_pixels = max_pixels
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_process = 0
+        self._pool = DaemonPool(threads, f"decode-{name}")
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
         """Decode a batch, in order; a bad clip becomes a ClipError in its place."""
-        if self._threads == 1 or len(requests) == 1:
-            return [self.decode_one(request) for request in requests]
-        if self._pool is None or self._pool_process != os.getpid():  # threads do not survive a fork
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix=f"decode-{self.name}")
-            self._pool_process = os.getpid()
-        return list(self._pool.map(self.decode_one, requests))
+        return self._pool.map(self.decode_one, requests)
 
     def decode_one(self, request: DecodeRequest) -> Decoded | ClipError:
         """Decode one request."""
@@ -101,6 +94,4 @@ class ThreadedDecoder:
 
     def close(self) -> None:
         """Stop the pool's threads."""
-        if self._pool is not None and self._pool_process == os.getpid():
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = None
+        self._pool.close()

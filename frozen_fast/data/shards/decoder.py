@@ -15,11 +15,11 @@ import torch
 
 from frozen_fast.data.decode.transforms import ViewTransform
 from frozen_fast.data.decode.types import ClipError, Decoded, DecodeRequest, TestView, TrainView
-from frozen_fast.data.prefetch import map_in_threads
 from frozen_fast.data.shards import jpeg
 from frozen_fast.data.shards.files import ShardFiles, advise, read_exactly
 from frozen_fast.data.shards.index import index_of
 from frozen_fast.data.shards.layout import parse_address
+from frozen_fast.data.threads import DaemonPool
 
 _NEAR_BYTES = 4096  # frames so close are read at once: a tar header and padding lie between neighbours
 
@@ -72,7 +72,7 @@ class PackedFrameDecoder:
 
     def __init__(self, transform: ViewTransform, *, threads: int, max_pixels: int) -> None:
         self._transform = transform
-        self._threads = threads
+        self._pool = DaemonPool(threads, "decode-jpeg")
         self._max_pixels = max_pixels
         self._files = ShardFiles()
 
@@ -81,7 +81,7 @@ class PackedFrameDecoder:
         plans = [self._planned(request) for request in requests]
         if len(plans) > 1:
             self._announce(plans)
-        return map_in_threads(self._outcome, plans, self._threads)
+        return self._pool.map(self._outcome, plans)
 
     def _planned(self, request: DecodeRequest) -> _Plan | ClipError:
         path = os.fspath(request.path)
@@ -151,5 +151,6 @@ class PackedFrameDecoder:
             raise ClipError("decode_failed", str(error), plan.path) from error
 
     def close(self) -> None:
-        """Close the shards."""
+        """Stop the threads and close the shards."""
+        self._pool.close()
         self._files.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from frozen_fast.common.files import write_atomically
+from frozen_fast.training.report_clips import bad_clips_section, sources_section
 from frozen_fast.training.report_compare import compare_runs
 from frozen_fast.training.report_data import RunData, StageTotals, read_run
 from frozen_fast.training.report_document import (
@@ -35,7 +36,6 @@ from frozen_fast.training.report_plots import hours_plot, loss_plot, retrieval_p
 
 __all__ = ["build_report", "compare_runs", "write_report"]
 
-MAX_BAD_CLIPS_LISTED = 30
 STATES = {
     "done": "finished",
     "running": "still running, or killed without a word",
@@ -69,7 +69,8 @@ def build_report(run: RunData) -> Document:
         _stages(run),
         _paper(run),
         _loss(run),
-        _bad_clips(run),
+        sources_section(run),
+        bad_clips_section(run),
         _largest_batches(run),
         _machine(run),
         _config(run),
@@ -339,23 +340,6 @@ def _loss(run: RunData) -> Section | None:
         rows.append([str(total.stage + 1), str(total.frames), number(losses[0], 3), number(sum(last) / len(last), 3)])
     table = Table(["Stage", "Frames", "First loss", "Mean of the last 20"], rows)
     return Section("Loss", [Plot(plot, "Loss of every step (light) and its moving average."), table])
-
-
-def _bad_clips(run: RunData) -> Section:
-    counts = run.bad_clip_counts()
-    if not counts:
-        return Section("Unreadable clips", [Text("None.")])
-    seen = sum(total.clips for total in run.totals())
-    share = f", {percent(len(run.bad_clips) / seen, 2)} of the clips read" if seen else ""
-    table = Table(["Set", "Cause", "Clips"], [[source, cause, count(n)] for source, cause, n in counts], words=2)
-    listed = [
-        f"step {row.get('step')}  {row.get('source')}  {row.get('clip_id')}  {row.get('path')}  "
-        f"{row.get('cause')}: {row.get('message')}  (replaced by {row.get('replaced_by')})"
-        for row in run.bad_clips[:MAX_BAD_CLIPS_LISTED]
-    ]
-    title = f"The first {len(listed)}" if len(run.bad_clips) > len(listed) else "Each of them"
-    text = Text(f"{count(len(run.bad_clips))} clips could not be read and were left out or replaced{share}.")
-    return Section("Unreadable clips", [text, table, Listing(title, "\n".join(listed))])
 
 
 def _machine(run: RunData) -> Section | None:

@@ -169,6 +169,11 @@ def _environment(device: str, num_devices: int) -> dict[str, Any]:
         "git_dirty": True,
         "command": ["train.py", "--config", "configs/demo.yaml"],
         "decode_backends": {"clips": {"dali": 700, "pyav": 20}, "stills": "pyav"},
+        "sources": {
+            "clips": {"clips": 960, "kind": "video", "drops": {"file not on disk": 39, "no caption": 1}},
+            "stills": {"clips": 1500, "kind": "image", "drops": {}},
+        },
+        "evaluation_sources": {"held_out": {"clips": 120, "kind": "video", "drops": {"duplicate id": 2}}},
         "attention_backends": [{"axis": "time", "frames": 4, "backend": "sdpa"}],
         "precision": "bf16",
         "precision_reason": "(auto: the device computes it in hardware)",

@@ -274,6 +274,27 @@ def test_bad_clips_are_counted_by_cause_and_named(run: Path) -> None:
     assert "## Unreadable clips\n\nNone." in report_of(run)[0]
 
 
+def test_what_was_left_out_when_the_sets_were_read_is_counted_by_cause(run: Path) -> None:
+    markdown, html = report_of(run)
+    assert table_after(markdown, "Clips", "Rows read") == [
+        ["training", "clips", "video", "1,000", "40", "960"],
+        ["training", "stills", "image", "1,500", "0", "1,500"],
+        ["evaluation", "held_out", "video", "122", "2", "120"],
+    ]
+    assert table_after(markdown, "Clips", "Cause") == [
+        ["training", "clips", "file not on disk", "39"],
+        ["training", "clips", "no caption", "1"],
+        ["evaluation", "held_out", "duplicate id", "2"],
+    ]
+    assert "file not on disk" in html
+
+    def forget(value: dict[str, Any]) -> None:
+        del value["sources"], value["evaluation_sources"]
+
+    edit_json(run / "environment.json", forget)
+    assert "## Clips" not in report_of(run)[0]
+
+
 def test_backends_versions_config_and_traces_are_shown(run: Path) -> None:
     (run / "traces").mkdir()
     (run / "traces" / "stage_0.operators.txt").write_text("aten::mm  12.5 ms\n")

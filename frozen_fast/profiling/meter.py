@@ -203,7 +203,9 @@ class StageMeter:
             "peak_memory_bytes": self._memory(),
         }
 
-    def stage_row(self, *, peak: DevicePeak | None = None, recompilations: int = 0) -> dict[str, Any]:
+    def stage_row(
+        self, *, peak: DevicePeak | None = None, recompilations: int = 0, joules: float | None = None
+    ) -> dict[str, Any]:
         """The stage's entry of stages.json.
 
         clips_per_second, stall_share and mfu are of steps after warm-up (null where there is none); gpu_hours hold
@@ -238,6 +240,7 @@ class StageMeter:
             "mfu": mfu,
             "peak_source": peak.source if peak is not None else None,
             "recompilations": recompilations,
+            "joules": joules,
         }
 
     def _settle(self) -> None:

@@ -20,11 +20,13 @@ from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, Trainin
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
 from frozen_fast.models.checkpoint import save_pretrained
+from frozen_fast.profiling.energy import EnergyMeter
 from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.profiling.peak import DevicePeak
 from frozen_fast.training import compiling
 from frozen_fast.training.build import build_evaluation_loader
 from frozen_fast.training.checkpoint import RunState, checkpoint_name, checkpoints, save_checkpoint
+from frozen_fast.training.energy import StageEnergy
 from frozen_fast.training.evaluate import Evaluation, evaluate_source
 from frozen_fast.training.journal import Journal, StepResult
 from frozen_fast.training.optimizer import learning_rate_factor, set_learning_rate
@@ -53,6 +55,7 @@ class RunParts:
         flops_per_clip: (frames, text tokens, clips of a global batch) -> model FLOPs of one training clip, None where
             they are not known.
         peak: this device's peak, where known.
+        energy: this device's energy meter, where there is one.
     """
 
     model: DualEncoder
@@ -63,6 +66,16 @@ class RunParts:
     plans: Sequence[StagePlan]
     flops_per_clip: Callable[[int, int, int], float | None]
     peak: DevicePeak | None
+    energy: EnergyMeter | None = None
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage that is running: what is planned, where its time goes, and its energy."""
+
+    plan: StagePlan
+    meter: StageMeter
+    energy: StageEnergy
 
 
 class _StepGivenUp(Exception):  # noqa: N818  (it is no error: the run was told to stop)
@@ -140,24 +153,28 @@ class Engine:
             num_devices=self._parallel.world_size,
             state=None if state is None else state.meter,
         )
+        carried = 0.0 if state is None else state.meter.get("joules")
+        stage = _Stage(plan, meter, StageEnergy(self._parallel, self._parts.energy, carried))
         log.info("stage %d/%d: %s", plan.index + 1, len(self._parts.plans), _describe(plan))
         if done < plan.steps:
-            if not self._run_steps(plan, done, meter):
+            if not self._run_steps(stage, done):
                 return False
-            self._save(plan, plan.steps, meter)
+            self._save(stage, plan.steps)
         if self._evaluation_due(plan):
             with meter.section("evaluation"):
                 if not self._evaluate(plan):
                     return False
         graphs = compiling.compiled_graphs() - graphs
+        joules = stage.energy.joules()
         if self._parallel.is_main:
-            self._folder.put_stage_row(meter.stage_row(peak=self._parts.peak, recompilations=graphs))
+            row = meter.stage_row(peak=self._parts.peak, recompilations=graphs, joules=joules)
+            self._folder.put_stage_row(row)
             self._note_backends()
         return True
 
-    def _run_steps(self, plan: StagePlan, done: int, meter: StageMeter) -> bool:
+    def _run_steps(self, stage: _Stage, done: int) -> bool:
         """The stage's remaining steps; False when told to stop (then saved)."""
-        config, parallel = self._config, self._parallel
+        config, parallel, plan = self._config, self._parallel, stage.plan
         batches = self._batches(plan, done)
         warm_up = done + warm_up_steps(plan.steps, sum(source.weight > 0 for source in config.data.sources))
         trace = StageTrace(
@@ -171,26 +188,26 @@ class Engine:
             for index in range(done, plan.steps):
                 trace.before_step(index)
                 try:
-                    self._run_step(plan, batches, meter, warmup=index < warm_up)
+                    self._run_step(stage, batches, warmup=index < warm_up)
                 except _StepGivenUp:
                     if not self._is_saved():
-                        self._save(plan, index, meter)
+                        self._save(stage, index)
                     return False
                 trace.after_step(index)
                 every = config.checkpoints.every_steps
                 if self._stopped or (every and self.step % every == 0 and index + 1 < plan.steps):
-                    self._save(plan, index + 1, meter)
+                    self._save(stage, index + 1)
                 if self._stopped:
                     return False
-            self._journal.flush(meter)
+            self._journal.flush(stage.meter)
             return True
         finally:
             trace.close()
             self._parts.loader.close()
 
-    def _run_step(self, plan: StagePlan, batches: Iterator[Batch], meter: StageMeter, *, warmup: bool) -> None:
+    def _run_step(self, stage: _Stage, batches: Iterator[Batch], *, warmup: bool) -> None:
         """One optimizer step: next batch, forward, loss over all ranks' clips, backward, clip, update."""
-        config, parallel = self._config, self._parallel
+        config, parallel, plan, meter = self._config, self._parallel, stage.plan, stage.meter
         step = self.step + 1
         seed_step(config.seed, step, parallel.rank)
         learning_rate = config.optimizer.learning_rate * plan.learning_rate_scale
@@ -286,9 +303,9 @@ class Engine:
             pairs={one.name: twin_pairs(self._parts.sources[one.name]) for one in sources if one.twins_together},
         )
 
-    def _save(self, plan: StagePlan, steps_in_stage: int, meter: StageMeter) -> None:
+    def _save(self, stage: _Stage, steps_in_stage: int) -> None:
         """Write a checkpoint; refuses weights that are not finite, so that the last good one stays the newest."""
-        parallel, model = self._parallel, self._parts.model
+        parallel, model, plan, meter = self._parallel, self._parts.model, stage.plan, stage.meter
         self._journal.flush(meter)
         with meter.section("checkpoint"):
             if not parallel.weights_are_finite():
@@ -302,7 +319,7 @@ class Engine:
                 steps_in_stage=steps_in_stage,
                 stage_complete=steps_in_stage == plan.steps,
                 position=self._position.to_json(),
-                meter=meter.state_dict(),
+                meter={**meter.state_dict(), "joules": stage.energy.joules()},
                 bad_clips=self._ledger.to_json(),
                 learned_frames=model.learned_frames,
                 world_size=parallel.world_size,

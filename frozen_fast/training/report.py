@@ -25,6 +25,7 @@ from frozen_fast.training.report_document import (
     count,
     duration,
     gibibytes,
+    joules,
     number,
     percent,
     significant,
@@ -212,7 +213,7 @@ def _stages(run: RunData) -> Section | None:
     if not totals:
         return Section("Stages", [Text("No optimizer step has finished.")])
     header = ["Stage", "Frames", "Batch", "Steps", "Clips", "Wall time", _hours_name(run), "Clips/s", "Stall"]
-    header += ["Peak memory", "MFU", "Graphs compiled"]
+    header += ["Peak memory", "MFU", "Energy", "Graphs compiled"]
     rows = [_stage_cells(run, total) for total in totals]
     blocks: list[Block] = []
     if len(rows) > 1:
@@ -220,7 +221,9 @@ def _stages(run: RunData) -> Section | None:
         hours = sum(row["gpu_hours"] for row in run.stages) if finished else None
         wall = sum(row["seconds"] for row in run.stages) if finished else None
         sums = ["all", "", "", count(sum(t.steps for t in totals)), count(sum(t.clips for t in totals))]
-        rows.append([*sums, duration(wall), significant(hours), "", "", "", "", ""])
+        used = [row["joules"] for row in run.stages if row.get("joules") is not None]
+        energy = sum(used) if finished and len(used) == len(totals) else None
+        rows.append([*sums, duration(wall), significant(hours), "", "", "", "", joules(energy), ""])
     blocks.append(Table(header, rows, total=len(totals) > 1))
     plot = hours_plot(run)
     if plot:
@@ -243,7 +246,7 @@ def _stage_cells(run: RunData, total: StageTotals) -> list[str]:
     if row is None:
         unfinished = [f"{cells[0]} (unfinished)", cells[1], "n/a", count(total.steps), count(total.clips)]
         speed = [significant(total.clips_per_second), percent(total.stall_share)]
-        return [*unfinished, duration(total.seconds), "n/a", *speed, "n/a", "n/a", "n/a"]
+        return [*unfinished, duration(total.seconds), "n/a", *speed, "n/a", "n/a", "n/a", "n/a"]
     sizes = row["batch_sizes"]
     batch = str(next(iter(sizes.values()))) if len(sizes) == 1 else ", ".join(f"{k} {v}" for k, v in sizes.items())
     return [
@@ -257,6 +260,7 @@ def _stage_cells(run: RunData, total: StageTotals) -> list[str]:
         percent(total.stall_share),
         gibibytes(row["peak_memory_bytes"]),
         percent(row.get("mfu")),
+        joules(row.get("joules")),
         count(row.get("recompilations")),
     ]
 
@@ -291,7 +295,9 @@ def _parts_table(run: RunData) -> Table:
 def _stage_notes(run: RunData) -> str:
     notes = (
         f"{_hours_name(run)}: wall time of training, stall, warm-up and checkpoints x devices; evaluation is counted "
-        "apart. Clips/s, stall and MFU leave the warm-up steps out; stall is the time the device waits for a batch."
+        "apart. Clips/s, stall and MFU leave the warm-up steps out; stall is the time the device waits for a batch. "
+        "Energy: of the devices alone, over the whole wall time of a stage "
+        f"({run.environment.get('energy', 'not recorded')})."
     )
     sources = {row["peak_source"] for row in run.stages if row.get("peak_source")}
     if sources:

@@ -169,6 +169,14 @@ def gibibytes(size: float | None) -> str:
     return NOT_AVAILABLE if size is None else f"{size / 2**30:.2f} GiB"
 
 
+def joules(energy: float | None) -> str:
+    """Joules as 532 J, 12.3 kJ or 4.56 MJ."""
+    if energy is None:
+        return NOT_AVAILABLE
+    scale, unit = next((s, u) for s, u in ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J")) if energy >= s or u == "J")
+    return f"{significant(energy / scale)} {unit}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as 4.2 s, 3:25 min or 2:03:25 h."""
     if seconds is None:

@@ -11,6 +11,7 @@ from frozen_fast.common.logs import set_up_logging
 from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import ExperimentConfig, dump_yaml, resolve_stages, to_plain
 from frozen_fast.errors import UserError
+from frozen_fast.profiling.energy import energy_meter
 from frozen_fast.profiling.peak import device_peak
 from frozen_fast.training import compiling, environment
 from frozen_fast.training.build import (
@@ -256,6 +257,11 @@ class _Run:
         if checkpoint is not None:
             with parallel.together():
                 parallel.load_optimizer_state(read_tensors(checkpoint)[1])
+        energy, reason = energy_meter(parallel.device)
+        log.info("energy: %s", reason)
+        with parallel.together():
+            if parallel.is_main:
+                self._folder.update_environment(energy=reason)
         return RunParts(
             model=model,
             sources=sources,
@@ -265,6 +271,7 @@ class _Run:
             plans=plans,
             flops_per_clip=flops_counter(model),
             peak=device_peak(devices[0], parallel.precision),
+            energy=energy,
         )
 
     def _finish(self, complete: bool) -> None:

@@ -1,14 +1,11 @@
-"""Table 4 as printed, and energy where there is no NVML or a made-up one."""
+"""Table 4 as printed."""
 
 from __future__ import annotations
-
-import sys
-from types import ModuleType
 
 import pytest
 
 from frozen_fast.errors import UserError
-from frozen_fast.profiling import energy_meter, table_4
+from frozen_fast.profiling import table_4
 
 
 @pytest.mark.parametrize(
@@ -48,42 +45,3 @@ def test_the_papers_own_speeds_explain_its_two_stage_row() -> None:
     assert one is not None and four is not None
     assert table.clips / 1e6 * (0.8 * one + 0.2 * four) == pytest.approx(table.row("1=>4").ptt_hours, abs=0.05)
     assert table.hours_per_million_clips(2) is None
-
-
-class FakeNvml(ModuleType):
-    """Two devices; each has used 1500 millijoules more at every reading."""
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, *, fails: bool = False) -> None:
-        super().__init__("pynvml")
-        self.fails, self.used = fails, {0: 10_000, 1: 70_000}
-
-    def nvmlInit(self) -> None:
-        if self.fails:
-            raise self.NVMLError("driver not loaded")
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
-        self.used[handle] += 1500
-        return self.used[handle]
-
-
-def test_energy_is_the_difference_of_the_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    meter = energy_meter([0, 1])
-    assert meter is not None
-    assert meter.joules() == pytest.approx(3.0)
-    assert meter.joules() == pytest.approx(6.0)
-
-
-def test_no_nvml_means_no_energy(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(fails=True))
-    assert energy_meter([0]) is None
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert energy_meter([0]) is None
-    assert "driver not loaded" in caplog.text and "pynvml is not installed" in caplog.text

@@ -14,7 +14,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.training import report
 from frozen_fast.training.report import compare_runs, write_report
 from frozen_fast.training.report_data import read_run
-from frozen_fast.training.report_document import duration, significant
+from frozen_fast.training.report_document import duration, joules, significant
 from support.run_folder import make_run_folder
 
 
@@ -357,6 +357,26 @@ def test_figures_have_three_significant_digits(value: float | None, text: str) -
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("energy", "text"), [(None, "n/a"), (0.0, "0 J"), (532.4, "532 J"), (12_340.0, "12.3 kJ"), (4.56e6, "4.56 MJ")]
+)
+def test_energies(energy: float | None, text: str) -> None:
+    assert joules(energy) == text
+
+
+def test_energy_is_shown_per_stage_and_in_sum_only_where_all_of_it_is_known(run: Path) -> None:
+    def shown() -> list[str]:
+        return [row[11] for row in table_after(report_of(run)[0], "Stages", "Energy")]
+
+    assert shown() == ["n/a"] * 4
+    edit_json(run / "stages.json", lambda stages: [stage.update(joules=1500.0) for stage in stages])
+    edit_json(run / "environment.json", lambda value: value.update(energy="NVML's counter of GPU-1"))
+    assert shown() == ["1.50 kJ"] * 3 + ["4.50 kJ"]
+    assert "(NVML's counter of GPU-1)" in report_of(run)[0]
+    edit_json(run / "stages.json", lambda stages: stages[1].update(joules=None))
+    assert shown() == ["1.50 kJ", "n/a", "1.50 kJ", "n/a"]
 
 
 def test_comparing_takes_two_runs(tmp_path: Path) -> None:

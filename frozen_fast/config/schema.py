@@ -138,7 +138,7 @@ class CurriculumConfig:
     stages: tuple[StageConfig, ...] = key((StageConfig(steps=100),), "stages in order; frames may not fall")
     budget_clips: int | None = key(None, "clips of the whole run; one of budget_clips, budget_epochs where stages name shares")
     budget_epochs: float | None = key(None, "epochs of the whole run")
-    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step; negatives come from one pass only")
+    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step; a clip meets the negatives of its own pass only, so that four passes of 24 clips are not one of 96")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ class TrainingConfig:
     compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
     expected_world_size: int | None = key(None, "refuse to run with another number of processes")
     log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)")
-    profile_steps: int = key(0, "trace so many steps of each stage with torch.profiler")
+    profile_steps: int = key(0, "trace so many steps of each stage with torch.profiler: a Chrome trace in traces/, the most expensive kernels in the report")
 
 
 @dataclass(frozen=True, kw_only=True)

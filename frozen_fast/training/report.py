@@ -73,6 +73,7 @@ def build_report(run: RunData) -> Document:
         sources_section(run),
         bad_clips_section(run),
         _largest_batches(run),
+        _profile(run),
         _machine(run),
         _config(run),
     ]
@@ -369,9 +370,28 @@ def _machine(run: RunData) -> Section | None:
         "Packages": ", ".join(f"{name} {value}" for name, value in (environment.get("versions") or {}).items()),
     }
     rows = [[name, value or "not recorded"] for name, value in facts.items()]
-    blocks: list[Block] = [Table(["What", "Value"], rows, words=2)]
-    blocks += [Listing(f"Most expensive operators, {name}", text) for name, text in run.operators.items()]
-    return Section("Machine and versions", blocks)
+    return Section("Machine and versions", [Table(["What", "Value"], rows, words=2)])
+
+
+def _profile(run: RunData) -> Section | None:
+    """The most expensive kernels of each traced stage, where training.profile_steps asked for a trace."""
+    blocks: list[Block] = []
+    for table in sorted(run.kernels, key=lambda table: table["stage"]):
+        steps, stage = table["steps"], table["stage"]
+        where = "on the device" if table["what"] == "kernel" else "on the CPU, without the operators that they call"
+        blocks.append(
+            Text(
+                f"Stage {stage + 1}, {count(steps)} step{'' if steps == 1 else 's'} traced after warm-up, "
+                f"{significant(table['total_milliseconds'])} ms of {table['what']}s {where}. "
+                f"Chrome trace: traces/stage_{stage}.trace.json."
+            )
+        )
+        rows = [
+            [row["name"], count(row["calls"]), significant(row["milliseconds"]), percent(row["share"])]
+            for row in table["rows"]
+        ]
+        blocks.append(Table([table["what"].capitalize(), "Calls", "ms", "Share"], rows))
+    return Section("Profile", blocks) if blocks else None
 
 
 def _backends(backends: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ class RunData:
     stages: list[Row]
     evaluations: list[Row]
     bad_clips: list[Row]
-    operators: dict[str, str]
+    kernels: list[Row]
     batch_sizes: Row
     missing: list[str] = field(default_factory=list)
 
@@ -141,7 +141,11 @@ def read_run(folder: str | Path) -> RunData:
         stages=reader.read("stages.json", json.loads, [], "no stage has finished; figures are from steps.jsonl"),
         evaluations=list(metrics.get("evaluations", [])),
         bad_clips=reader.read_lines("bad_clips.jsonl", None),
-        operators={path.name: path.read_text("utf-8") for path in sorted(folder.glob("traces/*.operators.txt"))},
+        kernels=[
+            table
+            for path in sorted(folder.glob("traces/*.kernels.json"))
+            if (table := reader.read(f"traces/{path.name}", json.loads, None, None))
+        ],
         batch_sizes=reader.read("batch_sizes.json", json.loads, {}, None),
         missing=reader.missing,
     )

@@ -1,19 +1,21 @@
-"""torch.profiler over a few steps of each stage: a Chrome trace and the most expensive operators."""
+"""torch.profiler over a few steps of each stage: a Chrome trace, and the most expensive kernels as a table."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from frozen_fast.common.files import write_atomically
+from frozen_fast.common.files import write_json
 
 log = logging.getLogger(__name__)
 
-_TOP_OPERATORS = 30
+_TOP = 20
 
 
 class StageTrace:
@@ -23,7 +25,7 @@ class StageTrace:
         """Plan a trace.
 
         Args:
-            folder: where stage_N.trace.json and stage_N.operators.txt go.
+            folder: where stage_N.trace.json and stage_N.kernels.json go.
             stage: index of the stage.
             first: the first step of the stage to trace, from 0.
             steps: how many, 0: none.
@@ -31,6 +33,7 @@ class StageTrace:
         """
         self._folder, self._stage, self._first, self._steps, self._device = folder, stage, first, steps, device
         self._profiler: Any = None
+        self._traced = 0
 
     def before_step(self, index: int) -> None:
         """Tell that step `index` of the stage begins."""
@@ -43,8 +46,10 @@ class StageTrace:
 
     def after_step(self, index: int) -> None:
         """Tell that step `index` of the stage has ended."""
-        if self._profiler is not None and index + 1 >= self._first + self._steps:
-            self.close()
+        if self._profiler is not None:
+            self._traced += 1
+            if index + 1 >= self._first + self._steps:
+                self.close()
 
     def close(self) -> None:
         """Write what was traced; also when the stage ends early."""
@@ -55,7 +60,34 @@ class StageTrace:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"stage_{self._stage}.trace.json"
         profiler.export_chrome_trace(str(path))
-        sort_by = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=sort_by, row_limit=_TOP_OPERATORS)
-        write_atomically(self._folder / f"stage_{self._stage}.operators.txt", table + "\n")
+        what = "kernel" if self._device.type == "cuda" else "operator"
+        rows, total = most_expensive(profiler.key_averages(), on_cuda=self._device.type == "cuda")
+        table = {"stage": self._stage, "what": what, "steps": self._traced, "total_milliseconds": total, "rows": rows}
+        write_json(self._folder / f"stage_{self._stage}.kernels.json", table)
         log.info("traced stage %d: %s", self._stage, path)
+
+
+def most_expensive(averages: Iterable[Any], *, on_cuda: bool) -> tuple[list[dict[str, Any]], float]:
+    """What took most time by itself, and what everything together took.
+
+    Args:
+        averages: entries of torch.profiler's key_averages().
+        on_cuda: count kernels on the device; otherwise operators on the CPU, each without those that it calls.
+
+    Returns:
+        (rows of {"name", "calls", "milliseconds", "share" of the total}, most first; the total in milliseconds).
+    """
+    kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    times = [
+        (float(entry.self_device_time_total if on_cuda else entry.self_cpu_time_total) / 1000, entry)
+        for entry in averages
+        if entry.device_type == kind and not entry.is_user_annotation
+    ]
+    total = sum(milliseconds for milliseconds, _ in times)
+    times.sort(key=lambda item: (-item[0], item[1].key))
+    rows = [
+        {"name": entry.key, "calls": entry.count, "milliseconds": time, "share": time / total}
+        for time, entry in times[:_TOP]
+        if time > 0
+    ]
+    return rows, total

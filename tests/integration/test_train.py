@@ -92,8 +92,16 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     assert "held_out" in (finished / "report.md").read_text(encoding="utf-8")
     assert (finished / "report.html").stat().st_size > 1000
     assert {path.name for path in (finished / "traces").iterdir()} == {
-        "stage_0.trace.json", "stage_0.operators.txt", "stage_1.trace.json", "stage_1.operators.txt",
+        "stage_0.trace.json", "stage_0.kernels.json", "stage_1.trace.json", "stage_1.kernels.json",
     }  # fmt: skip
+    kernels = read_json(finished / "traces" / "stage_1.kernels.json")
+    assert (kernels["what"], kernels["steps"]) == ("operator", 1)
+    names = [row["name"] for row in kernels["rows"]]
+    assert "aten::addmm" in names and kernels["rows"][0]["share"] == max(row["share"] for row in kernels["rows"])
+    assert sum(row["share"] for row in kernels["rows"]) <= 1.0 + 1e-9
+    events = read_json(finished / "traces" / "stage_1.trace.json")["traceEvents"]
+    assert names[0] in {event.get("name") for event in events}
+    assert f"| {names[0]} " in (finished / "report.md").read_text(encoding="utf-8")
 
 
 def test_stage_rows_add_up_to_their_wall_time(finished: Path) -> None:

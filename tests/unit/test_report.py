@@ -6,15 +6,18 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
 from frozen_fast.errors import UserError
 from frozen_fast.training import report
 from frozen_fast.training.report import compare_runs, write_report
 from frozen_fast.training.report_data import read_run
 from frozen_fast.training.report_document import duration, joules, significant
+from frozen_fast.training.trace import most_expensive
 from support.run_folder import make_run_folder
 
 
@@ -295,16 +298,48 @@ def test_what_was_left_out_when_the_sets_were_read_is_counted_by_cause(run: Path
     assert "## Clips" not in report_of(run)[0]
 
 
-def test_backends_versions_config_and_traces_are_shown(run: Path) -> None:
+def test_the_most_expensive_kernels_are_a_table(run: Path) -> None:
+    assert "## Profile" not in report_of(run)[0]
+    rows = [{"name": "gemm<float>", "calls": 24, "milliseconds": 12.5, "share": 0.25}]
+    table = {"stage": 1, "what": "kernel", "steps": 2, "total_milliseconds": 50.0, "rows": rows}
     (run / "traces").mkdir()
-    (run / "traces" / "stage_0.operators.txt").write_text("aten::mm  12.5 ms\n")
+    (run / "traces" / "stage_1.kernels.json").write_text(json.dumps(table))
+    (run / "traces" / "stage_2.kernels.json").write_text("{")
+    markdown, html = report_of(run)
+    assert table_after(markdown, "Profile", "Kernel") == [["gemm<float>", "24", "12.5", "25.0 %"]]
+    assert "Stage 2, 2 steps traced after warm-up, 50.0 ms of kernels on the device" in markdown
+    assert "gemm&lt;float&gt;" in html and "traces/stage_2.kernels.json cannot be read" in markdown
+
+
+def test_kernels_are_the_devices_own_and_operators_count_without_what_they_call() -> None:
+    def entry(name: str, kind: DeviceType, cpu: float, device: float, annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            key=name, device_type=kind, self_cpu_time_total=cpu, self_device_time_total=device, count=2,
+            is_user_annotation=annotation,
+        )  # fmt: skip
+
+    entries = [
+        entry("aten::mm", DeviceType.CPU, 3000.0, 9000.0),
+        entry("aten::add", DeviceType.CPU, 1000.0, 0.0),
+        entry("gemm", DeviceType.CUDA, 0.0, 6000.0),
+        entry("copy", DeviceType.CUDA, 0.0, 2000.0),
+        entry("step", DeviceType.CUDA, 0.0, 9000.0, annotation=True),
+    ]
+    rows, total = most_expensive(entries, on_cuda=True)
+    assert [(row["name"], row["milliseconds"], row["share"]) for row in rows] == [("gemm", 6, 0.75), ("copy", 2, 0.25)]
+    assert total == 8.0
+    rows, total = most_expensive(entries, on_cuda=False)
+    assert [(row["name"], row["share"]) for row in rows] == [("aten::mm", 0.75), ("aten::add", 0.25)]
+
+
+def test_backends_versions_and_config_are_shown(run: Path) -> None:
     markdown, _ = report_of(run)
     facts = dict(tuple(row) for row in table_after(markdown, "Machine and versions", "Value"))
     assert facts["Decoding"] == "clips: dali 700 clips, pyav 20 clips; stills: pyav"
     assert facts["Attention"] == "axis time, frames 4, backend sdpa"
     assert facts["Commit"].endswith("with local changes")
     assert "torch 2.10.0" in facts["Packages"]
-    assert "aten::mm  12.5 ms" in markdown and "patch16_64" in markdown.split("## Config")[1]
+    assert "patch16_64" in markdown.split("## Config")[1]
 
 
 @pytest.mark.usefixtures("drawn")

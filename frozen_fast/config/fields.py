@@ -52,7 +52,7 @@ def mapping_value_type(hint: Any) -> Any | None:
     """X of `tuple[tuple[str, X], ...]`, which YAML writes as a mapping; None for any other type."""
     item = list_item_type(hint)
     arguments = get_args(item)
-    if get_origin(item) is tuple and len(arguments) == 2 and arguments[0] is str:
+    if get_origin(item) is tuple and len(arguments) == 2 and arguments[0] is str and arguments[1] is not Ellipsis:
         return arguments[1]
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from frozen_fast.config.overrides import apply_overrides
 from frozen_fast.config.schema import key, section
 from frozen_fast.config.yaml_text import Origins
 from frozen_fast.errors import UserError
-from frozen_fast.sweep.space import ACCELERATE_AXIS
+from frozen_fast.sweep.space import ACCELERATE_AXIS, TOGETHER_PREFIX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,13 @@ class SweepConfig:
     overrides: tuple[str, ...] = key((), "key.path=value for every trial's measurement (not part of the winner)")
     environment: tuple[tuple[str, str], ...] = key((), "environment variables of every trial (a mapping in YAML)")
     axes: tuple[tuple[str, tuple[Any, ...]], ...] = key(
-        (), "config key (or accelerate, or environment.NAME) -> values; their product is tried (a mapping in YAML)"
+        (),
+        "config key, accelerate, environment.NAME or together.NAME -> values; the product is tried (YAML: a mapping)",
     )
     trials: tuple[tuple[tuple[str, Any], ...], ...] = key(
         (), "single trials beside the product (a list of mappings in YAML)"
     )
-    max_trials: int = key(0, "try so many, drawn at random, 0: all")
+    max_trials: int = key(0, "try so many of the product, drawn at random, 0: all; listed trials are always tried")
     seed: int = key(0, "seed of that draw")
     search: Literal["all", "halving"] = key("all", "all at full length, or successive halving over the rungs")
     rungs: tuple[tuple[str, ...], ...] = key((), "halving: overrides of each rung, short runs first")
@@ -108,6 +109,10 @@ def check(config: SweepConfig) -> None:
     for name, values in config.axes:
         if not values:
             raise UserError(f"axes.{name}: got an empty list; allowed: at least one value")
+        if name.startswith(TOGETHER_PREFIX) and not all(isinstance(value, Mapping) for value in values):
+            raise UserError(
+                f"axes.{name}: got {list(values)}; allowed: a list of mappings, each of settings that go together"
+            )
     named = [dict(trial).get(ACCELERATE_AXIS) for trial in config.trials]
     for file in (config.accelerate, *dict(config.axes).get(ACCELERATE_AXIS, ()), *named):
         if file is not None and not Path(file).is_file():

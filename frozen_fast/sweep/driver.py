@@ -53,8 +53,9 @@ class Sweep:
         self.folder = folder
         self.train_script = train_script
         axes = {name: list(values) for name, values in config.axes}
-        everything = enumerate_trials(axes, [dict(trial) for trial in config.trials])
-        self.trials = {trial.name: trial for trial in draw_trials(everything, config.max_trials, config.seed)}
+        product = draw_trials(enumerate_trials(axes, []), config.max_trials, config.seed)
+        listed = enumerate_trials({}, [dict(trial) for trial in config.trials])
+        self.trials = {trial.name: trial for trial in (*product, *listed)}
         self.rungs = config.rungs if config.search == "halving" else ((),)
         self._experiment = to_plain(load_config(config.experiment))
         self._check_trials()
@@ -110,6 +111,8 @@ class Sweep:
             *config_file,
             "--main_process_port",
             str(free_port()),
+            "--gpu_ids",
+            "all",  # of those in CUDA_VISIBLE_DEVICES; a file's "0" would put all trials on one GPU
             str(self.train_script),
             "--config",
             self.config.experiment,
@@ -220,7 +223,7 @@ class Sweep:
         cause = classify(result.exit_code, output, timed_out=result.timed_out, over_memory=result.over_memory)
         common: dict[str, Any] = {
             "trial": trial.name, "label": trial.label(), "rung": rung, "seconds": result.seconds,
-            "conditions": self.conditions(trial, rung),
+            "conditions": self.conditions(trial, rung), "host_memory_bytes": result.peak_resident_bytes,
         }  # fmt: skip
         if cause != "ok":
             return Outcome(**common, cause=cause, message=self._passed_limit(result) or telling_line(output))

@@ -19,7 +19,7 @@ OUT_OF_MEMORY = re.compile(
 )
 ERROR_LINE = re.compile(r"error|exception|killed|signal", re.IGNORECASE)
 LAUNCHER_LINE = re.compile(
-    r"CalledProcessError|ChildFailedError|elastic|simple_launcher|torch\.distributed\.run|^error_file\s*:"
+    r"CalledProcessError|ChildFailedError|elastic|simple_launcher|torch\.distributed\.run|^(error_file|traceback)\s*:"
 )
 NOT_FINITE = re.compile(r"(loss|gradient norm): got -?(nan|inf)|weights: not finite", re.IGNORECASE)
 RANK = re.compile(r"^(\[rank\d+\]:)+")
@@ -44,7 +44,8 @@ class Outcome:
         clips_per_second_per_device: clips over training and stall time of non-warm-up steps, per device.
         gpu_hours_per_epoch: device-hours that one epoch of the sweep's `epoch_clips` would take at that
             speed, a projection.
-        peak_memory_bytes: largest of the run's stages.
+        peak_memory_bytes: on one device, largest of the run's stages.
+        host_memory_bytes: most resident memory that its processes had together, launcher included.
         stall_share: share of training time in which the device waited for input.
         mfu: model FLOPs utilisation, None where the peak is unknown.
     """
@@ -59,6 +60,7 @@ class Outcome:
     clips_per_second_per_device: float | None = None
     gpu_hours_per_epoch: float | None = None
     peak_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
     stall_share: float | None = None
     mfu: float | None = None
 

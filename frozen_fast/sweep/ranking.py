@@ -13,7 +13,8 @@ COLUMNS = (
     "rank",
     "clips/s/device",
     "GPU-hours/epoch (projected)",
-    "peak GiB",
+    "device GiB",
+    "host GiB",
     "stall",
     "MFU",
     "seconds",
@@ -39,17 +40,22 @@ def shown(value: float | None, pattern: str) -> str:
     return "n/a" if value is None else pattern.format(value)
 
 
+def gib(memory_bytes: int | None) -> float | None:
+    """Bytes as GiB."""
+    return None if memory_bytes is None else memory_bytes / 2**30
+
+
 def table_rows(outcomes: Sequence[Outcome], trials: Mapping[str, Trial]) -> list[tuple[str, ...]]:
     """The ranked table's cells, one tuple a trial, in the order of COLUMNS."""
     rows: list[tuple[str, ...]] = []
     for position, row in enumerate(rank(outcomes), start=1):
-        memory_gib = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**30
         rows.append(
             (
                 str(position) if row.cause == "ok" else "-",
                 shown(row.clips_per_second_per_device, "{:.2f}"),
                 shown(row.gpu_hours_per_epoch, "{:.3g}"),
-                shown(memory_gib, "{:.2f}"),
+                shown(gib(row.peak_memory_bytes), "{:.2f}"),
+                shown(gib(row.host_memory_bytes), "{:.2f}"),
                 shown(row.stall_share, "{:.0%}"),
                 shown(row.mfu, "{:.1%}"),
                 f"{row.seconds:.0f}",
@@ -87,7 +93,7 @@ def plot_speeds(outcomes: Sequence[Outcome], trials: Mapping[str, Trial], path: 
     speed.set_yticks(positions, labels, fontsize=7)
     speed.invert_yaxis()
     speed.set_xlabel("clips / s / device")
-    memory.set_xlabel("peak memory, GiB")
+    memory.set_xlabel("peak memory of a device, GiB")
     for axis in (speed, memory):
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

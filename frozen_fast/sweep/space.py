@@ -12,6 +12,7 @@ from typing import Any
 
 ACCELERATE_AXIS = "accelerate"
 ENVIRONMENT_PREFIX = "environment."
+TOGETHER_PREFIX = "together."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +69,24 @@ def enumerate_trials(axes: Mapping[str, Sequence[Any]], listed: Sequence[Mapping
     """All trials: the full product of the axes, then the listed ones; duplicates once, in a stable order.
 
     Args:
-        axes: config key -> values to try. Empty: no product.
+        axes: config key -> values to try. Empty: no product. A value of an axis together.NAME is a mapping of several
+            settings that change together; its name is for the reader.
         listed: settings of further single trials.
     """
     points: list[Mapping[str, Any]] = []
     if axes:
-        keys = list(axes)
-        points.extend(dict(zip(keys, values, strict=True)) for values in itertools.product(*axes.values()))
+        points.extend(_point(list(axes), values) for values in itertools.product(*axes.values()))
     points.extend(listed)
     trials = [Trial(settings=tuple(sorted(point.items()))) for point in points]
     unique = {trial.name: trial for trial in trials}
     return list(unique.values())
+
+
+def _point(keys: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    point: dict[str, Any] = {}
+    for key, value in zip(keys, values, strict=True):
+        point.update(value if key.startswith(TOGETHER_PREFIX) else {key: value})
+    return point
 
 
 def draw_trials(trials: Sequence[Trial], max_trials: int, seed: int) -> list[Trial]:

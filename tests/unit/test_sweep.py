@@ -14,7 +14,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.sweep.config import read_sweep
 from frozen_fast.sweep.outcome import Outcome, classify, read_figures, telling_line
 from frozen_fast.sweep.process import run_limited
-from frozen_fast.sweep.ranking import rank, table_rows
+from frozen_fast.sweep.ranking import COLUMNS, rank, table_rows
 from frozen_fast.sweep.space import Trial, draw_trials, enumerate_trials, survivors
 
 
@@ -164,8 +164,8 @@ def test_the_table_puts_working_trials_first_and_failures_with_their_cause_last(
     assert [row.trial for row in rank(outcomes)] == [fast.name, slow.name, broken.name]
     rows = table_rows(outcomes, trials)
     assert [row[0] for row in rows] == ["1", "2", "-"]
-    assert rows[2][7].startswith("crash: Segmentation fault")
-    assert rows[0][8] == "a=2"
+    assert rows[2][COLUMNS.index("result")].startswith("crash: Segmentation fault")
+    assert rows[0][COLUMNS.index("settings")] == "a=2"
 
 
 def test_a_later_rung_stands_above_an_earlier_one() -> None:

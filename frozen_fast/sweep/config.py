@@ -76,22 +76,27 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 def _with_whole_paths(config: SweepConfig, base: Path, origins: Origins) -> SweepConfig:
     """The sweep with absolute paths of the experiment and the Accelerate files, listed and in axes alike."""
 
-    def whole(value: Any, origin: str) -> Any:
-        root = Path.cwd() if origins.get(origin) == "command line" else base
+    def whole(value: Any, *places: str) -> Any:
+        """A path made absolute, by where the first of these places that is known was written."""
+        origin = next((origins[place] for place in places if place in origins), "")
+        root = Path.cwd() if origin == "command line" else base
         return str((root / value).resolve()) if isinstance(value, str) and value else value
 
-    def settings_of(trial: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
-        return tuple((name, whole(value, "trials") if name == ACCELERATE_AXIS else value) for name, value in trial)
+    def settings_of(index: int, trial: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+        places = (f"trials[{index}].{ACCELERATE_AXIS}", f"trials[{index}]", "trials")
+        return tuple((name, whole(value, *places) if name == ACCELERATE_AXIS else value) for name, value in trial)
 
     return replace(
         config,
         experiment=whole(config.experiment, "experiment"),
         accelerate=whole(config.accelerate, "accelerate"),
         axes=tuple(
-            (name, tuple(whole(value, "axes") for value in values) if name == ACCELERATE_AXIS else values)
+            (name, tuple(whole(value, f"axes.{name}", "axes") for value in values))
+            if name == ACCELERATE_AXIS
+            else (name, values)
             for name, values in config.axes
         ),
-        trials=tuple(settings_of(trial) for trial in config.trials),
+        trials=tuple(settings_of(index, trial) for index, trial in enumerate(config.trials)),
     )
 
 

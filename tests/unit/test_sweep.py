@@ -215,3 +215,19 @@ trials: [{accelerate: zero1.yaml, training.precision: fp32}]
 def test_a_wrong_sweep_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_sweep(write_sweep(tmp_path, text))
+
+
+def test_paths_of_the_file_are_relative_to_it_and_those_of_the_command_line_to_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("a.yaml", "b.yaml", "here/c.yaml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(here)
+    text = "experiment: base.yaml\naccelerate: a.yaml\naxes: {accelerate: [b.yaml]}\ntrials: [{accelerate: a.yaml}]"
+    path = write_sweep(tmp_path, text)
+    config = read_sweep(path, ["experiment=own.yaml", "trials[1]={accelerate: c.yaml}", "axes={seed: [1]}"])
+    assert (config.experiment, config.accelerate) == (str(here / "own.yaml"), str(tmp_path / "a.yaml"))
+    assert dict(config.axes) == {"accelerate": (str(tmp_path / "b.yaml"),), "seed": (1,)}
+    assert [dict(trial)["accelerate"] for trial in config.trials] == [str(tmp_path / "a.yaml"), str(here / "c.yaml")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -29,6 +30,24 @@ class StagePlan:
     expected_clips: int
     """Clips of the whole stage over all ranks; with several sources, what their weights make likely."""
     learning_rate_scale: float
+    epoch_steps: float
+    """Optimizer steps of one epoch at these batch sizes, as data.epoch_ends counts epochs."""
+
+    def ends_epoch(self, steps_done: int) -> bool:
+        """Whether the last of so many steps of this stage is the one in which an epoch of the stage ends."""
+        return math.floor(steps_done / self.epoch_steps) > math.floor((steps_done - 1) / self.epoch_steps)
+
+
+def loss_batch_size(config: ExperimentConfig, stage: int) -> int:
+    """Clips over which a validation loss is taken: the batch of the first training source in a stage.
+
+    Args:
+        config: a checked config.
+        stage: index of the stage; -1 for the last.
+    """
+    plan = config.curriculum.stages[stage]
+    names = [source_name(source) for source in config.data.sources[:1]]
+    return dict(plan.batch_sizes).get(names[0], plan.global_batch_size) if names else plan.global_batch_size
 
 
 def source_name(source: SourceConfig) -> str:
@@ -109,6 +128,7 @@ def resolve_stages(
                 steps=steps,
                 expected_clips=round(steps * mean_clips_per_step),
                 learning_rate_scale=stage.learning_rate_scale,
+                epoch_steps=steps_per_epoch(config.data, clips_per_source, clips_per_step),
             )
         )
     return tuple(plans)

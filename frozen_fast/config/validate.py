@@ -96,6 +96,7 @@ def check(config: ExperimentConfig) -> None:
     _check_sources("evaluation.sources", config.evaluation.sources)
     _check_curriculum(config.curriculum, config.data)
     _check_run_folder(config.run_folder)
+    _check_keep_best(config)
 
 
 def check_for_training(config: ExperimentConfig) -> None:
@@ -220,6 +221,15 @@ def _check_budget(curriculum: CurriculumConfig) -> None:
         )
     if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
         raise UserError(f"curriculum.stages: got shares that sum to {sum(shares):.6g}; allowed: a sum of 1")
+
+
+def _check_keep_best(config: ExperimentConfig) -> None:
+    evaluation = config.evaluation
+    if evaluation.keep_best != "none" and (not evaluation.sources or evaluation.every == "never"):
+        why = "no evaluation.sources" if not evaluation.sources else "evaluation.every: never"
+        raise UserError(
+            f"evaluation.keep_best: got {evaluation.keep_best!r} with {why}; allowed: none, or something to evaluate"
+        )
 
 
 def _check_run_folder(text: str) -> None:

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder step_00000123 with model.safetensors, config.json and tokenizer files (what
 DualEncoder.from_pretrained reads), training_state.pt (the optimizer's state by parameter name) and state.json (where
-the run stood). It is written under another name, flushed to disk and renamed, and older ones go only after that.
+the run stood). It is written under another name, flushed to disk and renamed, and older ones go only after that. A
+symbolic link `best` names the checkpoint that evaluation.keep_best has chosen; that one stays.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ OptimizerState = dict[str, dict[str, Tensor]]
 
 _FILES = ("model.safetensors", "training_state.pt", "state.json")
 _FORMAT = 1
+BEST = "best"
 
 # Keys that may differ between a run and its continuation: where and how fast it runs, not what it computes.
 _MAY_CHANGE = (
@@ -67,6 +69,8 @@ class RunState:
         world_size: number of processes that wrote it; another number may go on.
         config: the run's config in plain values.
         sources: name -> fingerprint of a training source's clips, so that a changed collection is noticed.
+        evaluated: the evaluation that was due after this step is done and in metrics.json.
+        best: {"step", "metric", "value"} of the best evaluation so far under evaluation.keep_best; None: none.
     """
 
     step: int
@@ -80,6 +84,8 @@ class RunState:
     world_size: int
     config: dict[str, Any] = field(repr=False)
     sources: dict[str, str]
+    evaluated: bool = False
+    best: dict[str, Any] | None = None
 
 
 def checkpoint_name(step: int) -> str:
@@ -113,15 +119,57 @@ def save_checkpoint(
         temporary.mkdir()
         write_model(temporary)
         torch.save({"format": _FORMAT, "optimizer": _on_cpu(optimizer)}, temporary / "training_state.pt")
-        write_json(temporary / "state.json", {"format": _FORMAT, **asdict(state)})
+        write_state(temporary, state)
         _flush(temporary)
         _move_into_place(temporary, final)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"run_folder: could not write checkpoint {final} ({' '.join(str(error).split())})") from error
+    best = best_checkpoint(folder)
     for old in checkpoints(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != best:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def write_state(checkpoint: Path, state: RunState) -> None:
+    """Write a checkpoint's state.json, whole or not at all; an evaluation after the step changes it."""
+    write_json(checkpoint / "state.json", {"format": _FORMAT, **asdict(state)})
+
+
+def link_best(folder: Path, step: int) -> None:
+    """Let `best` name the checkpoint of a step, from one moment to the next.
+
+    Raises:
+        UserError: the file system has no symbolic links.
+    """
+    temporary = folder / f".{BEST}.{os.getpid()}.tmp"
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(checkpoint_name(step), target_is_directory=True)
+        temporary.replace(folder / BEST)
+        fsync_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"evaluation.keep_best: {folder / BEST} cannot be written ({error}); allowed: none, or a run_folder on a "
+            "file system with symbolic links"
+        ) from error
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `best` names; None where there is none."""
+    link = folder / BEST
+    return folder / os.readlink(link) if link.is_symlink() and link.exists() else None
+
+
+def restore_best(folder: Path, best: Mapping[str, Any] | None) -> None:
+    """Let `best` name what a checkpoint knew of it: a kill may have come before the link, or steps are cut off."""
+    if best is not None and (folder / checkpoint_name(best["step"])).is_dir():
+        link_best(folder, best["step"])
+        return
+    if best is not None:
+        log.warning("the best checkpoint, step %d, is gone; the next better one takes its place", best["step"])
+    (folder / BEST).unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -134,6 +182,8 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what a kill during writing left behind; call it while no other process writes here."""
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f".{BEST}.*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -10,30 +10,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 
-from frozen_fast.config import ExperimentConfig, StagePlan, to_plain
+from frozen_fast.config import ExperimentConfig, StagePlan, loss_batch_size
 from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, TrainingLoader, plan_steps, twin_pairs
-from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
-from frozen_fast.models.checkpoint import save_pretrained
 from frozen_fast.profiling.energy import EnergyMeter
 from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.profiling.peak import DevicePeak
 from frozen_fast.training import compiling
-from frozen_fast.training.build import build_evaluation_loader
-from frozen_fast.training.checkpoint import RunState, checkpoint_name, checkpoints, save_checkpoint
+from frozen_fast.training.checkpoint import RunState
 from frozen_fast.training.energy import StageEnergy
-from frozen_fast.training.evaluate import Evaluation, evaluate_source
+from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal, StepResult
+from frozen_fast.training.keeper import CheckpointKeeper
 from frozen_fast.training.optimizer import learning_rate_factor, set_learning_rate
 from frozen_fast.training.parallel import Parallel, seed_step
 from frozen_fast.training.run_folder import RunFolder
 from frozen_fast.training.signals import StopRequest, stop_explains
-from frozen_fast.training.stages import expand_frames, warm_up_steps
+from frozen_fast.training.stages import OpenStage, describe_plan, expand_frames, warm_up_steps
 from frozen_fast.training.step import forward_backward, update
 from frozen_fast.training.trace import StageTrace
 from frozen_kernels import chosen_backends
@@ -69,15 +66,6 @@ class RunParts:
     energy: EnergyMeter | None = None
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A stage that is running: what is planned, where its time goes, and its energy."""
-
-    plan: StagePlan
-    meter: StageMeter
-    energy: StageEnergy
-
-
 class _StepGivenUp(Exception):  # noqa: N818  (it is no error: the run was told to stop)
     """A rank has no batch because its loader was stopped with it; every rank raises it at the same pass."""
 
@@ -104,6 +92,7 @@ class Engine:
         self._ledger = BadClipLedger(path, config.data.decode.max_bad_share)
         if state is not None:
             self._ledger.resume(state.bad_clips)
+        self._keeper = CheckpointKeeper(config, parallel, folder, parts.model, parts.fingerprints, state)
         self._stopped = False
         self.stage = 0 if state is None else state.stage
         self.decode_backends: dict[str, Counter[str]] = {name: Counter() for name in parts.sources}
@@ -138,13 +127,29 @@ class Engine:
     def _run_stage(self, plan: StagePlan, state: RunState | None) -> bool:
         self.stage = plan.index
         done = 0 if state is None else state.steps_in_stage
-        expand_frames(self._parallel, self._parts.model, plan.frames, self._config.model.expansion)
-        if self._config.training.compile:
-            sizes = {frames: plan.micro_batch_sizes[name] for name, frames in plan.source_frames.items()}
-            compiling.begin_stage(
-                self._parts.model, sizes, device=self._parallel.device, precision=self._parallel.precision
-            )
+        stage = self._open(plan, state)
+        log.info("stage %d/%d: %s", plan.index + 1, len(self._parts.plans), describe_plan(plan))
+        with stage.meter.section("warmup"):
+            self._prepare(plan)
         graphs = compiling.compiled_graphs()
+        if done < plan.steps:
+            if state is not None and not state.evaluated and not self._evaluate_inside(stage, done):
+                return False
+            if not self._run_steps(stage, done):
+                return False
+            self._save(stage, plan.steps)
+        if self._evaluation_due(plan, plan.steps) and not self._evaluate(stage, plan.steps):
+            return False
+        graphs = compiling.compiled_graphs() - graphs
+        joules = stage.energy.joules()
+        if self._parallel.is_main:
+            row = stage.meter.stage_row(peak=self._parts.peak, recompilations=graphs, joules=joules)
+            self._folder.put_stage_row(row)
+            self._note_backends()
+        return True
+
+    def _open(self, plan: StagePlan, state: RunState | None) -> OpenStage:
+        """Begin to time a stage, or go on where a checkpoint left it."""
         meter = StageMeter(
             stage=plan.index,
             frames=plan.frames,
@@ -154,25 +159,18 @@ class Engine:
             state=None if state is None else state.meter,
         )
         carried = 0.0 if state is None else state.meter.get("joules")
-        stage = _Stage(plan, meter, StageEnergy(self._parallel, self._parts.energy, carried))
-        log.info("stage %d/%d: %s", plan.index + 1, len(self._parts.plans), _describe(plan))
-        if done < plan.steps:
-            if not self._run_steps(stage, done):
-                return False
-            self._save(stage, plan.steps)
-        if self._evaluation_due(plan):
-            with meter.section("evaluation"):
-                if not self._evaluate(plan):
-                    return False
-        graphs = compiling.compiled_graphs() - graphs
-        joules = stage.energy.joules()
-        if self._parallel.is_main:
-            row = meter.stage_row(peak=self._parts.peak, recompilations=graphs, joules=joules)
-            self._folder.put_stage_row(row)
-            self._note_backends()
-        return True
+        return OpenStage(plan, meter, StageEnergy(self._parallel, self._parts.energy, carried))
 
-    def _run_steps(self, stage: _Stage, done: int) -> bool:
+    def _prepare(self, plan: StagePlan) -> None:
+        """Let the model see the stage's frames, and compile for its batches."""
+        expand_frames(self._parallel, self._parts.model, plan.frames, self._config.model.expansion)
+        if self._config.training.compile:
+            sizes = {frames: plan.micro_batch_sizes[name] for name, frames in plan.source_frames.items()}
+            compiling.begin_stage(
+                self._parts.model, sizes, device=self._parallel.device, precision=self._parallel.precision
+            )
+
+    def _run_steps(self, stage: OpenStage, done: int) -> bool:
         """The stage's remaining steps; False when told to stop (then saved)."""
         config, parallel, plan = self._config, self._parallel, stage.plan
         batches = self._batches(plan, done)
@@ -190,14 +188,11 @@ class Engine:
                 try:
                     self._run_step(stage, batches, warmup=index < warm_up)
                 except _StepGivenUp:
-                    if not self._is_saved():
+                    if not self._keeper.is_saved(self.step):
                         self._save(stage, index)
                     return False
                 trace.after_step(index)
-                every = config.checkpoints.every_steps
-                if self._stopped or (every and self.step % every == 0 and index + 1 < plan.steps):
-                    self._save(stage, index + 1)
-                if self._stopped:
+                if not self._end_step(stage, index + 1):
                     return False
             self._journal.flush(stage.meter)
             return True
@@ -205,7 +200,23 @@ class Engine:
             trace.close()
             self._parts.loader.close()
 
-    def _run_step(self, stage: _Stage, batches: Iterator[Batch], *, warmup: bool) -> None:
+    def _end_step(self, stage: OpenStage, done: int) -> bool:
+        """Save and evaluate where that is due after a step inside the stage; False when told to stop (then saved)."""
+        every = self._config.checkpoints.every_steps
+        inside = done < stage.plan.steps
+        if self._stopped or (inside and every and self.step % every == 0):
+            self._save(stage, done)
+        return not self._stopped and (not inside or self._evaluate_inside(stage, done))
+
+    def _evaluate_inside(self, stage: OpenStage, done: int) -> bool:
+        """Evaluate where an epoch of the stage ends; what may become the best is saved first; False as _evaluate."""
+        if not self._evaluation_due(stage.plan, done):
+            return True
+        if self._config.evaluation.keep_best != "none" and not self._keeper.is_saved(self.step):
+            self._save(stage, done)
+        return self._evaluate(stage, done)
+
+    def _run_step(self, stage: OpenStage, batches: Iterator[Batch], *, warmup: bool) -> None:
         """One optimizer step: next batch, forward, loss over all ranks' clips, backward, clip, update."""
         config, parallel, plan, meter = self._config, self._parallel, stage.plan, stage.meter
         step = self.step + 1
@@ -303,44 +314,10 @@ class Engine:
             pairs={one.name: twin_pairs(self._parts.sources[one.name]) for one in sources if one.twins_together},
         )
 
-    def _save(self, stage: _Stage, steps_in_stage: int) -> None:
-        """Write a checkpoint; refuses weights that are not finite, so that the last good one stays the newest."""
-        parallel, model, plan, meter = self._parallel, self._parts.model, stage.plan, stage.meter
-        self._journal.flush(meter)
-        with meter.section("checkpoint"):
-            if not parallel.weights_are_finite():
-                raise UserError(
-                    f"weights: not finite after step {self.step}; no checkpoint was written and the last one is good; "
-                    f"{divergence_advice(self._config)}"
-                )
-            state = RunState(
-                step=self.step,
-                stage=plan.index,
-                steps_in_stage=steps_in_stage,
-                stage_complete=steps_in_stage == plan.steps,
-                position=self._position.to_json(),
-                meter={**meter.state_dict(), "joules": stage.energy.joules()},
-                bad_clips=self._ledger.to_json(),
-                learned_frames=model.learned_frames,
-                world_size=parallel.world_size,
-                config=to_plain(self._config),
-                sources=dict(self._parts.fingerprints),
-            )
-            weights, optimizer = parallel.weights(), parallel.optimizer_state()
-            with parallel.together():
-                if parallel.is_main:
-                    write = partial(save_pretrained, model, state=weights)
-                    keep = self._config.checkpoints.keep
-                    path = save_checkpoint(self._folder.checkpoints, state, write, optimizer, keep=keep)
-                    self._folder.write_status("running", step=self.step, stage=plan.index)
-                    log.info("saved %s", path)
-
-    def _is_saved(self) -> bool:
-        """Whether the run folder has a checkpoint of the last step; asks rank 0."""
-        found = False
-        if self._parallel.is_main:
-            found = checkpoint_name(self.step) in [path.name for path in checkpoints(self._folder.checkpoints)]
-        return bool(self._parallel.gather_objects(found)[0])
+    def _save(self, stage: OpenStage, steps_in_stage: int) -> None:
+        """Write a checkpoint of where the run stands."""
+        self._journal.flush(stage.meter)
+        self._keeper.save(stage, steps_in_stage, self._position, self._ledger.to_json())
 
     def _note_backends(self) -> None:
         """Add what decoded and what computed attention, as chosen so far on this rank, to environment.json."""
@@ -349,89 +326,46 @@ class Engine:
         attention = chosen_backends() if asked == "auto" else [{"backend": asked, "how": "model.video.attention"}]
         self._folder.update_environment(decode_backends=used, attention_backends=attention)
 
-    def _evaluation_due(self, plan: StagePlan) -> bool:
+    def _evaluation_due(self, plan: StagePlan, done: int) -> bool:
+        """Whether the model is evaluated after so many steps of a stage."""
         every = self._config.evaluation.every
-        if not self._parts.evaluation_sources or every == "never":
+        if not self._parts.evaluation_sources or every == "never" or not done:
             return False
-        return every == "stage" or plan.index == len(self._parts.plans) - 1
+        if done < plan.steps:
+            return every == "epoch" and plan.ends_epoch(done)
+        return every != "end" or plan.index == len(self._parts.plans) - 1
 
-    def _evaluate(self, plan: StagePlan) -> bool:
-        """Evaluate on every source; False when told to stop meanwhile."""
+    def _evaluate(self, stage: OpenStage, done: int) -> bool:
+        """Evaluate on every source after so many steps of a stage; False when told to stop meanwhile (then saved)."""
+        self._journal.flush(stage.meter)
+        with stage.meter.section("evaluation"):
+            rows = self._evaluations(stage.plan)
+        if rows is None:
+            if not self._keeper.is_saved(self.step):
+                self._save(stage, done)
+            return False
+        self._keeper.evaluated(stage, self.step, rows)
+        return True
+
+    def _evaluations(self, plan: StagePlan) -> list[dict[str, Any]] | None:
+        """Evaluate on every source and write down what came out; None when told to stop meanwhile."""
         rows: list[dict[str, Any]] = []
         bad_clips: list[dict[str, Any]] = []
+        batch_size = loss_batch_size(self._config, plan.index)
         eager = compiling.eager() if self._config.training.compile else nullcontext()
-        with eager, self._parallel.whole_model() as model:
+        with eager, self._parallel.whole_model() as whole:
+            model = cast(DualEncoder, whole)
             for source in self._parts.evaluation_sources.values():
                 found = evaluate_with(
-                    self._config, cast(DualEncoder, model), source, self._parallel, frames=plan.frames, stop=self._stop
-                )
+                    self._config, model, source, self._parallel,
+                    frames=plan.frames, loss_batch_size=batch_size, stop=self._stop,
+                )  # fmt: skip
                 if found is None:
-                    return False
+                    return None
                 rows += [{"step": self.step, "stage": plan.index, **row} for row in found.rows]
                 bad_clips += [{"step": self.step, **asdict(bad)} for bad in found.bad_clips]
         if self._parallel.is_main:
             self._folder.append_bad_clips(bad_clips)
             self._folder.add_evaluations(rows)
             self._journal.tell_evaluations(rows)
-        return True
-
-
-def evaluate_with(
-    config: ExperimentConfig,
-    model: DualEncoder,
-    source: Source,
-    parallel: Parallel,
-    *,
-    frames: int,
-    stop: StopRequest,
-) -> Evaluation | None:
-    """Evaluate a model on one source as the config says; None when told to stop.
-
-    Args:
-        config: its evaluation and data.decode sections count.
-        model: on its device.
-        source: gallery and captions.
-        parallel: ranks.
-        frames: frames per window where evaluation.frames says none; pictures have one. A model that has learned fewer
-            frames than evaluation.frames so far is shown those that it has learned.
-        stop: this process's wish to stop.
-
-    Raises:
-        UserError: as evaluate_source; and where more clips than data.decode.max_bad_share cannot be read.
-    """
-    wanted = min(config.evaluation.frames or frames, model.learned_frames)
-    frames = 1 if source.kind == "image" else wanted
-    with parallel.together():
-        loader = build_evaluation_loader(
-            config, source, model, parallel.device, frames=frames, rank=parallel.rank, world_size=parallel.world_size
-        )
-    result = evaluate_source(
-        model,
-        source,
-        loader,
-        parallel,
-        frames=frames,
-        protocol=config.evaluation.protocol,
-        batch_size=config.evaluation.batch_size,
-        stop_asked=lambda: stop.asked,
-    )
-    if result is not None:
-        ledger = BadClipLedger(None, config.data.decode.max_bad_share)
-        ledger.record(0, len(source) - len(result.bad_clips), result.bad_clips)
-        ledger.check(final=True)
-    return result
-
-
-def divergence_advice(config: ExperimentConfig) -> str:
-    """Which keys to change when a loss or a weight is not finite."""
-    optimizer = config.optimizer
-    return (
-        f"lower optimizer.learning_rate ({optimizer.learning_rate:g}), lengthen optimizer.warmup_steps "
-        f"({optimizer.warmup_steps}) or set optimizer.gradient_clip_norm ({optimizer.gradient_clip_norm:g})"
-    )
-
-
-def _describe(plan: StagePlan) -> str:
-    sizes = ", ".join(f"{name} {size}" for name, size in plan.batch_sizes.items())
-    passes = f" x {plan.accumulation} passes" if plan.accumulation > 1 else ""
-    return f"{plan.frames} frames, {plan.steps} steps, batch {sizes}{passes}"
+        return rows

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frozen_fast.data import BadClip, EvaluationLoader, Source
+from frozen_fast.config import ExperimentConfig
+from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source
 from frozen_fast.evaluation import (
     one_frame_ceiling,
     queries,
@@ -22,9 +23,11 @@ from frozen_fast.evaluation import (
     twin_accuracy,
     v2t_max_over_captions,
 )
+from frozen_fast.losses import contrastive_loss
 from frozen_fast.models import DualEncoder
+from frozen_fast.training.build import build_evaluation_loader
 from frozen_fast.training.parallel import Parallel
-from frozen_fast.training.signals import stop_explains
+from frozen_fast.training.signals import StopRequest, stop_explains
 
 Row = dict[str, Any]
 
@@ -34,12 +37,62 @@ class Evaluation:
     """What an evaluation of one source gave.
 
     Attributes:
-        rows: entries of metrics.json, one per protocol, without step and stage.
+        rows: entries of metrics.json, one per protocol, without step and stage; "loss" is the validation loss.
         bad_clips: clips left out of the gallery (policy skip), over all ranks.
     """
 
     rows: list[Row]
     bad_clips: list[BadClip]
+
+
+def evaluate_with(
+    config: ExperimentConfig,
+    model: DualEncoder,
+    source: Source,
+    parallel: Parallel,
+    *,
+    frames: int,
+    loss_batch_size: int,
+    stop: StopRequest,
+) -> Evaluation | None:
+    """Evaluate a model on one source as the config says; None when told to stop.
+
+    Args:
+        config: its evaluation and data.decode sections count.
+        model: on its device.
+        source: gallery and captions.
+        parallel: ranks.
+        frames: frames per window where evaluation.frames says none; pictures have one. A model that has learned fewer
+            frames than evaluation.frames so far is shown those that it has learned.
+        loss_batch_size: clips over which the validation loss is taken.
+        stop: this process's wish to stop.
+
+    Raises:
+        UserError: as evaluate_source; and where more clips than data.decode.max_bad_share cannot be read.
+    """
+    wanted = min(config.evaluation.frames or frames, model.learned_frames)
+    frames = 1 if source.kind == "image" else wanted
+    with parallel.together():
+        loader = build_evaluation_loader(
+            config, source, model, parallel.device, frames=frames, rank=parallel.rank, world_size=parallel.world_size
+        )
+    result = evaluate_source(
+        model,
+        source,
+        loader,
+        parallel,
+        frames=frames,
+        protocol=config.evaluation.protocol,
+        batch_size=config.evaluation.batch_size,
+        loss_batch_size=loss_batch_size,
+        temperature=config.loss.temperature,
+        stop_asked=lambda: stop.asked,
+    )
+    if result is not None:
+        ledger = BadClipLedger(None, config.data.decode.max_bad_share)
+        ledger.record(0, len(source) - len(result.bad_clips), result.bad_clips)
+        ledger.check(final=True)
+    return result
 
 
 @torch.no_grad()
@@ -52,6 +105,8 @@ def evaluate_source(
     frames: int,
     protocol: str = "auto",
     batch_size: int = 32,
+    loss_batch_size: int = 32,
+    temperature: float = 0.05,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on one source; every rank embeds its own clips and captions, then all hold the same result.
@@ -64,6 +119,8 @@ def evaluate_source(
         frames: frames per window, for the record.
         protocol: evaluation.protocol of the config.
         batch_size: windows per forward pass, for the captions.
+        loss_batch_size: clips over which the validation loss is taken.
+        temperature: of the validation loss.
         stop_asked: tells that this process was told to stop.
 
     Returns:
@@ -92,6 +149,8 @@ def evaluate_source(
         with parallel.together():
             if parallel.is_main:
                 rows = _rows(text_QD, video_VD, video_of_query, _twins(source, kept), name)
+                loss = validation_loss(text_QD, video_VD, video_of_query, loss_batch_size, temperature)
+                rows = [{**row, "loss": loss, "loss_batch_size": loss_batch_size} for row in rows]
         rows = parallel.gather_objects(rows)[0]
         base = {
             "frames": frames,
@@ -168,6 +227,34 @@ def _interleave(parts: Sequence[Tensor], count: int) -> Tensor:
         if len(part):
             whole[rank :: len(parts)] = part
     return whole
+
+
+def validation_loss(
+    text_QD: Tensor, video_VD: Tensor, video_of_query: Sequence[int], batch_size: int, temperature: float
+) -> float:
+    """The training loss on held-out clips: what the paper chooses epochs by.
+
+    Each clip stands with the first of its captions, in batches of equal size, nearly batch_size, drawn once and for
+    all: neighbours in a list are often alike.
+
+    Args:
+        text_QD: caption embeddings.
+        video_VD: clip embeddings, the mean over a clip's windows.
+        video_of_query: the clip of each caption; every clip has one.
+        batch_size: clips whose captions are one another's negatives, as in training.
+        temperature: as in training.
+
+    Returns:
+        The mean over clips of the symmetric loss, both directions summed.
+    """
+    clips = len(video_VD)
+    first_query = {video: query for query, video in reversed(list(enumerate(video_of_query)))}
+    order = torch.randperm(clips, generator=torch.Generator().manual_seed(0))
+    total = 0.0
+    for batch in order.tensor_split(max(1, round(clips / batch_size))):
+        text_BD = text_QD[[first_query[video] for video in batch.tolist()]]
+        total += len(batch) * float(contrastive_loss(video_VD[batch], text_BD, temperature))
+    return total / clips
 
 
 def _twins(source: Source, kept: Sequence[int]) -> list[int]:

@@ -87,3 +87,11 @@ def set_learning_rate(groups: Sequence[dict[str, Any]], learning_rate: float) ->
     """Give every parameter group its scaled learning rate."""
     for group in groups:
         group["lr"] = learning_rate * group["scale"]
+
+
+def divergence_advice(config: OptimizerConfig) -> str:
+    """Which keys to change when a loss or a weight is not finite."""
+    return (
+        f"lower optimizer.learning_rate ({config.learning_rate:g}), lengthen optimizer.warmup_steps "
+        f"({config.warmup_steps}) or set optimizer.gradient_clip_norm ({config.gradient_clip_norm:g})"
+    )

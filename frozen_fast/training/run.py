@@ -9,7 +9,7 @@ from typing import Any
 from frozen_fast.common.files import write_atomically, write_json
 from frozen_fast.common.logs import set_up_logging
 from frozen_fast.common.tracking import Tracker
-from frozen_fast.config import ExperimentConfig, dump_yaml, resolve_stages, to_plain
+from frozen_fast.config import ExperimentConfig, dump_yaml, loss_batch_size, resolve_stages, to_plain
 from frozen_fast.errors import UserError
 from frozen_fast.profiling.energy import energy_meter
 from frozen_fast.profiling.peak import device_peak
@@ -32,9 +32,10 @@ from frozen_fast.training.checkpoint import (
     read_tensors,
     remove_leftovers,
 )
-from frozen_fast.training.engine import Engine, RunParts, divergence_advice, evaluate_with
+from frozen_fast.training.engine import Engine, RunParts
+from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal
-from frozen_fast.training.optimizer import build_optimizer
+from frozen_fast.training.optimizer import build_optimizer, divergence_advice
 from frozen_fast.training.parallel import Parallel
 from frozen_fast.training.report import write_report
 from frozen_fast.training.run_folder import RunFolder
@@ -104,7 +105,10 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
                 model = load_model(config, Path(checkpoint), parallel.device)
             rows: list[dict[str, Any]] = []
             for source in sources.values():
-                found = evaluate_with(config, model, source, parallel, frames=model.learned_frames, stop=stop)
+                found = evaluate_with(
+                    config, model, source, parallel,
+                    frames=model.learned_frames, loss_batch_size=loss_batch_size(config, -1), stop=stop,
+                )  # fmt: skip
                 if found is None:
                     raise KeyboardInterrupt
                 rows += found.rows
@@ -155,7 +159,7 @@ class _Run:
             total_steps=sum(plan.steps for plan in parts.plans),
             num_stages=len(parts.plans),
             log_every_steps=config.training.log_every_steps,
-            advice=divergence_advice(config),
+            advice=divergence_advice(config.optimizer),
         )
         self._engine = Engine(config, parallel, folder, parts, self._journal, stop, state)
         complete = self._engine.run(state, closed_stages=closed)
@@ -205,7 +209,9 @@ class _Run:
                 if state is None:
                     folder.cut_back(0, 0, stage_complete=False)
                 else:
-                    folder.cut_back(state.step, state.stage, stage_complete=state.stage_complete)
+                    folder.cut_back(
+                        state.step, state.stage, stage_complete=state.stage_complete, evaluated=state.evaluated
+                    )
                     rows = folder.stage_rows()
                     closed = state.stage + any(row["stage"] == state.stage for row in rows)
                 write_atomically(folder.config, dump_yaml(config))
@@ -306,7 +312,7 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Path | None:
     newest = newest_checkpoint(folder.checkpoints)
     if resume == "auto":
         return newest
-    path = Path(resume)
+    path = Path(resume).resolve() if Path(resume).is_symlink() else Path(resume)  # checkpoints/best
     if not (path / "state.json").is_file():
         raise UserError(f"--resume: got {resume!r}; allowed: none, auto, or a checkpoint folder of a run (step_...)")
     if path.resolve().parent != folder.checkpoints.resolve():

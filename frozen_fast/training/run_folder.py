@@ -106,27 +106,28 @@ class RunFolder:
         rows = [other for other in self.stage_rows() if other["stage"] != row["stage"]]
         write_json(self.stages, sorted([*rows, row], key=lambda other: other["stage"]))
 
-    def cut_back(self, step: int, stage: int, *, stage_complete: bool) -> None:
+    def cut_back(self, step: int, stage: int, *, stage_complete: bool, evaluated: bool = False) -> None:
         """Drop what was written after a checkpoint at the end of `step` in `stage`.
 
         Args:
             step: the checkpoint's optimizer step; 0: back to an empty run.
             stage: the stage it lies in.
             stage_complete: the checkpoint closes its stage, so that the stage's evaluation and row may stand.
+            evaluated: an evaluation inside the stage, after this step, was done before the checkpoint's last word.
         """
         last = stage if stage_complete else stage - 1
         finished = [row for row in self.stage_rows() if row["stage"] <= last]
-        closed = stage_complete and any(row["stage"] == stage for row in finished)
+        kept_here = any(row["stage"] == stage for row in finished) if stage_complete else evaluated
         _rewrite(self.steps, lambda row: row["step"] <= step)
         # Clips that nothing replaced are those of an evaluation.
         _rewrite(
             self.bad_clips,
-            lambda row: row["step"] < step or (row["step"] == step and (closed or row["replaced_by"] is not None)),
+            lambda row: row["step"] < step or (row["step"] == step and (kept_here or row["replaced_by"] is not None)),
         )
         if self.stages.exists():
             write_json(self.stages, finished)
         if self.metrics.exists():
-            kept = [row for row in self.evaluations() if row["step"] < step or (row["step"] == step and closed)]
+            kept = [row for row in self.evaluations() if row["step"] < step + kept_here]
             write_json(self.metrics, {"evaluations": kept})
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from typing import Any
 
+from frozen_fast.config import StagePlan
 from frozen_fast.models import DualEncoder
 from frozen_fast.models.temporal import expand_temporal_embedding
+from frozen_fast.profiling.meter import StageMeter
+from frozen_fast.training.energy import StageEnergy
 from frozen_fast.training.parallel import Parallel
 
 log = logging.getLogger(__name__)
@@ -14,6 +19,26 @@ TEMPORAL_EMBEDDING = "video_model.temporal_embed"
 
 _WARM_UP_STEPS = 3
 _LARGEST_WARM_UP_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class OpenStage:
+    """A stage that is running: what is planned, where its time goes, and its energy."""
+
+    plan: StagePlan
+    meter: StageMeter
+    energy: StageEnergy
+
+    def totals(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the stage's time and energy so far; a collective."""
+        return {**self.meter.state_dict(), "joules": self.energy.joules()}
+
+
+def describe_plan(plan: StagePlan) -> str:
+    """One line for the log."""
+    sizes = ", ".join(f"{name} {size}" for name, size in plan.batch_sizes.items())
+    passes = f" x {plan.accumulation} passes" if plan.accumulation > 1 else ""
+    return f"{plan.frames} frames, {plan.steps} steps, batch {sizes}{passes}"
 
 
 def expand_frames(parallel: Parallel, model: DualEncoder, num_frames: int, method: str) -> None:

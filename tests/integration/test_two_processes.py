@@ -83,6 +83,21 @@ def bad(data: dict[str, Path], folder: Path, **decode: Any) -> dict[str, Any]:
     )
 
 
+def epochs(data: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """23 clips in batches of four: epochs end in steps 6 and 12."""
+    return tiny_mapping(
+        data,
+        folder,
+        curriculum={"stages": [{"frames": 1, "global_batch_size": 4, "steps": 14}]},
+        evaluation={
+            "every": "epoch",
+            "keep_best": "validation_loss",
+            "sources": [{"name": "held_out", "path": str(data["videos"])}],
+            "batch_size": 5,
+        },
+    )
+
+
 Outcomes = dict[str, list[dict[str, Any]]]
 
 
@@ -94,6 +109,7 @@ def launched(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     jobs: dict[str, dict[str, Any]] = {
         "joint": {"kind": "train", "config": joint(data, folder / "joint")},
         "not_local": {"kind": "train", "config": {**joint(data, folder / "not_local"), "loss": {"local": False}}},
+        "best": {"kind": "train", "config": epochs(data, folder / "best")},
         "skip": {"kind": "train", "config": bad(data, folder / "skip", max_bad_share=0.5)},
         "error": {"kind": "train", "config": bad(data, folder / "error", on_bad_clip="error")},
         "defect": {"kind": "train", "config": bad(data, folder / "defect"), "fail_on_rank": 1},
@@ -157,6 +173,22 @@ def test_evaluation_by_two_is_that_by_one_with_every_clip_once(
     (by_one,) = result["evaluations"]
     assert by_two["metrics"] == by_one["metrics"] == row["metrics"]
     assert (by_two["windows"], by_two["num_videos"]) == (by_one["windows"], by_one["num_videos"])
+
+
+def test_two_keep_the_same_best_as_one(
+    launched: tuple[Path, Outcomes], data: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, outcomes = launched
+    assert [outcome["code"] for outcome in outcomes["best"]] == [0, 0], outcomes["best"]
+    assert train(config_from_mapping(epochs(data, tmp_path / "run"))) == 0
+    rows, expected = (
+        read_json(run / "metrics.json")["evaluations"] for run in (folder / "best", tmp_path / "run")
+    )
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [6, 12, 14]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
+    lowest = min(expected, key=lambda row: row["loss"])["step"]
+    for run in (folder / "best", tmp_path / "run"):
+        assert os.readlink(run / "checkpoints" / "best") == f"step_{lowest:08d}"
 
 
 def test_a_bad_clip_on_one_rank_is_recorded_once(launched: tuple[Path, Outcomes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -102,3 +103,10 @@ def test_training_and_evaluation_need_sources() -> None:
     with pytest.raises(UserError, match=r"^data\.epoch_ends: got 'first'"):
         check_for_training(config_from_mapping(TREE, zero[:1]))
     check_for_training(config_from_mapping(TREE, [*zero[:1], "data.epoch_ends=all"]))
+
+
+@pytest.mark.parametrize("evaluation", [{}, {"sources": [{"path": "x"}], "every": "never"}])
+def test_a_best_checkpoint_needs_evaluations(evaluation: dict[str, Any]) -> None:
+    tree = {"evaluation": {"keep_best": "t2v/R@1", **evaluation}}
+    with pytest.raises(UserError, match=r"^evaluation\.keep_best: got 't2v/R@1' with .*; allowed: none, or something"):
+        config_from_mapping(tree)

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from frozen_fast.config import ExperimentConfig, config_from_mapping, resolve_stages, step_fractions, steps_per_epoch
+from frozen_fast.config import (
+    ExperimentConfig,
+    config_from_mapping,
+    loss_batch_size,
+    resolve_stages,
+    step_fractions,
+    steps_per_epoch,
+)
 from frozen_fast.errors import UserError
 
 
@@ -141,6 +148,29 @@ def test_a_stage_has_at_least_one_step() -> None:
 def test_batches_that_do_not_fit(stage: dict[str, Any], clips: int, world_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_stages(experiment([{"steps": 1, **stage}]), {"a": clips}, world_size)
+
+
+@pytest.mark.parametrize(
+    ("clips", "weights", "ends"),
+    [
+        ({"a": 24}, {"a": 1.0}, [6, 12, 18, 24]),
+        ({"a": 23}, {"a": 1.0}, [6, 12, 18, 23]),  # an epoch of 5.75 steps ends in the 6th
+        ({"a": 10, "b": 99}, {"a": 1.0, "b": 1.0}, [5, 10, 15, 20, 25]),
+    ],
+)
+def test_an_epoch_ends_in_the_step_that_reads_its_last_clip(
+    clips: dict[str, int], weights: dict[str, float], ends: list[int]
+) -> None:
+    (plan,) = resolve_stages(experiment([{"steps": 25, "global_batch_size": 4}], weights), clips, 1)
+    assert [step for step in range(1, 26) if plan.ends_epoch(step)] == ends
+
+
+def test_a_validation_loss_is_taken_over_the_first_sources_batch() -> None:
+    stages = [{"steps": 1, "global_batch_size": 4, "batch_sizes": {"b": 9}}, {"steps": 1, "batch_sizes": {"a": 6}}]
+    config = experiment(stages, {"a": 1.0, "b": 1.0})
+    assert [loss_batch_size(config, stage) for stage in (0, 1, -1)] == [4, 6, 6]
+    assert loss_batch_size(experiment(stages[:1], {"b": 1.0}), 0) == 9
+    assert loss_batch_size(config_from_mapping({}), -1) == 96
 
 
 def test_the_config_package_does_not_import_torch() -> None:

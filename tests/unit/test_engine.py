@@ -20,12 +20,14 @@ from frozen_fast.data.bad_clips import BadClip
 from frozen_fast.data.sources import CaptionRule, Clip, Source
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation import retrieval_metrics, similarity
+from frozen_fast.losses import contrastive_loss
 from frozen_fast.models.temporal import expand_temporal_embedding
 from frozen_fast.profiling.meter import StageMeter
 from frozen_fast.training import journal as journal_module
 from frozen_fast.training import precision, signals
-from frozen_fast.training.evaluate import evaluate_source
+from frozen_fast.training.evaluate import evaluate_source, validation_loss
 from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
+from frozen_fast.training.keeper import is_better, selection_value
 from frozen_fast.training.optimizer import build_optimizer
 from frozen_fast.training.parallel import Parallel, check_world, seed_step
 from frozen_fast.training.precision import choose_precision
@@ -357,6 +359,42 @@ def test_window_embeddings_are_averaged_as_they_are_and_dropped_clips_leave_the_
     assert (plain["protocol"], second["protocol"]) == ("several_captions", "v2t_max_over_captions")
     assert (plain["num_queries"], plain["num_videos"], plain["windows"], plain["bad_clips"]) == (4, 3, 5, 1)
     assert [bad.clip_id for bad in found.bad_clips] == ["k2"]
+
+
+def test_the_validation_loss_is_the_training_loss_of_equal_batches() -> None:
+    """Seven clips, the last with two captions, in batches of about three: 4 + 3, each clip once."""
+    torch.manual_seed(5)
+    video, text = torch.randn(7, 5), torch.randn(8, 5)
+    video_of_query = [0, 1, 2, 3, 4, 5, 6, 6]
+    whole = validation_loss(text, video, video_of_query, 7, 0.1)
+    assert whole == pytest.approx(float(contrastive_loss(video, text[:7], 0.1)), rel=1e-6)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    expected = sum(
+        len(part) * float(contrastive_loss(video[part], text[part], 0.1)) for part in (order[:4], order[4:])
+    ) / 7
+    assert validation_loss(text, video, video_of_query, 3, 0.1) == pytest.approx(expected, rel=1e-6) != whole
+    assert validation_loss(text, video, video_of_query, 100, 0.1) == whole
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "best", "better"),
+    [
+        ("validation_loss", 5.0, None, True),
+        ("validation_loss", 0.9, 1.0, True),
+        ("validation_loss", 1.0, 1.0, False),
+        ("validation_loss", float("nan"), 1.0, False),
+        ("t2v/R@1", 9.0, 8.0, True),
+        ("t2v/R@1", 8.0, 8.0, False),
+        ("t2v/R@1", 7.0, 8.0, False),
+    ],
+)
+def test_a_lower_loss_and_a_higher_recall_are_better(
+    metric: str, value: float, best: float | None, better: bool
+) -> None:
+    row = {"loss": value, "metrics": {"t2v/R@1": value}}
+    found = selection_value(metric, row)
+    assert found is not None and is_better(metric, found, None if best is None else {"value": best}) is better
+    assert selection_value("none", row) is None
 
 
 def test_paragraphs_and_first_captions_are_protocols_of_their_own(parallel: Parallel) -> None:

@@ -74,6 +74,16 @@ def test_an_evaluation_without_its_stage_row_is_done_again(tmp_path: Path) -> No
     assert content(folder)[1:] == (["a", "of the evaluation", "b"], [3], [0])
 
 
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_an_evaluation_inside_a_stage_stands_if_the_checkpoint_knows_of_it(tmp_path: Path, evaluated: bool) -> None:
+    folder = filled(tmp_path)
+    folder.add_evaluations([{"step": 5, "stage": 1}])
+    folder.append_bad_clips([{"step": 5, "clip_id": "of the epoch", "replaced_by": None}])
+    folder.cut_back(5, 1, stage_complete=False, evaluated=evaluated)
+    extra = ["of the epoch"] if evaluated else []
+    assert content(folder)[1:3] == (["a", "of the evaluation", "b", *extra], [3, 5] if evaluated else [3])
+
+
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     folder = filled(tmp_path)
     with folder.steps.open("a", encoding="utf-8") as file:

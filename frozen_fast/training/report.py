@@ -33,7 +33,8 @@ from frozen_fast.training.report_document import (
 )
 from frozen_fast.training.report_html import to_html
 from frozen_fast.training.report_paper import compare_with_paper
-from frozen_fast.training.report_plots import hours_plot, loss_plot, retrieval_plot
+from frozen_fast.training.report_plots import hours_plot, loss_plot
+from frozen_fast.training.report_retrieval import retrieval_section
 
 __all__ = ["build_report", "compare_runs", "write_report"]
 
@@ -66,7 +67,7 @@ def build_report(run: RunData) -> Document:
     """The report's blocks."""
     sections = [
         _state(run),
-        _retrieval(run),
+        retrieval_section(run),
         _stages(run),
         _paper(run),
         _loss(run),
@@ -102,16 +103,19 @@ def _devices(run: RunData) -> str:
 
 def _figures(run: RunData) -> list[Figure]:
     figures = []
-    plain = [row for row in run.evaluations if row["protocol"] != "v2t_max_over_captions"]
+    plain = [row for row in run.stage_evaluations() if row["protocol"] != "v2t_max_over_captions"]
     if plain:
-        last = plain[-1]
+        chosen = [row for row in plain if row["step"] == run.best_step]
+        last = (chosen or plain)[-1]
         first = next(row for row in plain if row["source"] == last["source"])
+        first = last if first["stage"] == last["stage"] else first
         earlier = "" if first is last else f", {number(first['metrics']['t2v/R@1'])} % at {_frames(first['frames'])}"
+        best = f", best checkpoint (step {count(last['step'])})" if chosen else ""
         figures.append(
             Figure(
                 f"Text-to-video R@1, {_frames(last['frames'])}",
                 f"{number(last['metrics']['t2v/R@1'])} %",
-                f"chance {number(100 / last['num_videos'], 2)} %{earlier}{_one_frame_note(last)}",
+                f"chance {number(100 / last['num_videos'], 2)} %{earlier}{_one_frame_note(last)}{best}",
             )
         )
         if "twin_accuracy" in last["metrics"]:
@@ -155,58 +159,6 @@ def _state(run: RunData) -> Section | None:
     if run.missing:
         blocks += [Text("Not in the run folder:"), Bullets(run.missing)]
     return Section("State", blocks) if blocks else None
-
-
-def _retrieval(run: RunData) -> Section | None:
-    if not run.evaluations:
-        return Section("Retrieval", [Text("No evaluation has finished.")])
-    shown = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR", "Geom")
-    twins = any("twin_accuracy" in row["metrics"] for row in run.evaluations)
-    blocks: list[Block] = []
-    for direction, title in (("t2v", "Text to video"), ("v2t", "Video to text")):
-        with_twins = twins and direction == "t2v"
-        rows = []
-        for row in run.evaluations:
-            if direction == "t2v" and row["protocol"] == "v2t_max_over_captions":
-                continue
-            metrics = row["metrics"]
-            cells = [f"stage {row['stage'] + 1}", row["source"], row["protocol"], str(row["frames"])]
-            cells += [count(row["windows"]), count(row["num_queries"]), count(row["num_videos"])]
-            cells += [number(metrics.get(f"{direction}/{name}")) for name in shown]
-            rows.append(cells + ([number(metrics.get("twin_accuracy"))] if with_twins else []))
-        rows += _chance_rows(run, direction, with_twins)
-        header = ["After", "Set", "Protocol", "Frames", "Windows", "Queries", "Videos", *shown]
-        blocks += [Text(f"{title}:"), Table(header + (["Twins"] if with_twins else []), rows, words=3)]
-    plot = retrieval_plot(run)
-    if plot:
-        blocks.insert(0, Plot(plot, "What more frames bring: text-to-video retrieval after each stage."))
-    notes = "R@k and twins in percent; MdR and MnR are the median and mean rank from 1, ties at their mean rank."
-    if twins:
-        notes += (
-            " Twins: share of captions that score their own clip above its twin, which shows the same frames in "
-            "another order; what one frame shows cannot decide it. One frame at best: the R@1 that a model which sees "
-            "one frame of each clip reaches on average if it errs between twins only."
-        )
-    return Section("Retrieval", [*blocks, Text(notes)])
-
-
-def _chance_rows(run: RunData, direction: str, with_twins: bool) -> list[list[str]]:
-    """What a constant similarity would score on each set with one caption a clip, and one frame at best."""
-    rows = []
-    for source in dict.fromkeys(row["source"] for row in run.evaluations):
-        row = next(row for row in run.evaluations if row["source"] == source)
-        if direction == "v2t" and row["num_queries"] != row["num_videos"]:
-            continue
-        size = row["num_videos"]
-        recalls = [min(100.0, 100.0 * k / size) for k in (1, 5, 10, 50)]
-        geometric = (recalls[0] * recalls[1] * recalls[2]) ** (1 / 3)
-        cells = ["chance", source, "", "", "", "", count(size), *(number(value) for value in recalls)]
-        cells += [number((size + 1) / 2), number((size + 1) / 2), number(geometric)]
-        rows.append(cells + (["50.0"] if with_twins else []))
-        ceiling = row["metrics"].get("one_frame_ceiling")
-        if with_twins and ceiling is not None:
-            rows.append(["one frame at best", *cells[1:7], number(ceiling), *[""] * 6, "50.0"])
-    return rows
 
 
 def _stages(run: RunData) -> Section | None:

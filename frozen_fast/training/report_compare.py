@@ -95,8 +95,11 @@ def _stage_lines(runs: list[RunData], stage: int) -> list[list[str]]:
 
 
 def _retrieval_lines(runs: list[RunData]) -> list[list[str]]:
-    """The last evaluation of each set and protocol."""
-    last = [{(row["source"], row["protocol"]): row for row in run.evaluations} for run in runs]
+    """The last evaluation of each set and protocol; that of the best checkpoint where a run has kept one."""
+    last = [
+        {(row["source"], row["protocol"]): row for row in run.evaluations if run.best_step in (None, row["step"])}
+        for run in runs
+    ]
     keys = dict.fromkeys(key for run in last for key in run)
     rows = []
     for source, protocol in keys:

@@ -13,6 +13,7 @@ import yaml
 
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.errors import UserError
+from frozen_fast.training.checkpoint import best_checkpoint
 
 Row = dict[str, Any]
 
@@ -51,7 +52,11 @@ class StageTotals:
 
 @dataclass(frozen=True)
 class RunData:
-    """A run folder's content; `missing` names files that are not there or cannot be read, with what that means."""
+    """A run folder's content.
+
+    `best_step` is the step of the checkpoint that checkpoints/best names; `missing` names files that are not there or
+    cannot be read, with what that means.
+    """
 
     folder: Path
     config: Row
@@ -64,6 +69,7 @@ class RunData:
     bad_clips: list[Row]
     kernels: list[Row]
     batch_sizes: Row
+    best_step: int | None = None
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -86,6 +92,20 @@ class RunData:
     def stage_row(self, stage: int) -> Row | None:
         """A stage's entry of stages.json, if it has one."""
         return next((row for row in self.stages if row.get("stage") == stage), None)
+
+    def stage_evaluations(self) -> list[Row]:
+        """The last evaluation of each set in each stage, and those of the best checkpoint, in their order."""
+        last = {(row["stage"], row["source"], row["protocol"]): row["step"] for row in self.evaluations}
+        return [
+            row
+            for row in self.evaluations
+            if row["step"] in (last[row["stage"], row["source"], row["protocol"]], self.best_step)
+        ]
+
+    def evaluates_inside_stages(self) -> bool:
+        """Whether a stage has evaluations at more than one step."""
+        evaluated = {(row["stage"], row["step"]) for row in self.evaluations}
+        return len(evaluated) > len({stage for stage, _ in evaluated})
 
     def disagreements(self) -> list[str]:
         """Where stages.json and the sums of steps.jsonl differ; empty: nowhere."""
@@ -147,6 +167,7 @@ def read_run(folder: str | Path) -> RunData:
             if (table := reader.read(f"traces/{path.name}", json.loads, None, None))
         ],
         batch_sizes=reader.read("batch_sizes.json", json.loads, {}, None),
+        best_step=_best_step(folder),
         missing=reader.missing,
     )
 
@@ -192,6 +213,12 @@ class _Reader:
             self.missing.append(f"config.yaml cannot be read ({why}): the settings are unknown")
             return {}
         return values if isinstance(values, dict) else {}
+
+
+def _best_step(folder: Path) -> int | None:
+    """The step of the checkpoint that checkpoints/best names; None where there is none."""
+    best = best_checkpoint(folder / "checkpoints")
+    return None if best is None else int(best.name.removeprefix("step_"))
 
 
 def _evaluates(config: Row) -> bool:

@@ -100,8 +100,9 @@ def retrieval_plot(run: RunData) -> str | None:
     ceilings: set[float] = set()
     labels: dict[int, str] = {}
     several = len({row["source"] for row in run.evaluations}) > 1
+    ends = {row["stage"]: row["step"] for row in run.evaluations}
     for row in run.evaluations:
-        if row["protocol"] == "v2t_max_over_captions":
+        if row["protocol"] == "v2t_max_over_captions" or row["step"] != ends[row["stage"]]:
             continue
         labels[row["stage"]] = f"{_ordinal(row)}\n{_frames(row['frames'])}"
         prefix = f"{row['source']}: " if several else ""

@@ -75,7 +75,8 @@ def make_run_folder(
         stages.append({**meter.stage_row(), "device": device})
     _write(folder / "steps.jsonl", steps, lines=True)
     _write(folder / "stages.json", stages[:finished])
-    _write(folder / "metrics.json", {"evaluations": [_evaluation(s, frames[s], len(steps)) for s in range(finished)]})
+    evaluations = [_evaluation(stage, frames[stage], (stage + 1) * steps_per_stage) for stage in range(finished)]
+    _write(folder / "metrics.json", {"evaluations": evaluations})
     _write(folder / "bad_clips.jsonl", [_bad_clip(index) for index in range(bad_clips)], lines=True)
     _write(folder / "environment.json", _environment(device, num_devices))
     exit_code = {"done": 0, "stopped": 75, "failed": 1}.get(state)

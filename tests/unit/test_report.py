@@ -13,7 +13,7 @@ import pytest
 from torch.autograd import DeviceType
 
 from frozen_fast.errors import UserError
-from frozen_fast.training import report
+from frozen_fast.training import report, report_retrieval
 from frozen_fast.training.report import compare_runs, write_report
 from frozen_fast.training.report_data import read_run
 from frozen_fast.training.report_document import duration, joules, significant
@@ -47,8 +47,8 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def blank_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
-        for plot in ("hours_plot", "loss_plot", "retrieval_plot"):
-            monkeypatch.setattr(report, plot, lambda run: None)
+        for module, plot in ((report, "hours_plot"), (report, "loss_plot"), (report_retrieval, "retrieval_plot")):
+            monkeypatch.setattr(module, plot, lambda run: None)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -119,6 +119,35 @@ def test_one_frame_and_the_last_stage_stand_side_by_side(run: Path) -> None:
     ]
     headline = "**Text-to-video R@1, 8 frames: 22.0 %** (chance 0.83 %, 3.0 % at 1 frame, one frame at best 50.0 %)"
     assert headline in markdown
+
+
+def test_the_best_epoch_stands_beside_the_last_and_every_epoch_below(run: Path) -> None:
+    """Stage 3 was evaluated after steps 90, 100 and 120; that after step 100 is the best."""
+
+    def add_epochs(value: dict[str, Any]) -> None:
+        last = value["evaluations"].pop()
+        for step, loss, recall in ((90, 2.0, 20.0), (100, 1.5, 40.0), (120, 1.75, 22.0)):
+            metrics = {**last["metrics"], "t2v/R@1": recall}
+            value["evaluations"].append({**last, "step": step, "loss": loss, "metrics": metrics})
+
+    edit_json(run / "metrics.json", add_epochs)
+    (run / "checkpoints" / "step_00000100").mkdir(parents=True)
+    (run / "checkpoints" / "best").symlink_to("step_00000100")
+    markdown, _ = report_of(run)
+    rows = [row for row in table_after(markdown, "Retrieval", "R@50") if row[0].startswith("stage")]
+    assert [(row[0], row[7]) for row in rows] == [
+        ("stage 1, step 40", "3.0"), ("stage 2, step 80", "12.5"),
+        ("stage 3, step 100 (best)", "40.0"), ("stage 3, step 120", "22.0"),
+    ]  # fmt: skip
+    epochs = table_after(markdown, "Retrieval", "Loss")
+    assert [(row[0], row[3], row[4]) for row in epochs[2:]] == [
+        ("stage 3, step 90", "2.000", "20.0"), ("stage 3, step 100 (best)", "1.500", "40.0"),
+        ("stage 3, step 120", "1.750", "22.0"),
+    ]  # fmt: skip
+    head = markdown.split("##")[0]
+    assert "40.0 %" in head and "best checkpoint (step 100)" in head and "3.0 % at 1 frame" in head
+    (line,) = [line for line in compare_runs([run, run]).splitlines() if "t2v/R@1 " in line]
+    assert line.split("|")[2].strip() == "40.0"
 
 
 def test_several_captions_show_the_second_protocol_for_video_to_text_only(run: Path) -> None:

@@ -23,7 +23,11 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def untouched_log() -> None:
-    """Undo what set_up_logging did in an earlier test of this process, so that caplog hears the package again."""
+    """Undo what set_up_logging did in an earlier test of this process, so that caplog hears the package once.
+
+    It stops the package's records from reaching the root logger. pytest (9.2) then hangs its own handlers on the
+    package's logger too, and a test that lets the records through again hears each of them twice.
+    """
     logging.disable(logging.NOTSET)
     for name in ("frozen_fast", "frozen_kernels"):
         logger = logging.getLogger(name)

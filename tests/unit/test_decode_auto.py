@@ -69,7 +69,6 @@ def test_what_dali_cannot_decode_gets_a_second_chance_and_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto, "_said", set())
-    monkeypatch.setattr(logging.getLogger("frozen_fast"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         outcomes, fakes = run(tmp_path, "cuda", {"pyav": "it is not installed"}, fails=("vp9.webm",))
         run(tmp_path, "cuda", {"pyav": "it is not installed"}, fails=("vp9.webm",))

@@ -183,7 +183,7 @@ class CheckpointConfig:
     """What is saved and when."""
 
     every_steps: int = key(500, "optimizer steps between checkpoints, 0: only at stage ends")
-    keep: int = key(2, "newest so many are kept")
+    keep: int = key(2, "newest so many are kept, beside the best (evaluation.keep_best)")
 
 
 @dataclass(frozen=True, kw_only=True)

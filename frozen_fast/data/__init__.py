@@ -4,7 +4,7 @@ from frozen_fast.data.bad_clips import BadClip, BadClipLedger
 from frozen_fast.data.batches import Batch, ClipReader, TrainingLoader
 from frozen_fast.data.evaluation_loader import EvaluationBatch, EvaluationLoader
 from frozen_fast.data.prefetch import LoaderEndedError
-from frozen_fast.data.samplers import BatchSpec, DataPosition, epoch_steps, plan_steps
+from frozen_fast.data.samplers import BatchSpec, DataPosition, plan_steps
 from frozen_fast.data.sources import Clip, Source, read_source, read_sources, twin_pairs
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "LoaderEndedError",
     "Source",
     "TrainingLoader",
-    "epoch_steps",
     "plan_steps",
     "read_source",
     "read_sources",

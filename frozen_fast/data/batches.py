@@ -5,7 +5,6 @@ Axis letters: B clips, T frames, C channels (RGB), H and W pixels, L text tokens
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +48,6 @@ class Batch:
         frames: T; 1 for pictures, whatever the stage says.
         bad_clips: clips that could not be read, with what replaced them.
         backends: decoder backend -> number of clips.
-        decode_seconds: time spent on this batch in its thread or process.
         spec: what was asked for.
     """
 
@@ -61,7 +59,6 @@ class Batch:
     frames: int
     bad_clips: list[BadClip]
     backends: Counter[str]
-    decode_seconds: float
     spec: BatchSpec
 
     def pin_memory(self) -> Batch:
@@ -144,7 +141,6 @@ class ClipReader:
         Raises:
             UserError: a clip cannot be read under policy "error", or 20 clips in a row cannot be replaced.
         """
-        started = time.perf_counter()
         source = self.sources[spec.source]
         frames = 1 if source.kind == "image" else spec.frames
         slots = [
@@ -168,7 +164,6 @@ class ClipReader:
             frames=frames,
             bad_clips=bad_clips,
             backends=Counter(item.backend for item in decoded),
-            decode_seconds=time.perf_counter() - started,
             spec=spec,
         )
 

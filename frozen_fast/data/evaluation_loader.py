@@ -14,7 +14,6 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from frozen_fast.common.ranks import gather_objects
 from frozen_fast.config.schema import DecodeConfig
 from frozen_fast.data.bad_clips import BadClip
 from frozen_fast.data.batches import Policy, Prober, probe_clip, resolve_policy, unreadable
@@ -258,13 +257,6 @@ class EvaluationLoader:
                     yield replace(item, windows_NTCHW=item.windows_NTCHW.to(self._device, non_blocking=True))
         finally:
             prefetcher.close()
-
-    def gathered_dropped(self) -> dict[int, BadClip]:
-        """The dropped clips of all ranks, by index, the same on every rank; every rank must call it."""
-        merged: dict[int, BadClip] = {}
-        for dropped in gather_objects(self.dropped):
-            merged.update(dropped)
-        return dict(sorted(merged.items()))
 
     def close(self) -> None:
         """Stop reading ahead; harmless when called again."""

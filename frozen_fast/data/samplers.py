@@ -20,9 +20,7 @@ from frozen_fast.errors import UserError, unknown_name
 logger = logging.getLogger(__name__)
 
 Order = Literal["round_robin", "weighted"]
-EpochEnds = Literal["first", "shortest", "longest", "all"]
 ORDERS = ("round_robin", "weighted")
-EPOCH_ENDS = ("first", "shortest", "longest", "all")
 
 
 @dataclass(frozen=True)
@@ -145,51 +143,6 @@ def plan_steps(
                 )
 
     return specs()
-
-
-def epoch_steps(
-    source_sizes: Mapping[str, int],
-    weights: Mapping[str, float],
-    order: Order,
-    seed: int,
-    *,
-    batch_sizes: Mapping[str, int],
-    accumulation: int = 1,
-    epoch_ends: EpochEnds = "first",
-) -> int:
-    """Optimizer steps of one epoch from the start of a run.
-
-    Args:
-        source_sizes: as for plan_steps, and so are the other arguments of the same name.
-        weights: likewise.
-        order: likewise.
-        seed: likewise.
-        batch_sizes: likewise.
-        accumulation: likewise.
-        epoch_ends: which source must have been read once: the first of the config, the one with the fewest clips,
-            the one with the most, or all (a source of weight 0 is not waited for).
-    """
-    _check_weights(source_sizes, weights, order)
-    drawn = [name for name in source_sizes if weights[name] > 0]
-    if epoch_ends not in EPOCH_ENDS:
-        raise unknown_name("data.epoch_ends", epoch_ends, EPOCH_ENDS)
-    if epoch_ends == "first" and drawn[0] != next(iter(source_sizes)):
-        raise UserError("data.epoch_ends: got 'first', but the first source has weight 0; allowed: a weight above 0")
-    awaited = {
-        "first": drawn[:1],
-        "shortest": [min(drawn, key=lambda name: source_sizes[name])],
-        "longest": [max(drawn, key=lambda name: source_sizes[name])],
-        "all": drawn,
-    }[epoch_ends]
-    left = {name: -(-source_sizes[name] // (batch_sizes[name] * accumulation)) for name in awaited}
-    for step, name in enumerate(source_order(weights, order, seed, 0), start=1):
-        if name in left:
-            left[name] -= 1
-            if left[name] == 0:
-                del left[name]
-            if not left:
-                return step
-    raise AssertionError("source_order is endless")
 
 
 def source_order(weights: Mapping[str, float], order: Order, seed: int, first_step: int) -> Iterator[str]:

@@ -142,10 +142,11 @@ class Engine:
             return False
         graphs = compiling.compiled_graphs() - graphs
         joules = stage.energy.joules()
-        if self._parallel.is_main:
-            row = stage.meter.stage_row(peak=self._parts.peak, recompilations=graphs, joules=joules)
-            self._folder.put_stage_row(row)
-            self._note_backends()
+        with self._parallel.together():
+            if self._parallel.is_main:
+                row = stage.meter.stage_row(peak=self._parts.peak, recompilations=graphs, joules=joules)
+                self._folder.put_stage_row(row)
+                self._note_backends()
         return True
 
     def _open(self, plan: StagePlan, state: RunState | None) -> OpenStage:
@@ -364,8 +365,9 @@ class Engine:
                     return None
                 rows += [{"step": self.step, "stage": plan.index, **row} for row in found.rows]
                 bad_clips += [{"step": self.step, **asdict(bad)} for bad in found.bad_clips]
-        if self._parallel.is_main:
-            self._folder.append_bad_clips(bad_clips)
-            self._folder.add_evaluations(rows)
-            self._journal.tell_evaluations(rows)
+        with self._parallel.together():
+            if self._parallel.is_main:
+                self._folder.append_bad_clips(bad_clips)
+                self._folder.add_evaluations(rows)
+                self._journal.tell_evaluations(rows)
         return rows

@@ -124,9 +124,13 @@ class Journal:
         for row in rows:
             metrics = row["metrics"]
             shown = "  ".join(f"{name} {value:.1f}" for name, value in metrics.items() if name in _SHOWN)
-            log.info("evaluation of %s (%s, %d frames): %s", row["source"], row["protocol"], row["frames"], shown)
+            log.info(
+                "evaluation of %s (%s, %d frames): loss %.4f  %s",
+                row["source"], row["protocol"], row["frames"], row["loss"], shown,
+            )  # fmt: skip
             prefix = f"eval/{row['source']}/{row['protocol']}"
-            self._tracker.log({f"{prefix}/{name}": value for name, value in metrics.items()}, row["step"])
+            sent = {**metrics, "loss": row["loss"]}
+            self._tracker.log({f"{prefix}/{name}": value for name, value in sent.items()}, row["step"])
 
     def close(self) -> None:
         """Close the progress bar."""

@@ -139,7 +139,11 @@ class CheckpointKeeper:
         self._last = replace(state, meter=stage.totals())
         with self._parallel.together():
             if self._parallel.is_main:
-                write_state(self._folder.checkpoints / checkpoint_name(state.step), self._last)
+                path = self._folder.checkpoints / checkpoint_name(state.step)
+                try:
+                    write_state(path, self._last)
+                except OSError as error:
+                    raise UserError(f"run_folder: could not write {path / 'state.json'} ({error})") from error
 
 
 def selection_value(metric: str, row: Mapping[str, Any]) -> float | None:

@@ -118,7 +118,7 @@ def test_evaluation_windows_are_the_frames_they_should_be(good_and_broken: tuple
     for batch in loader.batches():
         for index, frames in zip(batch.clip_indices, batch.windows_NTCHW, strict=True):
             windows[source.clips[index].id].append(codes(frames))
-    assert {source.clips[index].id for index in loader.gathered_dropped()} == bad
+    assert {source.clips[index].id for index in loader.dropped} == bad
     expected = windows_of(FRAMES, 2, stride_frames=3)
     assert windows == {f"good{n}": [[16 * n + frame for frame in window] for window in expected] for n in range(8)}
 

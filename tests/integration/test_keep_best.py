@@ -16,11 +16,10 @@ from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.errors import UserError
 from frozen_fast.training import engine as engine_module
 from frozen_fast.training import keeper as keeper_module
-from frozen_fast.training import run as run_module
 from frozen_fast.training.checkpoint import read_state, read_tensors
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.run import evaluate_checkpoint, train
-from support.runs import losses, make_data, read_json, tiny_mapping
+from support.runs import losses, make_data, read_json, tiny_mapping, without_reports
 
 pytestmark = pytest.mark.integration
 
@@ -30,9 +29,8 @@ VALUES = {6: 3.0, 12: 1.0, 18: 2.0, 20: 1.0}
 
 @pytest.fixture(autouse=True, scope="module")
 def patches() -> Iterator[None]:
-    """Chosen values, so that the best is in the middle; reports have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "write_report", lambda folder: (folder / "report.md", folder / "report.html"))
+    """Chosen values, so that the best is in the middle."""
+    with without_reports() as patch:
         patch.setattr(keeper_module, "selection_value", lambda metric, row: VALUES[row["step"]])
         yield
 

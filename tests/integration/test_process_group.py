@@ -15,9 +15,8 @@ import yaml
 
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.config import load_config
-from frozen_fast.training import run as run_module
 from frozen_fast.training.run import train
-from support.runs import REPOSITORY, environment, losses, make_data, read_json, tiny_mapping
+from support.runs import REPOSITORY, environment, losses, make_data, read_json, tiny_mapping, without_reports
 
 pytestmark = pytest.mark.integration
 
@@ -26,9 +25,7 @@ PATIENCE_SECONDS = 180
 
 @pytest.fixture(autouse=True, scope="module")
 def no_report() -> Iterator[None]:
-    """Reports have tests of their own and take a second each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "write_report", lambda folder: (folder / "report.md", folder / "report.html"))
+    with without_reports():
         yield
 
 

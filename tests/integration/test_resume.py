@@ -14,20 +14,17 @@ import torch
 
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.errors import UserError
-from frozen_fast.training import run as run_module
 from frozen_fast.training.checkpoint import read_tensors
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.run import train
-from support.runs import losses, make_data, read_json, tiny_config
+from support.runs import losses, make_data, read_json, tiny_config, without_reports
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_report() -> Iterator[None]:
-    """Reports have tests of their own and take a second each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "write_report", lambda folder: (folder / "report.md", folder / "report.html"))
+    with without_reports():
         yield
 
 

@@ -6,16 +6,20 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import pytest
 from PIL import Image
 
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.config import ExperimentConfig, config_from_mapping
+from frozen_fast.training import run as run_module
 from support.datasets import manifest_folder
 from support.towers import make_text_tower
 
@@ -90,6 +94,14 @@ def tiny_mapping(files: dict[str, Path], run_folder: Path, /, **sections: Any) -
 def tiny_config(files: dict[str, Path], run_folder: Path, /, **sections: Any) -> ExperimentConfig:
     """tiny_mapping, checked."""
     return config_from_mapping(tiny_mapping(files, run_folder, **sections))
+
+
+@contextmanager
+def without_reports() -> Iterator[pytest.MonkeyPatch]:
+    """Runs in this process write no report inside: reports have tests of their own and take a second each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "write_report", lambda folder: (folder / "report.md", folder / "report.html"))
+        yield patch
 
 
 def losses(run_folder: Path) -> list[float]:

@@ -115,7 +115,7 @@ def test_a_skipped_clip_is_left_out_and_named() -> None:
     source = make_source(9, {4: "missing", 8: "truncated"})
     loader = make_loader(source, decode={"on_bad_clip": "skip"})
     assert set(collect(loader)) == {0, 1, 2, 3, 5, 6, 7}
-    assert {index: bad.cause for index, bad in loader.gathered_dropped().items()} == {4: "missing", 8: "truncated"}
+    assert {index: bad.cause for index, bad in loader.dropped.items()} == {4: "missing", 8: "truncated"}
     assert all(bad.replaced_by is None and bad.source == "eval" for bad in loader.dropped.values())
     collect(loader)
     assert set(loader.dropped) == {4, 8}, "a second pass starts anew"

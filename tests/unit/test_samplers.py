@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from itertools import islice
 from typing import Any
@@ -8,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from frozen_fast.config import config_from_mapping, steps_per_epoch
 from frozen_fast.data.samplers import (
     BatchSpec,
     DataPosition,
     SourceStream,
     epoch_order,
-    epoch_steps,
     plan_steps,
     source_order,
 )
@@ -172,19 +173,16 @@ def test_weighted_order_draws_by_weight_and_by_step() -> None:
     assert list(islice(source_order(weights, "weighted", 5, 0), 2000)) != names
 
 
-@pytest.mark.parametrize(
-    ("ends", "steps"), [("first", 2 * 5 - 1), ("shortest", 2 * 5 - 1), ("longest", 2 * 6), ("all", 2 * 6)]
-)
-def test_epoch_ends(ends: Any, steps: int) -> None:
-    # video: ceil(50 / 12) = 5 batches at odd steps; image: ceil(130 / 24) = 6 batches at even steps
-    assert epoch_steps(SIZES, WEIGHTS, "round_robin", 0, batch_sizes=BATCHES, epoch_ends=ends) == steps
-
-
-def test_epoch_with_accumulation_covers_the_source() -> None:
-    steps = epoch_steps({"s": 50}, {"s": 1.0}, "round_robin", 0, batch_sizes={"s": 8}, accumulation=2)
-    assert steps == 4
-    specs = plan(source_sizes={"s": 50}, weights={"s": 1.0}, batch_sizes={"s": 8}, accumulation=2, num_steps=steps)
-    assert {clip for spec in specs for clip in spec.clip_indices} == set(range(50))
+@pytest.mark.parametrize(("accumulation", "clips", "epoch"), [(1, 50, 6.25), (2, 50, 3.125), (1, 48, 6.0)])
+def test_the_configs_epoch_covers_the_source(accumulation: int, clips: int, epoch: float) -> None:
+    """What frozen_fast.config counts as an epoch, rounded up to whole steps, reads every clip, and not before."""
+    data = config_from_mapping({"data": {"sources": [{"name": "s", "path": "s"}]}}).data
+    assert steps_per_epoch(data, {"s": clips}, {"s": 8 * accumulation}) == epoch
+    specs = plan(
+        source_sizes={"s": clips}, weights={"s": 1.0}, batch_sizes={"s": 8}, accumulation=accumulation, num_steps=9
+    )
+    seen = [{clip for spec in specs if spec.step <= step for clip in spec.clip_indices} for step in range(10)]
+    assert len(seen[math.ceil(epoch)]) == clips > len(seen[math.ceil(epoch) - 1])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from attention import table as attention_table
 from model_step import table as model_step_table
+from throughput_agreement import table as agreement_table
 from throughput_report import markdown, projected_rows, row_table, stage_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +65,8 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     """What writes a result's table; None for a file that has no table here."""
     if "row_stages" in result:
         return throughput_text
+    if "agreement" in result:
+        return agreement_table
     rows = result.get("rows") or [{}]
     if not isinstance(rows, list) or not isinstance(rows[0], dict):
         return None

@@ -77,12 +77,10 @@ def with_batch_sizes(
     return {row: [(f, size(f, b), share) for f, b, share in entries] for row, entries in stages.items()}
 
 
-def measure_stage(key: StageKey, options: argparse.Namespace, manifest: Path, folder: Path) -> dict[str, Any]:
-    """Measure one stage in processes of its own; a failure is a result with its cause."""
-    name = f"T{key.frames}_B{key.batch_size}_{key.attention}"
-    output = folder / f"{name}.json"
-    overrides = [
-        f"model.video.attention={key.attention}",
+def settings(options: argparse.Namespace, manifest: Path, attention: str) -> list[str]:
+    """Overrides that make the experiment file what is measured: its model and engine on these clips."""
+    return [
+        f"model.video.attention={attention}",
         *(SMALL if options.small else ()),
         f"data.sources=[{{name: clips, format: manifest, path: {json.dumps(str(manifest))}, split: train}}]",
         "model.video.weights=none",
@@ -91,16 +89,28 @@ def measure_stage(key: StageKey, options: argparse.Namespace, manifest: Path, fo
         "evaluation.sources=[]",
         *options.overrides,
     ]
+
+
+def launched(options: argparse.Namespace, script: Path, *arguments: str) -> list[str]:
+    """The command that starts a script on the processes that --accelerate names."""
     config_file = ["--config_file", str(options.accelerate)] if options.accelerate else []
+    port = ["--main_process_port", str(free_port())]
+    return [sys.executable, "-m", "accelerate.commands.launch", *config_file, *port, str(script), *arguments]
+
+
+def measure_stage(key: StageKey, options: argparse.Namespace, manifest: Path, folder: Path) -> dict[str, Any]:
+    """Measure one stage in processes of its own; a failure is a result with its cause."""
+    name = f"T{key.frames}_B{key.batch_size}_{key.attention}"
+    output = folder / f"{name}.json"
     windows = ["--windows", str(options.windows), "--warmup-steps", str(options.warmup_steps)]
     windows += ["--window-steps", str(options.window_steps)] if options.window_steps else []
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", *config_file, "--main_process_port", str(free_port()),
-        str(ROOT / "benchmarks/throughput_stage.py"), "--config", str(options.config),
+    command = launched(
+        options, ROOT / "benchmarks/throughput_stage.py", "--config", str(options.config),
         "--frames", str(key.frames), "--batch-size", str(key.batch_size), "--modes", ",".join(options.modes),
         "--window-seconds", str(options.window_seconds), *windows, "--text-tokens", str(options.text_tokens),
-        *(["--measure-peak"] if options.measure_peak else []), "--output", str(output), *overrides,
-    ]  # fmt: skip
+        *(["--measure-peak"] if options.measure_peak else []), "--output", str(output),
+        *settings(options, manifest, key.attention),
+    )  # fmt: skip
     log = folder / f"{name}.log"
     result = run_limited(
         command, folder=Path.cwd(), environment={"HF_HUB_OFFLINE": "1"}, log=log,
@@ -112,22 +122,17 @@ def measure_stage(key: StageKey, options: argparse.Namespace, manifest: Path, fo
     if cause == "refused":
         raise UserError(telling_line(text).removeprefix("error: "))
     if cause != "ok":
-        write_atomically(options.output / "logs" / log.name, text)
+        write_atomically(options.logs / log.name, text)
         return {**identity, "cause": cause, "message": telling_line(text)}
     return {**json.loads(output.read_text()), **identity, "cause": "ok"}
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="all", help=f"comma-separated rows of Table 4: {', '.join(ROW_CONFIGS)}")
+def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured and for how long; throughput_agreement.py measures its stages in the same way."""
     parser.add_argument("--config", type=Path, default=ROOT / "configs/benchmarks/throughput.yaml",
                         help="experiment file whose model, engine and decoding are measured")  # fmt: skip
     parser.add_argument("--accelerate", type=Path, help="Accelerate config file")
     parser.add_argument("--data", default="render", help=DATA)
-    parser.add_argument("--modes", default=",".join(MODES), help=f"some of {','.join(MODES)}")
-    parser.add_argument("--compare", default="auto", help="attention backends side by side, comma-separated")
-    parser.add_argument("--batch-sizes", default="", help="FRAMES=CLIPS,...: other batch sizes than the paper's")
     parser.add_argument("--windows", type=int, default=5, help="measured windows per mode, at least 5 for a result")
     parser.add_argument("--window-seconds", type=float, default=5.0, help="length of a window")
     parser.add_argument("--window-steps", type=int, help="steps of a window, instead of its length")
@@ -136,11 +141,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage-seconds", type=float, default=900.0, help="limit for one stage's processes")
     parser.add_argument("--measure-peak", action="store_true", help="MFU against a peak measured here")
     parser.add_argument("--small", action="store_true", help="a tiny model and batch: exercises every line on a CPU")
-    parser.add_argument("--output", type=Path, default=Path("runs/throughput"))
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys of the experiment file")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="all", help=f"comma-separated rows of Table 4: {', '.join(ROW_CONFIGS)}")
+    parser.add_argument("--modes", default=",".join(MODES), help=f"some of {','.join(MODES)}")
+    parser.add_argument("--compare", default="auto", help="attention backends side by side, comma-separated")
+    parser.add_argument("--batch-sizes", default="", help="FRAMES=CLIPS,...: other batch sizes than the paper's")
+    parser.add_argument("--output", type=Path, default=Path("runs/throughput"))
+    add_stage_arguments(parser)
     options = parser.parse_args(arguments)
     options.rows = list(ROW_CONFIGS) if options.rows == "all" else options.rows.split(",")
-    options.modes = options.modes.split(",")
+    options.modes, options.logs = options.modes.split(","), options.output / "logs"
     for field, values, allowed in (("--rows", options.rows, ROW_CONFIGS), ("--modes", options.modes, MODES)):
         unknown = [value for value in values if value not in allowed]
         if unknown:

@@ -57,6 +57,12 @@ def mfu(stage: dict[str, Any], mode: str) -> float | None:
     return float(rate["median"] * flops / (peak * stage["num_devices"]))
 
 
+def project(clips: float, stage: dict[str, Any], mode: str) -> dict[str, float] | None:
+    """GPU-hours that so many clips take at a stage's measured speed: at its windows' median, p20 and p80."""
+    rate = speed(stage, mode)
+    return None if rate is None else {name: clips / rate[name] * stage["num_devices"] / 3600 for name in rate}
+
+
 def project_row(
     row: str, entries: list[tuple[int, int, float]], stages: list[dict[str, Any]], attention: str, clips: int
 ) -> dict[str, Any] | None:
@@ -75,15 +81,15 @@ def project_row(
         mode = next((mode for mode in BEST_FIRST if found and speed(found[0], mode)), None)
         if mode is None:
             return None
-        rate = speed(found[0], mode)
-        assert rate is not None
-        parts.append((share * clips * found[0]["num_devices"] / 3600, rate, mode))
+        hours_of_stage = project(share * clips, found[0], mode)
+        assert hours_of_stage is not None
+        parts.append((hours_of_stage, mode))
     printed = table_4().row(row)
-    hours = {name: sum(work / rate[name] for work, rate, _ in parts) for name in ("median", "p20", "p80")}
+    hours = {name: sum(part[name] for part, _ in parts) for name in ("median", "p20", "p80")}
     return {
         "row": row,
         "attention": attention,
-        "modes": sorted({mode for _, _, mode in parts}),
+        "modes": sorted({mode for _, mode in parts}),
         "ptt_hours": printed.ptt_hours,
         "gpu_hours": hours["median"],
         "gpu_hours_slow": hours["p20"],

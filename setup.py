@@ -40,7 +40,7 @@ setup(
     ],
     package_data={
         "frozen_fast": ["py.typed", "**/*.yaml", "**/*.html", "**/*.css", "**/*.json"],
-        "frozen_kernels": ["py.typed"],
+        "frozen_kernels": ["py.typed", "native/*.c", "native/*.h"],
     },
     install_requires=[
         "torch>=2.10,<3",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Expansion = Literal["zero", "nearest", "bilinear"]
-Attention = Literal["auto", "reference", "sdpa", "batched", "xformers", "triton"]
+Attention = Literal["auto", "reference", "sdpa", "batched", "native", "xformers", "triton"]
 SourceFormat = Literal["manifest", "webvid", "cc3m", "msrvtt", "msrvtt_clip4clip", "shards"]
 DecodeBackend = Literal["auto", "dali", "torchcodec", "decord", "pyav"]
 
@@ -192,7 +192,7 @@ class EvaluationConfig:
 
     sources: tuple[SourceConfig, ...] = key((), "what to evaluate; none: no evaluation")
     every: Literal["epoch", "stage", "end", "never"] = key("stage", "after each epoch (data.epoch_ends) of a stage and at its end, after each stage, after the last, or not at all")
-    keep_best: Literal["none", "validation_loss", "t2v/R@1"] = key("none", "keep the checkpoint whose evaluation of the first of evaluation.sources has the lowest validation loss (the training loss of its clips in batches of the stage's size, as the paper chooses epochs), or the highest text-to-video R@1, as checkpoints/best")
+    keep_best: Literal["none", "validation_loss", "t2v/R@1"] = key("none", "keep the checkpoint whose evaluation of the first of evaluation.sources has the lowest validation loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or the highest text-to-video R@1, as checkpoints/best")
     protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
     frames: int | None = key(None, "frames per window, but no more than the model has learned by then; none: those of the stage")
     stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle")

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from frozen_kernels import add_layer_norm, bias_gelu, divided_attention
-from frozen_kernels.gelu_pieces import exact_gelu
+from frozen_kernels import add_layer_norm, bias_gelu, divided_attention, has_bias_gelu_kernel
 
 Block = Literal["frozen_in_time", "timesformer"]
 
@@ -113,10 +112,10 @@ class GeluLinear(nn.Linear):
     """A linear layer and the exact GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., hidden]. On a GPU the bias goes into the GELU's kernel, which reduces its gradient too."""
-        if x.is_cuda and _fused_backend() == "auto":
+        """[..., D] -> [..., hidden]. Where there is a kernel, it adds the bias too, and reduces its gradient."""
+        if _fused_backend() == "auto" and has_bias_gelu_kernel(x):
             return bias_gelu(F.linear(x, self.weight), self.bias)
-        return exact_gelu(super().forward(x))
+        return F.gelu(super().forward(x))
 
 
 class Mlp(nn.Module):

@@ -2,7 +2,7 @@
 
 from frozen_kernels.attention import divided_attention, resolve_backend
 from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
-from frozen_kernels.fused_bias_gelu import bias_gelu
+from frozen_kernels.fused_bias_gelu import bias_gelu, has_bias_gelu_kernel
 from frozen_kernels.fused_layer_norm import add_layer_norm
 from frozen_kernels.fused_positions import add_positions
 from frozen_kernels.selection import chosen_backends
@@ -14,6 +14,7 @@ __all__ = [
     "bias_gelu",
     "chosen_backends",
     "divided_attention",
+    "has_bias_gelu_kernel",
     "resolve_backend",
     "unavailable_backends",
 ]

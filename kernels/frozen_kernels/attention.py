@@ -29,6 +29,7 @@ _FUNCTIONS = {
     "reference": (("attention_reference", "attention_reference"), ("attention_reference", "cls_reference")),
     "sdpa": (("attention_sdpa", "attention_sdpa"), ("attention_sdpa", "cls_sdpa")),
     "batched": (("attention_batched", "attention_batched"), ("attention_reference", "cls_reference")),
+    "native": (("attention_native", "attention_native"), ("attention_reference", "cls_reference")),
     "xformers": (("attention_xformers", "attention_xformers"), ("attention_xformers", "cls_xformers")),
     "triton": (("attention_triton", "attention_triton"), ("attention_reference", "cls_reference")),
 }
@@ -94,10 +95,10 @@ def divided_attention(
             frame by frame; fp32, bf16 or fp16, any strides.
         num_frames: T.
         axis: "time" or "space".
-        backend: "auto" or one of reference, sdpa, batched, xformers, triton.
+        backend: "auto" or one of reference, sdpa, batched, native, xformers, triton.
         cls_only: compute the CLS row alone.
-        deterministic: gradients must not depend on the order of atomic additions. batched and triton never use
-            any, on a CPU nothing does; on CUDA `auto` takes triton then, and sdpa and xformers are refused.
+        deterministic: gradients must not depend on the order of atomic additions. batched, native and triton
+            never use any, on a CPU nothing does; on CUDA `auto` takes triton then, and sdpa and xformers are refused.
 
     Returns:
         [B, S, E] in qkv's dtype, E = N*D; [B, 1, E] with cls_only.

@@ -9,8 +9,9 @@ import os
 import torch
 
 from frozen_kernels.layout import FLOAT_DTYPES
+from frozen_kernels.native_library import why_not_native
 
-BACKEND_NAMES = ("reference", "sdpa", "batched", "xformers", "triton")
+BACKEND_NAMES = ("reference", "sdpa", "batched", "native", "xformers", "triton")
 
 
 def unavailable_backends(device: torch.device | str, dtype: torch.dtype) -> dict[str, str]:
@@ -25,6 +26,7 @@ def unavailable_backends(device: torch.device | str, dtype: torch.dtype) -> dict
         return dict.fromkeys(BACKEND_NAMES, f"no backend computes in {dtype}")
     reasons = {
         "batched": _why_not_batched(device),
+        "native": _why_not_native(device),
         "xformers": _why_not_xformers(device, dtype),
         "triton": _why_not_triton(device, dtype),
     }
@@ -33,6 +35,10 @@ def unavailable_backends(device: torch.device | str, dtype: torch.dtype) -> dict
 
 def _why_not_batched(device: torch.device) -> str:
     return "" if device.type == "cpu" else f"it is cut for the caches of a CPU, and the device is {device.type}"
+
+
+def _why_not_native(device: torch.device) -> str:
+    return why_not_native() if device.type == "cpu" else f"it is C for CPUs, and the device is {device.type}"
 
 
 def _why_not_import(module: str) -> str:

@@ -1,18 +1,22 @@
 """Bias and exact GELU in one pass, the bias's gradient reduced in the pass that computes the input's.
 
-The plain form is `bias_gelu_reference`; the Triton form is frozen_kernels.triton_bias_gelu. It saves a pass where
-the matrix product before it cannot add the bias itself. Legend: R rows (all axes but the last), D width.
+The plain form is `bias_gelu_reference`; the others are frozen_kernels.triton_bias_gelu and native_bias_gelu. It saves
+passes over the widest activations of a block. Legend: R rows (all axes but the last), D width.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from frozen_kernels.fused import use_triton
+from frozen_kernels.fused import FusedForm, fused_form
+
+FORMS: tuple[FusedForm, ...] = ("plain", "triton", "native")
 
 
 def bias_gelu_reference(x: Tensor, bias_D: Tensor) -> Tensor:
@@ -20,36 +24,38 @@ def bias_gelu_reference(x: Tensor, bias_D: Tensor) -> Tensor:
     return gelu(x.float() + bias_D.float()).to(x.dtype)
 
 
-@torch.library.custom_op("frozen_kernels::bias_gelu", mutates_args=())
-def _forward(x: Tensor, bias: Tensor) -> Tensor:
-    from frozen_kernels.triton_bias_gelu import launch_forward
+def _kernels(form: str) -> ModuleType:
+    """The module of a form."""
+    return import_module(f"frozen_kernels.{form}_bias_gelu")
 
-    return launch_forward(x, bias)
+
+@torch.library.custom_op("frozen_kernels::bias_gelu", mutates_args=())
+def _forward(x: Tensor, bias: Tensor, form: str) -> Tensor:
+    return _kernels(form).launch_forward(x, bias)
 
 
 @_forward.register_fake
-def _(x: Tensor, bias: Tensor) -> Tensor:
+def _(x: Tensor, bias: Tensor, form: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("frozen_kernels::bias_gelu_backward", mutates_args=())
-def _backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    from frozen_kernels.triton_bias_gelu import launch_backward
-
-    return launch_backward(grad_out, x, bias)
+def _backward(grad_out: Tensor, x: Tensor, bias: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    return _kernels(form).launch_backward(grad_out, x, bias)
 
 
 @_backward.register_fake
-def _(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad_out: Tensor, x: Tensor, bias: Tensor, form: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    x, bias, ctx.form = inputs
+    ctx.save_for_backward(x, bias)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward(grad_out, *ctx.saved_tensors)
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_backward(grad_out, *ctx.saved_tensors, ctx.form), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -61,7 +67,7 @@ def bias_gelu(x: Tensor, bias_D: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         x: [..., D], fp32, bf16 or fp16: a matrix product without its bias.
         bias_D: the bias, in any of these dtypes.
-        backend: auto (Triton on CUDA), plain, or triton.
+        backend: auto (Triton on CUDA, C on a CPU), plain, triton, or native.
 
     Returns:
         [..., D] in x's dtype; differentiable in both.
@@ -71,4 +77,10 @@ def bias_gelu(x: Tensor, bias_D: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if bias_D.shape != x.shape[-1:]:
         raise ValueError(f"bias: got shape {tuple(bias_D.shape)}; allowed: [{x.shape[-1]}]")
-    return _forward(x, bias_D) if use_triton(backend, x.device, x.dtype) else bias_gelu_reference(x, bias_D)
+    form = fused_form(backend, x.device, x.dtype, FORMS)
+    return bias_gelu_reference(x, bias_D) if form == "plain" else _forward(x, bias_D, form)
+
+
+def has_bias_gelu_kernel(x: Tensor) -> bool:
+    """Whether bias_gelu has more than the plain form for a tensor."""
+    return fused_form("auto", x.device, x.dtype, FORMS) != "plain"

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from frozen_kernels.availability import unavailable_backends
+from frozen_kernels.cache import cache_folder
 from frozen_kernels.layout import Layout
 
 logger = logging.getLogger(__name__)
 
 CACHE_FILE = "attention_choices.json"
-CANDIDATES = {"cpu": ("batched", "sdpa"), "cuda": ("xformers", "triton", "sdpa")}
+CANDIDATES = {"cpu": ("batched", "native", "sdpa"), "cuda": ("xformers", "triton", "sdpa")}
 """Per device, the default first: another one must beat it by MARGIN."""
 MARGIN = 0.05
 TOKENS_MEASURED = {"cpu": 2048, "cuda": 32_768}
@@ -63,14 +64,6 @@ class Case:
 
 
 _chosen: dict[Case, dict[str, Any]] = {}
-
-
-def cache_folder() -> Path:
-    """FROZEN_FAST_CACHE, or frozen_fast in XDG_CACHE_HOME or ~/.cache."""
-    named = os.environ.get("FROZEN_FAST_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frozen_fast"
 
 
 def chosen_backends() -> list[dict[str, Any]]:

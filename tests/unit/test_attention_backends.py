@@ -14,7 +14,7 @@ from frozen_kernels.layout import read_layout
 from support.attention_cases import assert_close, attention_by_mask, errors, exact, make_case, run
 
 AXES = ("time", "space")
-CPU_BACKENDS = ("reference", "sdpa", "batched")
+CPU_BACKENDS = ("reference", "sdpa", "batched", "native")
 SIZES = [
     # batch, frames, patches, heads, head width
     (2, 1, 1, 1, 16),
@@ -150,12 +150,14 @@ def test_safe_under_compile_and_checkpointing(backend, axis):
 def test_registered_operators_keep_torchs_rules():
     """Fake shapes, autograd registration and no hidden mutation, as torch's own checker sees them."""
     from frozen_kernels.attention_batched import batched_forward
+    from frozen_kernels.attention_native import time_forward
 
-    for axis in AXES:
-        for frames in (1, 2):
-            qkv, _ = make_case(1, frames, 3, 2, 4)
-            checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-            torch.library.opcheck(batched_forward, (qkv.requires_grad_(), frames, axis, True), test_utils=checks)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for frames in (1, 2):
+        qkv, _ = make_case(1, frames, 3, 2, 4)
+        torch.library.opcheck(time_forward, (qkv.requires_grad_(), frames), test_utils=checks)
+        for axis in AXES:
+            torch.library.opcheck(batched_forward, (qkv, frames, axis, True), test_utils=checks)
 
 
 @pytest.mark.parametrize(

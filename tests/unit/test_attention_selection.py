@@ -72,7 +72,7 @@ def test_another_process_that_wrote_first_decides(fresh_choices, monkeypatch):
 def test_a_damaged_file_is_measured_anew(fresh_choices, caplog):
     fresh_choices.mkdir()
     (fresh_choices / selection.CACHE_FILE).write_text('{"half a')
-    assert resolve_backend("auto", qkv(), 2, "time") in ("batched", "sdpa")
+    assert resolve_backend("auto", qkv(), 2, "time") in ("batched", "native", "sdpa")
     assert "is not readable" in caplog.text
     assert json.loads((fresh_choices / selection.CACHE_FILE).read_text())
 
@@ -100,7 +100,7 @@ def test_a_failing_candidate_is_left_out(monkeypatch, caplog):
         return divided_attention(x, frames, axis, backend=name)
 
     x = qkv()
-    assert selection.choose_backend(x, read_layout(x, 2, "time"), "time", compute) == "sdpa"
+    assert selection.choose_backend(x, read_layout(x, 2, "time"), "time", compute) in ("native", "sdpa")
     assert "batched fails" in caplog.text and "out of memory" in caplog.text
 
 
@@ -137,10 +137,12 @@ def test_unavailable_says_why(monkeypatch):
     assert "needs a CUDA GPU" in reasons["xformers"] and "TRITON_INTERPRET=1" in reasons["triton"]
     with pytest.raises(ValueError, match="got 'xformers', which cannot run here: .* CUDA GPU; allowed: auto, ref"):
         divided_attention(qkv(), 2, "time", backend="xformers")
-    with pytest.raises(ValueError, match="got 'tritn'; allowed: auto, reference, sdpa, batched, xformers, triton"):
+    everything = "auto, reference, sdpa, batched, native, xformers, triton"
+    with pytest.raises(ValueError, match=f"got 'tritn'; allowed: {everything}"):
         divided_attention(qkv(), 2, "time", backend="tritn")
     assert set(unavailable_backends("cpu", torch.float64)) == set(BACKEND_NAMES)
     assert "caches of a CPU" in unavailable_backends("cuda", torch.float32)["batched"]
+    assert "C for CPUs" in unavailable_backends("cuda", torch.float32)["native"]
 
 
 def test_a_missing_or_broken_package_is_a_reason(monkeypatch):
@@ -162,7 +164,7 @@ def test_deterministic_on_cuda():
 
 
 def test_loaded_backends_are_what_the_table_says():
-    for name in ("reference", "sdpa", "batched"):
+    for name in ("reference", "sdpa", "batched", "native"):
         assert load_backend(name, torch.device("cpu"), torch.float32).full.__name__ == f"attention_{name}"
 
 

@@ -87,7 +87,7 @@ def test_a_run_writes_result_table_and_plot(benchmark, tmp_path, capsys, monkeyp
     arguments = ["--device", "cpu", "--frames", "1=2,3=1", "--patches", "4", "--heads", "2", "--head-width", "4"]
     assert benchmark.main([*arguments, "--output", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "attention.json").read_text())
-    assert {row["backend"] for row in result["rows"]} == {"reference", "sdpa", "batched"}
+    assert {row["backend"] for row in result["rows"]} == {"reference", "sdpa", "batched", "native"}
     assert len(result["rows"]) == 2 * 2 * 2 * 3 and all(row["times_floor"] > 0 for row in result["rows"])
     reference = [row for row in result["rows"] if row["backend"] == "reference"]
     assert all(row["speedup_over_reference"] == 1.0 for row in reference)

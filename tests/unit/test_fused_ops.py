@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frozen_kernels import add_layer_norm, add_positions, bias_gelu
-from frozen_kernels.fused import use_triton
+from frozen_kernels import add_layer_norm, add_positions, bias_gelu, fused
+from frozen_kernels.fused import fused_form
 from frozen_kernels.fused_positions import add_positions_reference
 from support.attention_cases import assert_close
 from support.fused_cases import FUSED_CASES, fused_errors
@@ -17,6 +17,22 @@ from support.triton_process import compile_for_hopper, run_interpreted
 def test_plain_forms(case):
     op, dtype, rows, width = case
     assert_close(fused_errors(op, dtype, rows, width, backend="plain"), getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("case", [case for case in FUSED_CASES if case[0] == "bias_gelu"], ids=str)
+def test_native_forms(case):
+    op, dtype, rows, width = case
+    assert_close(fused_errors(op, dtype, rows, width, backend="native"), getattr(torch, dtype))
+
+
+def test_native_gelu_far_from_zero():
+    """The tails, where an approximation of erf would show, and what is not finite."""
+    x = torch.linspace(-30, 30, 4001).requires_grad_()
+    out = bias_gelu(x, torch.zeros(4001), backend="native")
+    exact = torch.nn.functional.gelu(x.detach().double().requires_grad_())
+    torch.testing.assert_close(out.double(), exact.detach(), rtol=1e-6, atol=1e-6)
+    odd = bias_gelu(torch.tensor([torch.nan, torch.inf]), torch.zeros(2), backend="native")
+    assert odd[0].isnan() and odd[1] == torch.inf
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +111,12 @@ def test_mistakes_are_named():
 
 def test_which_form_runs(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    cpu = torch.device("cpu")
-    assert not use_triton("auto", cpu, torch.float32) and not use_triton("plain", cpu, torch.float32)
+    cpu, forms = torch.device("cpu"), ("plain", "triton")
+    assert fused_form("auto", cpu, torch.float32, forms) == fused_form("plain", cpu, torch.float32, forms) == "plain"
+    assert fused_form("auto", cpu, torch.float32, (*forms, "native")) == "native"
     with pytest.raises(ValueError, match="got 'triton', which cannot run here: .*; allowed: auto, plain"):
-        use_triton("triton", cpu, torch.float32)
+        fused_form("triton", cpu, torch.float32, forms)
     with pytest.raises(ValueError, match="backend: got 'fast'; allowed: auto, plain, triton"):
-        use_triton("fast", cpu, torch.float32)
+        fused_form("fast", cpu, torch.float32, forms)
+    monkeypatch.setattr(fused, "unavailable_backends", lambda *_: {"native": "no C compiler"})
+    assert fused_form("auto", cpu, torch.float32, (*forms, "native")) == "plain"

@@ -1,0 +1,14 @@
+"""The folder where measured choices and built kernels are kept between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """FROZEN_FAST_CACHE, or frozen_fast in XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("FROZEN_FAST_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frozen_fast"

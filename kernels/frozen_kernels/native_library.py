@@ -1,0 +1,145 @@
+"""C kernels for CPUs: built by the machine's own C compiler at first use, for the sizes at hand, and kept on disk.
+
+The sources are in frozen_kernels/native. A build takes about a second and lies in frozen_kernels.cache's folder under a
+hash of all that it depends on; sizes and element types are macros, so inner loops have fixed lengths. The compiler is
+that of the environment variable CC, otherwise cc, gcc or clang.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frozen_kernels.cache import cache_folder
+
+SOURCES = Path(__file__).parent / "native"
+# Sums may be reordered into vectors; NaN and infinity keep their meaning.
+FLAGS = (
+    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math",
+)  # fmt: skip
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the sources call an element type."""
+
+BUILD_SECONDS = 120
+
+
+@lru_cache(maxsize=1)
+def compiler() -> str:
+    """Path of the C compiler; empty where there is none."""
+    named = os.environ.get("CC")
+    for name in (named,) if named else ("cc", "gcc", "clang"):
+        found = shutil.which(name)
+        if found:
+            return found
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def why_not_native() -> str:
+    """Why no C kernel can be built here; empty if one was (a small one, to find out)."""
+    return _probe()
+
+
+@lru_cache(maxsize=1)
+def _probe() -> str:
+    if not compiler():
+        return "no C compiler: CC is not set and none of cc, gcc, clang is on PATH"
+    try:
+        load_native("probe.c", {"KIND": KINDS[torch.float16]})
+    except (OSError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+@lru_cache(maxsize=256)
+def _load(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    text = (SOURCES / "common.h").read_bytes() + (SOURCES / source).read_bytes()
+    flags = [*FLAGS, *(f"-D{name}={value}" for name, value in macros)]
+    identity = "\n".join((*flags, _compiler_version(), _processor())).encode()
+    name = f"{source.removesuffix('.c')}_{hashlib.sha256(identity + text).hexdigest()[:24]}.so"
+    folder = cache_folder() / "native"
+    if (folder / name).exists():
+        return ctypes.CDLL(str(folder / name))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=folder)
+    except OSError:  # a cache that cannot be written: built anew by every process
+        scratch, folder = tempfile.mkdtemp(), Path()
+    try:
+        built = Path(scratch) / name
+        _build(source, flags, built)
+        if folder != Path():
+            built = built.replace(folder / name)
+        return ctypes.CDLL(str(built))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _build(source: str, flags: list[str], target: Path) -> None:
+    command = [compiler(), *flags, "-o", str(target), str(SOURCES / source), "-lm"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{compiler()} did not build {source} within {BUILD_SECONDS} s") from None
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "error" in line] or [f"exit code {result.returncode}"]
+        raise RuntimeError(f"{compiler()} cannot build {source}: {lines[0]}")
+
+
+@lru_cache(maxsize=1)
+def _compiler_version() -> str:
+    result = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
+    return result.stdout
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """What -march=native depends on: the processor's features, as Linux lists them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return os.uname().machine
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def load_native(source: str, macros: Mapping[str, int]) -> ctypes.CDLL:
+    """A source of frozen_kernels/native, built for these macros.
+
+    Raises:
+        RuntimeError: if the compiler refuses it, with its first error.
+    """
+    return _load(source, tuple(sorted(macros.items())))
+
+
+@lru_cache(maxsize=4)
+def _pool(workers: int, process: int) -> ThreadPoolExecutor:
+    """Threads of a process; a forked child makes its own."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="native-kernel")
+
+
+def in_parallel(function: Callable[..., Any], tasks: int, *arguments: Any) -> None:
+    """Call function(begin, end, *arguments) over ranges of the tasks, one per thread that PyTorch would use.
+
+    Tensors are passed as their data's address: contiguous ones that the caller keeps alive.
+    """
+    passed = [ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments]
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    edges = [tasks * index // threads for index in range(threads + 1)]
+    ranges = [(ctypes.c_long(begin), ctypes.c_long(end)) for begin, end in zip(edges, edges[1:], strict=False)]
+    others = [_pool(threads - 1, os.getpid()).submit(function, *part, *passed) for part in ranges[1:]]
+    function(*ranges[0], *passed)
+    for other in others:
+        other.result()

@@ -1,0 +1,121 @@
+"""Building C kernels: what they depend on, what happens where they cannot be built, and threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+
+import pytest
+import torch
+
+from frozen_kernels import divided_attention, native_library, unavailable_backends
+from frozen_kernels.native_library import in_parallel, load_native
+from support.attention_cases import make_case, run
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No kernel loaded or built yet, and none left behind for later tests."""
+    monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path))
+    cached = (native_library._load, native_library.compiler, native_library._probe)
+    for function in (*cached, native_library._compiler_version):
+        function.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    for function in (*cached, native_library._compiler_version):
+        function.cache_clear()
+
+
+def script(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_a_build_is_kept_and_found_again(fresh, monkeypatch):
+    load_native("probe.c", {"KIND": 1})
+    (built,) = (fresh / "native").iterdir()
+    native_library._load.cache_clear()
+    monkeypatch.setattr(native_library, "_build", lambda *_: pytest.fail("built twice"))
+    load_native("probe.c", {"KIND": 1})
+    assert [path.name for path in (fresh / "native").iterdir()] == [built.name]
+
+
+def test_another_size_another_compiler_another_build(fresh, monkeypatch):
+    load_native("probe.c", {"KIND": 0})
+    load_native("probe.c", {"KIND": 1})
+    monkeypatch.setattr(native_library, "_compiler_version", lambda: "another")
+    native_library._load.cache_clear()
+    load_native("probe.c", {"KIND": 1})
+    assert len(list((fresh / "native").iterdir())) == 3
+
+
+def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
+    blocked = fresh / "a_file"
+    blocked.write_text("")
+    monkeypatch.setenv("FROZEN_FAST_CACHE", str(blocked))
+    library = load_native("probe.c", {"KIND": 0})
+    source, target = torch.randn(5), torch.zeros(5)
+    library.round_trip(*(ctypes.c_void_p(x.data_ptr()) for x in (source, target)), ctypes.c_long(5))
+    assert torch.equal(source, target) and blocked.read_text() == ""
+
+
+@pytest.mark.parametrize("kind", native_library.KINDS, ids=str)
+def test_elements_are_read_and_rounded_as_torch_does(kind):
+    """Every 16-bit pattern comes back, NaN as NaN; fp32 to bf16 rounds to even."""
+    source = torch.arange(-(2**15), 2**15).to(torch.int16).view(kind) if kind != torch.float32 else torch.randn(1000)
+    target = torch.empty_like(source)
+    library = load_native("probe.c", {"KIND": native_library.KINDS[kind]})
+    library.round_trip(*(ctypes.c_void_p(x.data_ptr()) for x in (source, target)), ctypes.c_long(len(source)))
+    torch.testing.assert_close(target, source, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_a_compiler_the_reason_is_named(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no C compiler" in unavailable_backends("cpu", torch.float32)["native"]
+    qkv, _ = make_case(1, 2, 3, 1, 4)
+    with pytest.raises(
+        ValueError, match="got 'native', which cannot run here: no C compiler.*allowed: auto, reference"
+    ):
+        divided_attention(qkv, 2, "time", backend="native")
+
+
+def test_a_compiler_that_fails_is_a_reason_too(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(script(tmp_path, "broken", 'echo "x.c:1: error: no headers" >&2; exit 1')))
+    reason = unavailable_backends("cpu", torch.float32)["native"]
+    assert "cannot build probe.c: x.c:1: error: no headers" in reason and "\n" not in reason
+
+
+def test_a_compiler_that_hangs_is_a_reason_too(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", str(script(tmp_path, "slow", '[ "$1" = --version ] || sleep 60')))
+    monkeypatch.setattr(native_library, "BUILD_SECONDS", 0.2)
+    assert "did not build probe.c within 0.2 s" in unavailable_backends("cpu", torch.float32)["native"]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 7])
+def test_every_task_runs_once_whatever_the_threads(tasks, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    seen = []
+    in_parallel(lambda begin, end, extra: seen.extend(range(begin.value, end.value)), tasks, 0)
+    assert sorted(seen) == list(range(tasks))
+
+
+def test_a_forked_process_makes_its_own_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    qkv, grad = make_case(2, 2, 5, 1, 8)
+    expected = divided_attention(qkv, 2, "time", backend="native")
+    child = os.fork()
+    if not child:
+        os._exit(0 if torch.equal(divided_attention(qkv, 2, "time", backend="native"), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads(monkeypatch):
+    qkv, grad = make_case(3, 4, 19, 2, 16)
+    results = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(run(lambda x: divided_attention(x, 4, "time", backend="native"), qkv, grad))
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)

@@ -38,16 +38,14 @@ class StagePlan:
         return math.floor(steps_done / self.epoch_steps) > math.floor((steps_done - 1) / self.epoch_steps)
 
 
-def loss_batch_size(config: ExperimentConfig, stage: int) -> int:
-    """Clips over which a validation loss is taken: the batch of the first training source in a stage.
+def loss_batch_size(config: ExperimentConfig) -> int:
+    """Clips over which a validation loss is taken: the batch of the first training source in the last stage.
 
-    Args:
-        config: a checked config.
-        stage: index of the stage; -1 for the last.
+    One size for the whole run, because a loss over fewer clips is lower: there are fewer to be taken for the right one.
     """
-    plan = config.curriculum.stages[stage]
+    stage = config.curriculum.stages[-1]
     names = [source_name(source) for source in config.data.sources[:1]]
-    return dict(plan.batch_sizes).get(names[0], plan.global_batch_size) if names else plan.global_batch_size
+    return dict(stage.batch_sizes).get(names[0], stage.global_batch_size) if names else stage.global_batch_size
 
 
 def source_name(source: SourceConfig) -> str:

@@ -66,7 +66,7 @@ class RunParts:
     energy: EnergyMeter | None = None
 
 
-class _StepGivenUp(Exception):  # noqa: N818  (it is no error: the run was told to stop)
+class _StepGivenUp(Exception):
     """A rank has no batch because its loader was stopped with it; every rank raises it at the same pass."""
 
 
@@ -352,7 +352,7 @@ class Engine:
         """Evaluate on every source and write down what came out; None when told to stop meanwhile."""
         rows: list[dict[str, Any]] = []
         bad_clips: list[dict[str, Any]] = []
-        batch_size = loss_batch_size(self._config, plan.index)
+        batch_size = loss_batch_size(self._config)
         eager = compiling.eager() if self._config.training.compile else nullcontext()
         with eager, self._parallel.whole_model() as whole:
             model = cast(DualEncoder, whole)

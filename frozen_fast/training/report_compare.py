@@ -14,6 +14,7 @@ from frozen_fast.training.report_document import (
     count,
     duration,
     gibibytes,
+    joules,
     markdown_table,
     number,
     percent,
@@ -91,6 +92,7 @@ def _stage_lines(runs: list[RunData], stage: int) -> list[list[str]]:
         [f"{label}: device-hours", *(row(run, lambda r: significant(r["gpu_hours"])) for run in runs)],
         [f"{label}: MFU", *(row(run, lambda r: percent(r.get("mfu"))) for run in runs)],
         [f"{label}: peak memory", *(row(run, lambda r: gibibytes(r["peak_memory_bytes"])) for run in runs)],
+        [f"{label}: energy", *(row(run, lambda r: joules(r.get("joules"))) for run in runs)],
     ]
 
 

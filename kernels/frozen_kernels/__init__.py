@@ -2,6 +2,7 @@
 
 from frozen_kernels.attention import divided_attention, resolve_backend
 from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
+from frozen_kernels.cls_attention import cls_attention
 from frozen_kernels.fused_bias_gelu import bias_gelu, has_bias_gelu_kernel
 from frozen_kernels.fused_layer_norm import add_layer_norm
 from frozen_kernels.fused_positions import add_positions
@@ -13,6 +14,7 @@ __all__ = [
     "add_positions",
     "bias_gelu",
     "chosen_backends",
+    "cls_attention",
     "divided_attention",
     "has_bias_gelu_kernel",
     "resolve_backend",

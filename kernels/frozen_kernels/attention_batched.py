@@ -306,6 +306,7 @@ def _(grad_out: Tensor, qkv: Tensor, saved: Tensor, cls_saved: Tensor, num_frame
 def _save(ctx: Any, inputs: tuple[Tensor, int, str, bool], output: tuple[Tensor, Tensor, Tensor]) -> None:
     qkv, ctx.num_frames, ctx.axis, keep = inputs
     assert keep, "a differentiated call keeps its probabilities"
+    ctx.set_materialize_grads(False)  # nothing asks for the gradient of what is kept
     ctx.save_for_backward(qkv, output[1], output[2])
 
 

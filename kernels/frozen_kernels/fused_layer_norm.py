@@ -1,11 +1,13 @@
 """Residual sum and LayerNorm in one pass: the sum is written once and normalised while it is in registers.
 
-The plain form is `add_layer_norm_reference`; the Triton form is frozen_kernels.triton_layer_norm. Legend: R rows
-(all axes but the last), D width.
+The plain form is `add_layer_norm_reference`; the others are frozen_kernels.triton_layer_norm and
+native_layer_norm. Legend: R rows (all axes but the last), D width.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.nn.functional import layer_norm
 
 from frozen_kernels.fused import FusedForm, fused_form
 
-FORMS: tuple[FusedForm, ...] = ("plain", "triton")
+FORMS: tuple[FusedForm, ...] = ("plain", "triton", "native")
 
 
 def add_layer_norm_reference(
@@ -26,18 +28,21 @@ def add_layer_norm_reference(
     return total, normed.to(out_dtype)
 
 
+def _kernels(form: str) -> ModuleType:
+    """The module of a form."""
+    return import_module(f"frozen_kernels.{form}_layer_norm")
+
+
 @torch.library.custom_op("frozen_kernels::add_layer_norm", mutates_args=())
 def _forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from frozen_kernels.triton_layer_norm import launch_forward
-
-    return launch_forward(x, branch, weight, bias, eps, out_dtype)
+    return _kernels(form).launch_forward(x, branch, weight, bias, eps, out_dtype)
 
 
 @_forward.register_fake
 def _(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     rows = x.numel() // x.shape[-1]
@@ -47,32 +52,57 @@ def _(
 
 @torch.library.custom_op("frozen_kernels::add_layer_norm_backward", mutates_args=())
 def _backward(
-    grad_total: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from frozen_kernels.triton_layer_norm import launch_backward
-
-    return launch_backward(grad_total, grad_normed, total, weight, statistics)
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    narrow_dtype: torch.dtype | None,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _kernels(form).launch_backward(grad_total, grad_normed, total, weight, statistics, narrow_dtype)
 
 
 @_backward.register_fake
 def _(
-    grad_total: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(total), torch.empty_like(weight), torch.empty_like(weight)
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    narrow_dtype: torch.dtype | None,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    narrow = torch.empty_like(total, dtype=narrow_dtype) if narrow_dtype else total.new_empty(0)
+    return torch.empty_like(total), narrow, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, branch, weight, bias, _, _ = inputs
+    x, branch, weight, bias, _, _, ctx.form = inputs
     ctx.dtypes = (x.dtype, None if branch is None else branch.dtype, bias.dtype)
+    ctx.set_materialize_grads(False)  # the last block's sum goes nowhere
     ctx.save_for_backward(output[0], weight, output[2])
 
 
-def _differentiate(ctx: Any, grad_total: Tensor, grad_normed: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, unused: None
+) -> tuple[Tensor | None, ...]:
     total, weight, statistics = ctx.saved_tensors
-    grad, grad_weight, grad_bias = _backward(grad_total, grad_normed, total, weight, statistics)
     x_dtype, branch_dtype, bias_dtype = ctx.dtypes
-    grad_branch = None if branch_dtype is None else grad.to(branch_dtype)
-    return grad.to(x_dtype), grad_branch, grad_weight, grad_bias.to(bias_dtype), None, None
+    if grad_normed is None:
+        grad_normed = torch.zeros_like(total)
+    narrow_dtype = next((kind for kind in (branch_dtype, x_dtype) if kind not in (None, total.dtype)), None)
+    grad, narrow, grad_weight, grad_bias = _backward(
+        grad_total, grad_normed, total, weight, statistics, narrow_dtype, ctx.form
+    )
+    by_dtype = {total.dtype: grad, narrow_dtype: narrow}
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        # bf16 and fp16 add up to fp32: then two dtypes are narrower than the sum's
+        return by_dtype[dtype] if dtype in by_dtype else grad.to(dtype)
+
+    grad_branch = None if branch_dtype is None else gradient(branch_dtype)
+    return gradient(x_dtype), grad_branch, grad_weight, grad_bias.to(bias_dtype), None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -97,7 +127,7 @@ def add_layer_norm(
         bias_D: LayerNorm bias.
         eps: added to the variance; 1e-6 in the released model.
         out_dtype: dtype of the normalised result; none: that of the sum.
-        backend: auto (Triton on CUDA), plain, or triton.
+        backend: auto (Triton on CUDA, C on a CPU), plain, triton, or native.
 
     Returns:
         (x + branch [..., D] in the wider of both dtypes, its LayerNorm [..., D]); differentiable in all tensors.
@@ -111,7 +141,8 @@ def add_layer_norm(
         raise ValueError(f"weight, bias: got {tuple(weight_D.shape)}, {tuple(bias_D.shape)}; allowed: [{x.shape[-1]}]")
     dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     out_dtype = out_dtype or dtype
-    if fused_form(backend, x.device, dtype, FORMS) == "triton":
-        total, normed, _ = _forward(x, branch, weight_D, bias_D, eps, out_dtype)
-        return total, normed
-    return add_layer_norm_reference(x, branch, weight_D, bias_D, eps, out_dtype)
+    form = fused_form(backend, x.device, dtype, FORMS)
+    if form == "plain":
+        return add_layer_norm_reference(x, branch, weight_D, bias_D, eps, out_dtype)
+    total, normed, _ = _forward(x, branch, weight_D, bias_D, eps, out_dtype, form)
+    return total, normed

@@ -40,10 +40,10 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_total, grad_normed, total, weight, statistics, grad, weight_parts, bias_parts, rows, D,
-    ROWS: tl.constexpr, DP: tl.constexpr,
+    grad_total, grad_normed, total, weight, statistics, grad, narrow, weight_parts, bias_parts, rows, D,
+    HAS_TOTAL: tl.constexpr, HAS_NARROW: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows: the gradient of the sum, and the block's parts of the weight's and bias's gradients."""
+    """ROWS rows: the sum's gradient in one or two dtypes, and the block's parts of the weight's and bias's."""
     column = tl.arange(0, DP)
     wide = column < D
     scale = tl.load(weight + column, mask=wide, other=0.0).to(tl.float32)
@@ -53,7 +53,6 @@ def backward_kernel(
         row = tl.program_id(0).to(tl.int64) * ROWS + step
         inside = wide & (row < rows)
         upper = tl.load(grad_normed + row * D + column, mask=inside, other=0.0).to(tl.float32)
-        through = tl.load(grad_total + row * D + column, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(total + row * D + column, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(statistics + row * 2, mask=row < rows, other=0.0)
         inverse = tl.load(statistics + row * 2 + 1, mask=row < rows, other=0.0)
@@ -61,7 +60,12 @@ def backward_kernel(
         scaled = upper * scale
         along = tl.sum(scaled * unit, axis=0) / D
         level = tl.sum(scaled, axis=0) / D
-        tl.store(grad + row * D + column, through + (scaled - level - unit * along) * inverse, mask=inside)
+        result = (scaled - level - unit * along) * inverse
+        if HAS_TOTAL:
+            result += tl.load(grad_total + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad + row * D + column, result, mask=inside)
+        if HAS_NARROW:
+            tl.store(narrow + row * D + column, result, mask=inside)
         weight_part += upper * unit
         bias_part += upper
     tl.store(weight_parts + tl.program_id(0) * D + column, weight_part, mask=wide)
@@ -92,18 +96,25 @@ def launch_forward(
 
 
 def launch_backward(
-    grad_total: Tensor, grad_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum, the weight and the bias; the last two are added over programs in a fixed order."""
+    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor,
+    narrow_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the sum, in its dtype and in narrow_dtype (or empty), of the weight and of the bias.
+
+    The last two are added over programs in a fixed order.
+    """
     width = total.shape[-1]
     rows, padded = total.numel() // width, triton.next_power_of_2(width)
     per_program = triton.next_power_of_2(triton.cdiv(rows, PROGRAMS_BACKWARD))
     programs = triton.cdiv(rows, per_program)
     grad = torch.empty_like(total)
+    narrow = torch.empty_like(total, dtype=narrow_dtype) if narrow_dtype else total.new_empty(0)
     parts = torch.empty(2, programs, width, dtype=torch.float32, device=total.device)
     backward_kernel[(programs,)](
-        grad_total.contiguous(), grad_normed.contiguous(), total, weight.contiguous(), statistics, grad, parts[0],
-        parts[1], rows, width, ROWS=per_program, DP=padded, num_warps=_warps(padded),
+        total if grad_total is None else grad_total.contiguous(), grad_normed.contiguous(), total,
+        weight.contiguous(), statistics, grad, narrow, parts[0], parts[1], rows, width,
+        HAS_TOTAL=grad_total is not None, HAS_NARROW=narrow_dtype is not None, ROWS=per_program, DP=padded,
+        num_warps=_warps(padded),
     )  # fmt: skip
     grad_weight, grad_bias = parts.sum(dim=1).to(weight.dtype).unbind(0)
-    return grad, grad_weight.clone(), grad_bias.clone()
+    return grad, narrow, grad_weight.clone(), grad_bias.clone()

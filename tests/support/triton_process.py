@@ -26,7 +26,7 @@ def run_interpreted(group: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-POINTERS = ("qkv", "out", "grad_out", "grad_qkv", "x", "branch", "weight", "bias", "total", "normed", "grad")
+POINTERS = ("qkv", "out", "grad_out", "grad_qkv", "x", "branch", "weight", "bias", "total", "normed", "grad", "narrow")
 POINTERS += ("grad_total", "grad_normed")
 FP32_POINTERS = ("stats", "sums", "lse", "delta", "cls_lse", "cls_delta", "query_parts", "key_parts", "value_parts")
 FP32_POINTERS += ("statistics", "weight_parts", "bias_parts", "parts")

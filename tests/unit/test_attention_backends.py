@@ -106,8 +106,19 @@ def test_one_frame_sigmoid_at_the_ends(frames, axis):
     """Scores that saturate the sigmoid give zero gradients, not NaN."""
     qkv, grad = make_case(1, frames, 3, 1, 4)
     qkv[:, :, :2] *= 1000
-    found = run(lambda x: divided_attention(x, frames, axis, backend="batched"), qkv, grad)
-    assert all(torch.isfinite(value).all() for value in found.values())
+    for backend in ("batched", "native"):
+        found = run(lambda x: divided_attention(x, frames, axis, backend=backend), qkv, grad)  # noqa: B023
+        assert all(torch.isfinite(value).all() for value in found.values())
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("backend", ["reference", "batched", "native"])
+def test_a_nan_is_not_lost(backend, axis):
+    """A query that is NaN makes its own row NaN and no other (PyTorch's attention for CPUs, sdpa, makes it zeros)."""
+    qkv, _ = make_case(1, 2, 5, 1, 8)
+    qkv[0, 3, 0, 0, 2] = torch.nan
+    out = divided_attention(qkv, 2, axis, backend=backend)
+    assert out[0, 3].isnan().all() and not out[0, [0, 1, 2, 4, 5]].isnan().any()
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -150,12 +161,13 @@ def test_safe_under_compile_and_checkpointing(backend, axis):
 def test_registered_operators_keep_torchs_rules():
     """Fake shapes, autograd registration and no hidden mutation, as torch's own checker sees them."""
     from frozen_kernels.attention_batched import batched_forward
-    from frozen_kernels.attention_native import time_forward
+    from frozen_kernels.attention_native import space_forward, time_forward
 
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for frames in (1, 2):
         qkv, _ = make_case(1, frames, 3, 2, 4)
         torch.library.opcheck(time_forward, (qkv.requires_grad_(), frames), test_utils=checks)
+        torch.library.opcheck(space_forward, (qkv, frames, True), test_utils=checks)
         for axis in AXES:
             torch.library.opcheck(batched_forward, (qkv, frames, axis, True), test_utils=checks)
 

@@ -19,7 +19,7 @@ def test_plain_forms(case):
     assert_close(fused_errors(op, dtype, rows, width, backend="plain"), getattr(torch, dtype))
 
 
-@pytest.mark.parametrize("case", [case for case in FUSED_CASES if case[0] == "bias_gelu"], ids=str)
+@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
 def test_native_forms(case):
     op, dtype, rows, width = case
     assert_close(fused_errors(op, dtype, rows, width, backend="native"), getattr(torch, dtype))
@@ -35,6 +35,20 @@ def test_native_gelu_far_from_zero():
     assert odd[0].isnan() and odd[1] == torch.inf
 
 
+@pytest.mark.parametrize("used", ["sum", "norm"])
+def test_one_of_layer_norms_results_may_go_nowhere(used):
+    x, branch, weight, bias = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
+    grads = {}
+    for backend in ("plain", "native"):
+        leaves = [value.clone().requires_grad_() for value in (x, branch.bfloat16(), weight, bias)]
+        outputs = add_layer_norm(*leaves, backend=backend)
+        outputs[used == "norm"].square().sum().backward()
+        grads[backend] = [torch.zeros(8) if leaf.grad is None else leaf.grad for leaf in leaves]
+        assert [grad.dtype for grad in grads[backend][:2]] == [torch.float32, torch.bfloat16]
+    for native, plain in zip(grads["native"], grads["plain"], strict=True):
+        torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def interpreted():
     pytest.importorskip("triton")
@@ -47,12 +61,16 @@ def test_interpreted_triton_forms(case, interpreted):
     assert_close(interpreted["-".join(map(str, case))], getattr(torch, case[1]), cut_off=True)
 
 
+BOTH, NEITHER = ({"HAS_TOTAL": used, "HAS_NARROW": used} for used in (True, False))
+
+
 @pytest.mark.parametrize(
     ("module", "kernel", "dtype", "constants"),
     [
         ("triton_layer_norm", "forward_kernel", "bf16", {"HAS_BRANCH": True, "ROWS": 4, "DP": 1024}),
         ("triton_layer_norm", "forward_kernel", "fp16", {"HAS_BRANCH": False, "ROWS": 4, "DP": 1024}),
-        ("triton_layer_norm", "backward_kernel", "bf16", {"ROWS": 64, "DP": 1024}),
+        ("triton_layer_norm", "backward_kernel", "bf16", {**BOTH, "ROWS": 64, "DP": 1024}),
+        ("triton_layer_norm", "backward_kernel", "fp16", {**NEITHER, "ROWS": 64, "DP": 1024}),
         ("triton_bias_gelu", "forward_kernel", "bf16", {"ROWS": 8, "COLUMNS": 256}),
         ("triton_bias_gelu", "backward_kernel", "bf16", {"ROWS": 64, "COLUMNS": 256}),
     ],

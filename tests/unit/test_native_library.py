@@ -112,10 +112,11 @@ def test_a_forked_process_makes_its_own_threads(monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads(monkeypatch):
+@pytest.mark.parametrize("axis", ["time", "space"])
+def test_gradients_do_not_depend_on_the_number_of_threads(axis, monkeypatch):
     qkv, grad = make_case(3, 4, 19, 2, 16)
     results = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        results.append(run(lambda x: divided_attention(x, 4, "time", backend="native"), qkv, grad))
+        results.append(run(lambda x: divided_attention(x, 4, axis, backend="native"), qkv, grad))
     assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)

@@ -6,8 +6,9 @@
 One run: the same weights and the same batch for all, taking turns window by window. The step is the video tower's
 forward and backward pass; with --whole it is the dual encoder's: both towers, the contrastive loss and AdamW.
 `released` is benchmarks/released_tower.py. Other contenders name an attention backend of frozen_kernels (auto takes
-the fastest) in our tower; +compile compiles its blocks. Every contender runs in every precision (bf16: autocast over
-fp32 weights); its ratio to `released` in fp32 and in bf16 says how many times faster it is.
+the fastest) in our tower; +compile compiles its blocks, +plain has PyTorch's own operators for residual norms and
+GELU, +whole computes the last block's patch outputs, which nothing reads. Every contender runs in every precision
+(bf16: autocast over fp32 weights); its ratio to `released` in fp32 and in bf16 says how many times faster it is.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from frozen_fast.models.text import KNOWN_ARCHITECTURES, model_from_config
 from frozen_kernels import BACKEND_NAMES, chosen_backends, unavailable_backends
 
 RELEASED = "released"
-COMPILED = "+compile"
+COMPILED, PLAIN, WHOLE = "+compile", "+plain", "+whole"
 PRECISIONS = ("fp32", "bf16")
 BATCHES = {"cuda": "1=96,4=24,8=16", "cpu": "1=8,4=2,8=1"}
 TEXT = "distilbert-base-uncased"
@@ -58,16 +59,21 @@ class Contender:
         """Build the model.
 
         Args:
-            name: "released", or an attention backend, with or without +compile.
+            name: "released", or an attention backend, with or without +compile, +plain and +whole.
             case: the batch.
             max_frames: rows of temporal_embed.
             device: where it runs.
         """
         torch.manual_seed(0)
         size = VIDEO_SIZES[case.size]
-        backend = name.removesuffix(COMPILED)
+        backend = backend_of(name)
         ours = SpaceTimeTransformer(
-            size, max_frames, attention="auto" if backend == RELEASED else backend, time_init="random"
+            size,
+            max_frames,
+            attention="auto" if backend == RELEASED else backend,
+            fused_ops="plain" if PLAIN in name else "auto",
+            full_last_block=WHOLE in name,
+            time_init="random",
         )
         tower: nn.Module = ours
         if backend == RELEASED:
@@ -84,7 +90,7 @@ class Contender:
             self.model = encoder.to(device).train()
             fused = None if backend == RELEASED else True
             self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=0, fused=fused)
-        if name.endswith(COMPILED):
+        if COMPILED in name:
             for block in tower.blocks:  # type: ignore[union-attr]
                 block.compile()
 
@@ -149,7 +155,7 @@ def figures(key: str, timings: dict[str, Timing], batch: int) -> dict[str, Any]:
 
 def why_not(name: str, precision: str, device: torch.device) -> str:
     """Why a contender cannot run here; empty if it can."""
-    return unavailable_backends(device, DTYPES[precision]).get(name.removesuffix(COMPILED), "")
+    return unavailable_backends(device, DTYPES[precision]).get(backend_of(name), "")
 
 
 def table(rows: list[dict[str, Any]], device: torch.device) -> str:
@@ -174,6 +180,11 @@ def table(rows: list[dict[str, Any]], device: torch.device) -> str:
             f"{row['clips_per_second']:.2f} | {ratios} | {row['peak_bytes'] / 2**20:.0f} |"
         )
     return "\n".join(lines) + f"\n\nMeasured on {device.type}; memory is what one step holds beyond the weights.\n"
+
+
+def backend_of(contender: str) -> str:
+    """What stands before the suffixes."""
+    return contender.split("+")[0]
 
 
 def read_pairs(text: str) -> list[tuple[int, int]]:
@@ -205,7 +216,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     known = (RELEASED, "auto", *BACKEND_NAMES)
     try:
         for name in options.contenders.split(","):
-            if name.removesuffix(COMPILED) not in known:
+            if backend_of(name) not in known or not set(name.split("+")[1:]) <= {"compile", "plain", "whole"}:
                 raise unknown_name("--contenders", name, known)
         for name in options.precisions.split(","):
             if name not in PRECISIONS:

@@ -35,6 +35,7 @@ class VideoTowerConfig:
     weights: str = key("none", "initial ViT weights: none, timm:NAME, or a local .pth/.safetensors file")
     block: Literal["frozen_in_time", "timesformer"] = key("frozen_in_time", "where the space residual adds: the block's input, or TimeSformer's divided block")
     attention: Attention = key("auto", "attention backend of frozen_kernels")
+    fused_ops: Literal["auto", "plain"] = key("auto", "residual norms and bias + GELU: frozen_kernels' fastest form for the device (Triton, C), or PyTorch's own operators")
     time_init: Literal["zero_output", "released", "random"] = key("zero_output", "how time attention starts: output projection 0; qkv 0 and projection 1 as released at more than one frame (its queries and keys then never learn); or random as released at one frame")
     position_init_std: float = key(0.02, "spread of the position embeddings' start; a tower from scratch on little data needs 1 to see where things are")
     temporal_init_std: float = key(0.0, "spread of the temporal embeddings' start, added to what the first expansion makes of one frame's row; 0: as in the paper")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from frozen_kernels import add_layer_norm, bias_gelu, cls_attention, divided_attention, has_bias_gelu_kernel
+from frozen_kernels import add_layer_norm, bias_gelu, cls_attention, divided_attention, fused_form
 
 Block = Literal["frozen_in_time", "timesformer"]
+FusedOps = Literal["auto", "plain"]
 
 LAYER_NORM_EPS = 1e-6
 
@@ -51,9 +52,10 @@ class PatchEmbedding(nn.Module):
 class ResidualNorm(nn.LayerNorm):
     """Adds a branch to the residual stream and normalises the sum, in one pass where there is a kernel for it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, fused_ops: FusedOps) -> None:
         """Weights as LayerNorm's."""
         super().__init__(width, eps=LAYER_NORM_EPS)
+        self.fused_ops = fused_ops
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(x + branch, its norm), both [..., D]; the norm in the dtype that matrix products take here."""
@@ -66,7 +68,7 @@ class ResidualNorm(nn.LayerNorm):
             self.bias,
             eps=self.eps,
             out_dtype=torch.get_autocast_dtype(device_type) if autocast else None,
-            backend=_fused_backend(),
+            backend=_form(self.fused_ops),
         )
 
 
@@ -109,9 +111,14 @@ class Attention(nn.Module):
 class GeluLinear(nn.Linear):
     """A linear layer and the exact GELU."""
 
+    def __init__(self, width: int, hidden: int, fused_ops: FusedOps) -> None:
+        """Weights as Linear's."""
+        super().__init__(width, hidden)
+        self.fused_ops = fused_ops
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., hidden]. Where there is a kernel, it adds the bias too, and reduces its gradient."""
-        if _fused_backend() == "auto" and has_bias_gelu_kernel(x):
+        if fused_form(_form(self.fused_ops), x.device, x.dtype) != "plain":
             return bias_gelu(F.linear(x, self.weight), self.bias)
         return F.gelu(super().forward(x))
 
@@ -119,10 +126,10 @@ class GeluLinear(nn.Linear):
 class Mlp(nn.Module):
     """fc1, exact GELU, fc2."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, fused_ops: FusedOps) -> None:
         """Hold the two linear layers under their released names."""
         super().__init__()
-        self.fc1 = GeluLinear(width, hidden)
+        self.fc1 = GeluLinear(width, hidden, fused_ops)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,18 +146,26 @@ class SpaceTimeBlock(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, block: Block, backend: str, skip_time_at_one_frame: bool
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        block: Block,
+        *,
+        attention: str,
+        fused_ops: FusedOps,
+        skip_time_at_one_frame: bool,
     ) -> None:
         """Build the block; see SpaceTimeTransformer for the arguments."""
         super().__init__()
         self.residual_from_input = block == "frozen_in_time"
         self.skip_time_at_one_frame = skip_time_at_one_frame
-        self.norm1 = ResidualNorm(width)
-        self.attn = Attention(width, heads, "space", backend)
-        self.timeattn = Attention(width, heads, "time", backend)
-        self.norm2 = ResidualNorm(width)
-        self.mlp = Mlp(width, hidden)
-        self.norm3 = ResidualNorm(width)
+        self.norm1 = ResidualNorm(width, fused_ops)
+        self.attn = Attention(width, heads, "space", attention)
+        self.timeattn = Attention(width, heads, "time", attention)
+        self.norm2 = ResidualNorm(width, fused_ops)
+        self.mlp = Mlp(width, hidden, fused_ops)
+        self.norm3 = ResidualNorm(width, fused_ops)
 
     def forward(
         self, x_BSD: Tensor, branch: Tensor | None, num_frames: int, cls_only: bool = False
@@ -177,6 +192,6 @@ class SpaceTimeBlock(nn.Module):
         return (0.0 * torch.stack([parameter.flatten()[0] for parameter in branch]).sum()).expand_as(x_BSD)
 
 
-def _fused_backend() -> str:
-    """Kernels of our own in eager mode; under torch.compile the plain form, which the compiler fuses."""
-    return "plain" if torch.compiler.is_compiling() else "auto"
+def _form(fused_ops: FusedOps) -> str:
+    """What the fused ops are asked for; under torch.compile the plain form, which the compiler fuses."""
+    return "plain" if torch.compiler.is_compiling() else fused_ops

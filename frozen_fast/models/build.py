@@ -40,6 +40,7 @@ def build_dual_encoder(
     options: dict[str, Any] = {
         "block": video.block,
         "attention": video.attention,
+        "fused_ops": video.fused_ops,
         "skip_time_attention_at_one_frame": video.skip_time_attention_at_one_frame,
         "checkpointed_blocks": video.checkpointed_blocks,
         "full_last_block": video.full_last_block,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from frozen_fast.errors import UserError, unknown_name
-from frozen_fast.models.blocks import LAYER_NORM_EPS, Attention, Block, PatchEmbedding, SpaceTimeBlock
+from frozen_fast.models.blocks import LAYER_NORM_EPS, Attention, Block, FusedOps, PatchEmbedding, SpaceTimeBlock
 from frozen_kernels import BACKEND_NAMES, add_positions, unavailable_backends
 
 TimeInit = Literal["zero_output", "released", "random"]
@@ -77,6 +77,7 @@ class SpaceTimeTransformer(nn.Module):
         *,
         block: Block = "frozen_in_time",
         attention: str = "auto",
+        fused_ops: FusedOps = "auto",
         time_init: TimeInit = "zero_output",
         position_init_std: float = INIT_STD,
         temporal_init_std: float = 0.0,
@@ -91,6 +92,7 @@ class SpaceTimeTransformer(nn.Module):
             max_frames: rows of temporal_embed; its shape never changes, so that optimizers and shards keep theirs.
             block: where the space residual adds (SpaceTimeBlock).
             attention: backend of frozen_kernels.divided_attention.
+            fused_ops: residual norms and bias + GELU by frozen_kernels' fastest form, or by PyTorch's own operators.
             time_init: how time attention starts (init_weights).
             position_init_std: spread of the spatial position embeddings' start.
             temporal_init_std: likewise of the temporal embeddings'; 0: zeros.
@@ -122,7 +124,13 @@ class SpaceTimeTransformer(nn.Module):
         self.temporal_embed = nn.Parameter(torch.zeros(1, max_frames, size.width))
         self.blocks = nn.ModuleList(
             SpaceTimeBlock(
-                size.width, size.heads, size.width * size.mlp_ratio, block, attention, skip_time_attention_at_one_frame
+                size.width,
+                size.heads,
+                size.width * size.mlp_ratio,
+                block,
+                attention=attention,
+                fused_ops=fused_ops,
+                skip_time_at_one_frame=skip_time_attention_at_one_frame,
             )
             for _ in range(size.depth)
         )

@@ -84,7 +84,7 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
         config.evaluation.frames,
         config.model.expansion,
         text.tokenizer or (None if checkpoint.is_dir() else text.name),
-        video_options={"attention": config.model.video.attention},
+        video_options={"attention": config.model.video.attention, "fused_ops": config.model.video.fused_ops},
     )
     _check_normalisation(model, config)
     model.video_model.check_attention(device)

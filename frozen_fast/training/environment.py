@@ -75,6 +75,7 @@ def describe(
         "command": sys.argv,
         "decode_backends": {},
         "attention_backends": [],
+        "fused_ops": None,
         "precision": precision,
         "precision_reason": precision_reason,
         "started": time.time(),

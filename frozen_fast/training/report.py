@@ -316,6 +316,7 @@ def _machine(run: RunData) -> Section | None:
         ),
         "Decoding": _backends(environment.get("decode_backends") or {}),
         "Attention": "; ".join(_attention(entry) for entry in environment.get("attention_backends") or []),
+        "Residual norms, GELU": environment.get("fused_ops") or "",
         "Commit": f"{environment.get('git_commit') or 'not a checkout'}{dirty}",
         "Command": " ".join(command) if isinstance(command, list) else str(command or ""),
         "Python": str(environment.get("python", "")),

@@ -3,7 +3,8 @@
 from frozen_kernels.attention import divided_attention, resolve_backend
 from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
 from frozen_kernels.cls_attention import cls_attention
-from frozen_kernels.fused_bias_gelu import bias_gelu, has_bias_gelu_kernel
+from frozen_kernels.fused import fused_form
+from frozen_kernels.fused_bias_gelu import bias_gelu
 from frozen_kernels.fused_layer_norm import add_layer_norm
 from frozen_kernels.fused_positions import add_positions
 from frozen_kernels.selection import chosen_backends
@@ -16,7 +17,7 @@ __all__ = [
     "chosen_backends",
     "cls_attention",
     "divided_attention",
-    "has_bias_gelu_kernel",
+    "fused_form",
     "resolve_backend",
     "unavailable_backends",
 ]

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from frozen_kernels.fused import FusedForm, fused_form
-
-FORMS: tuple[FusedForm, ...] = ("plain", "triton", "native")
+from frozen_kernels.fused import fused_form
 
 
 def bias_gelu_reference(x: Tensor, bias_D: Tensor) -> Tensor:
@@ -77,10 +75,5 @@ def bias_gelu(x: Tensor, bias_D: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if bias_D.shape != x.shape[-1:]:
         raise ValueError(f"bias: got shape {tuple(bias_D.shape)}; allowed: [{x.shape[-1]}]")
-    form = fused_form(backend, x.device, x.dtype, FORMS)
+    form = fused_form(backend, x.device, x.dtype)
     return bias_gelu_reference(x, bias_D) if form == "plain" else _forward(x, bias_D, form)
-
-
-def has_bias_gelu_kernel(x: Tensor) -> bool:
-    """Whether bias_gelu has more than the plain form for a tensor."""
-    return fused_form("auto", x.device, x.dtype, FORMS) != "plain"

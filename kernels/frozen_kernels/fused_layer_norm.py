@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from frozen_kernels.fused import FusedForm, fused_form
-
-FORMS: tuple[FusedForm, ...] = ("plain", "triton", "native")
+from frozen_kernels.fused import fused_form
 
 
 def add_layer_norm_reference(
@@ -141,7 +139,7 @@ def add_layer_norm(
         raise ValueError(f"weight, bias: got {tuple(weight_D.shape)}, {tuple(bias_D.shape)}; allowed: [{x.shape[-1]}]")
     dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     out_dtype = out_dtype or dtype
-    form = fused_form(backend, x.device, dtype, FORMS)
+    form = fused_form(backend, x.device, dtype)
     if form == "plain":
         return add_layer_norm_reference(x, branch, weight_D, bias_D, eps, out_dtype)
     total, normed, _ = _forward(x, branch, weight_D, bias_D, eps, out_dtype, form)

@@ -129,12 +129,12 @@ def test_mistakes_are_named():
 
 def test_which_form_runs(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    cpu, forms = torch.device("cpu"), ("plain", "triton")
-    assert fused_form("auto", cpu, torch.float32, forms) == fused_form("plain", cpu, torch.float32, forms) == "plain"
-    assert fused_form("auto", cpu, torch.float32, (*forms, "native")) == "native"
-    with pytest.raises(ValueError, match="got 'triton', which cannot run here: .*; allowed: auto, plain"):
-        fused_form("triton", cpu, torch.float32, forms)
-    with pytest.raises(ValueError, match="backend: got 'fast'; allowed: auto, plain, triton"):
-        fused_form("fast", cpu, torch.float32, forms)
+    cpu = torch.device("cpu")
+    assert fused_form("auto", cpu, torch.float32) == fused_form("native", cpu, torch.float32) == "native"
+    assert fused_form("plain", cpu, torch.float32) == "plain"
+    with pytest.raises(ValueError, match="got 'triton', which cannot run here: .*; allowed: auto, plain, native"):
+        fused_form("triton", cpu, torch.float32)
+    with pytest.raises(ValueError, match="backend: got 'fast'; allowed: auto, plain, triton, native"):
+        fused_form("fast", cpu, torch.float32)
     monkeypatch.setattr(fused, "unavailable_backends", lambda *_: {"native": "no C compiler"})
-    assert fused_form("auto", cpu, torch.float32, (*forms, "native")) == "plain"
+    assert fused_form("auto", cpu, torch.float32) == "plain"

@@ -157,7 +157,7 @@ class _WindowReader:
             info, first, last = probe_clip(clip, self.prober, self.max_pixels)
         except ClipError as error:
             return error
-        frames = 1 if clip.kind == "image" else self.frames
+        frames = 1 if self.source.kind == "image" else self.frames
         stride = stride_in_frames(self.stride_seconds, info.frames_per_second)
         windows = test_windows(last - first, frames, stride_frames=stride, max_windows=self.max_windows)
         return clip, [[first + frame for frame in window] for window in windows]

@@ -111,6 +111,15 @@ def test_pictures_give_one_frame() -> None:
     assert batch.video_BTCHW.shape == (8, 1, 3, SIZE, SIZE) and batch.frames == 1
 
 
+def test_pictures_among_videos_repeat_their_frame() -> None:
+    clips = [Clip(f"c{n}", f"/x/c{n}.mp4", ("one",), kind="image" if n % 2 else "video") for n in range(8)]
+    source = Source("web", "manifest", PackedClips(clips), "video", CaptionRule())
+    batch = make_reader(source).read(make_specs(source)[0])
+    assert batch.video_BTCHW.shape == (8, 4, 3, SIZE, SIZE) and batch.frames == 4
+    for identity, frames in zip(batch.clip_ids, batch.video_BTCHW[:, :, 1, 0, 0].tolist(), strict=True):
+        assert (len(set(frames)) == 1) == (int(identity[1:]) % 2 == 1)
+
+
 def test_start_and_end_choose_the_frames() -> None:
     source = make_source(10, start_seconds=0.5, end_seconds=1.3)
     seen = set()

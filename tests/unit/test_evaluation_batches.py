@@ -95,6 +95,13 @@ def test_pictures_give_one_window_of_one_frame() -> None:
     assert collect(make_loader(make_source(7, kind="image"), frames=8)) == {index: [[0]] for index in range(7)}
 
 
+def test_pictures_among_videos_repeat_their_frame() -> None:
+    videos, pictures = make_source(4), make_source(4, kind="image")
+    mixed = Source("eval", "manifest", PackedClips([*videos.clips[:2], *pictures.clips[2:]]), "video")
+    window = EXPECTED[20]
+    assert collect(make_loader(mixed)) == {0: window, 1: window, 2: [[0, 0, 0, 0]], 3: [[0, 0, 0, 0]]}
+
+
 def test_start_end_stride_and_max_windows() -> None:
     source = make_source(2, start_seconds=0.5, end_seconds=1.3)
     shifted = [[5 + frame for frame in window] for window in windows_of(8, 4, stride_frames=1)]

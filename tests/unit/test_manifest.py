@@ -116,10 +116,10 @@ def test_files_that_are_not_there_are_counted(tmp_path: Path) -> None:
     assert len(source) == 1 and source.drops == {"file not on disk": 1}
 
 
-def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
+def test_pictures_among_videos_make_a_source_of_videos(tmp_path: Path) -> None:
     image = GOOD | {"id": "c", "path": "c.png", "kind": "image"}
-    with pytest.raises(UserError, match=r"got both kinds \(video: 'a', image: 'c'\); .* two manifests"):
-        read(write(tmp_path, [GOOD, image]))
+    source = read(write(tmp_path, [image, GOOD]))
+    assert source.kind == "video" and [clip.kind for clip in source.clips] == ["image", "video"]
     assert read(write(tmp_path, [image])).kind == "image"
 
 

@@ -25,7 +25,7 @@ from frozen_fast.data.shards.extract import PackSettings
 from frozen_fast.data.shards.files import ShardFiles
 from frozen_fast.data.shards.layout import parse_address
 from support import packing, videos
-from support.datasets import manifest_folder
+from support.datasets import manifest_folder, write_manifest
 from support.fake_decoding import fake_tokenizer
 from support.packing import FRAMES, MEAN, RESOLUTION, STD, pack, source_of
 
@@ -90,6 +90,24 @@ def test_training_reads_the_same_clips_and_captions(frames: int, both: tuple[Sou
             assert set(numbers) <= {2, 7, 12, 17} and numbers == sorted(numbers)
             if frames <= 4:
                 assert [number * frames // FRAMES for number in numbers] == list(range(frames)), "one of each segment"
+
+
+def test_a_picture_among_videos_is_packed_as_a_video_of_one_frame(tmp_path: Path) -> None:
+    path = packing.manifest(tmp_path, 4)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2] |= {"path": videos.picture(tmp_path).name, "kind": "image"}
+    mixed = source_of(write_manifest(tmp_path / "mixed.jsonl", rows))
+    pack(mixed, tmp_path / "packed")
+    packed = source_of(tmp_path / "packed")
+    assert mixed.kind == packed.kind == "video" and {clip.kind for clip in packed.clips} == {"video"}
+    for wanted, got in zip(batches_of(mixed, 4), batches_of(packed, 4), strict=True):
+        place = wanted.clip_ids.index("c2")
+        assert got.clip_ids == wanted.clip_ids and got.video_BTCHW.shape == wanted.video_BTCHW.shape
+        for batch in (wanted, got):
+            still = batch.video_BTCHW[place]
+            assert (still == still[0]).all(), "one frame, repeated"
+            assert len(set(packing.codes(batch.video_BTCHW[place - 1]))) == 4, "a video beside it moves"
+        assert (got.video_BTCHW[place] - wanted.video_BTCHW[place]).abs().mean() < 3, "JPEG's loss, of 255"
 
 
 def test_every_stored_frame_is_drawn(both: tuple[Source, Source]) -> None:

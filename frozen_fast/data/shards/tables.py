@@ -22,11 +22,11 @@ def write_index(folder: Path, writer: ShardWriter, *, kind: str, settings: dict[
     Args:
         folder: the packed folder.
         writer: with every clip added.
-        kind: of the source's clips.
+        kind: of the source.
         settings: those of packing.
     """
     shard_bytes = writer.finish()
-    splits = _write_tables(folder, writer)
+    splits = _write_tables(folder, writer, kind)
     files = (layout.CLIPS, layout.CLIP_TABLE, layout.FRAME_TABLE)
     index = {
         "format": "frozen_fast frame shards",
@@ -44,7 +44,7 @@ def write_index(folder: Path, writer: ShardWriter, *, kind: str, settings: dict[
     return index
 
 
-def _write_tables(folder: Path, writer: ShardWriter) -> Counter[str]:
+def _write_tables(folder: Path, writer: ShardWriter, kind: str) -> Counter[str]:
     """clips.jsonl, clips.npy and frames.npy; how many clips each split has."""
     packed_ids = {row["id"] for _, row in writer.rows() if "bad" not in row}
     paths = {name: folder / f"{name}{PART}" for name in (layout.CLIPS, layout.CLIP_TABLE, layout.FRAME_TABLE)}
@@ -64,7 +64,7 @@ def _write_tables(folder: Path, writer: ShardWriter) -> Counter[str]:
                 frames[name][first : first + count] = values
             first += count
             splits[row.get("split", "")] += 1
-            lines.write(json.dumps(_manifest_line(shard, row, packed_ids)) + "\n")
+            lines.write(json.dumps(_manifest_line(shard, row, packed_ids, kind)) + "\n")
         lines.flush()
         os.fsync(lines.fileno())
     for table in (clips, frames):
@@ -87,9 +87,10 @@ def _frame_columns(row: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def _manifest_line(shard: int, row: dict[str, Any], packed_ids: set[str]) -> dict[str, Any]:
+def _manifest_line(shard: int, row: dict[str, Any], packed_ids: set[str], kind: str) -> dict[str, Any]:
+    """A clip's line; a picture among videos is a video of one frame once it is packed."""
     line = {"id": row["id"], "path": layout.address(shard, row["row"])}
-    line |= {"captions": row["captions"], "kind": row["kind"]}
+    line |= {"captions": row["captions"], "kind": kind}
     if "split" in row:
         line["split"] = row["split"]
     if row.get("twin") in packed_ids:  # a twin that could not be read is no twin any more

@@ -96,13 +96,14 @@ class PackedClips(Sequence[Clip]):
 
 @dataclass(frozen=True)
 class Source:
-    """A collection of clips, all videos or all pictures.
+    """A collection of clips: videos, pictures, or videos with pictures among them.
 
     Attributes:
         name: in configs, steps.jsonl and reports.
         format: the layout on disk it was read from.
         clips: in the order of the metadata; never empty.
-        kind: of all of its clips.
+        kind: "image" where all clips are pictures: they have one frame in every stage. Otherwise "video": a batch
+            has the stage's frames, and a picture among the videos repeats its one.
         caption_rule: how captions are chosen and cut.
         drops: cause -> number of rows left out, for the report.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
@@ -39,8 +40,7 @@ def read_source(config: SourceConfig, key: str = "source") -> Source:
         key: the config key that error messages name, such as "data.sources[0]".
 
     Raises:
-        UserError: a folder, metadata file or column is missing, a manifest line is wrong, no clip is left, or
-            pictures and videos are mixed.
+        UserError: a folder, metadata file or column is missing, a manifest line is wrong, or no clip is left.
     """
     if config.format not in FORMATS:
         raise unknown_name(f"{key}.format", config.format, FORMATS)
@@ -48,12 +48,12 @@ def read_source(config: SourceConfig, key: str = "source") -> Source:
         raise UserError(f"{key}.path: got nothing; allowed: a manifest file, a data set's folder, or packed shards")
     name = config.name or config.format
     collector = ClipCollector()
-    kinds: dict[Kind, str] = {}
+    kinds: Counter[Kind] = Counter()
 
     def kept() -> Iterator[Clip]:
         for clip in FORMATS[config.format](config, key, collector):
             if collector.keep(clip):
-                kinds.setdefault(clip.kind, clip.id)
+                kinds[clip.kind] += 1
                 yield clip
 
     clips = PackedClips(islice(kept(), config.max_clips or None))
@@ -61,14 +61,11 @@ def read_source(config: SourceConfig, key: str = "source") -> Source:
     if not clips:
         causes = ", ".join(f"{cause}: {count}" for cause, count in collector.drops.items()) or "no rows"
         raise UserError(f"{key}: no clip is left of {config.path!r} ({causes}); allowed: at least one readable row")
-    if len(kinds) > 1:
-        raise UserError(
-            f"{key}: got both kinds (video: {kinds['video']!r}, image: {kinds['image']!r}); allowed: one kind a "
-            "source, so write two manifests and name both under data.sources"
-        )
     rule = CaptionRule(config.captions, config.max_caption_characters)
-    logger.info("source %s: %d clips (%s, %s)", name, len(clips), config.format, next(iter(kinds)))
-    return Source(name, config.format, clips, next(iter(kinds)), rule, dict(collector.drops))
+    held = ", ".join(f"{count} of kind {kind}" for kind, count in sorted(kinds.items(), reverse=True))
+    logger.info("source %s: %d clips (%s: %s)", name, len(clips), config.format, held)
+    whole: Kind = "video" if kinds["video"] else "image"
+    return Source(name, config.format, clips, whole, rule, dict(collector.drops))
 
 
 def read_sources(configs: Sequence[SourceConfig], key: str = "data.sources") -> dict[str, Source]:

@@ -56,6 +56,7 @@ class Case:
     head_width: int
     threads: int
     torch: str
+    candidates: str
 
     @property
     def key(self) -> str:
@@ -125,6 +126,7 @@ def _case_of(device: torch.device, dtype: torch.dtype, layout: Layout, axis: str
         head_width=layout.head_width,
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
         torch=torch.__version__,
+        candidates=",".join(available_candidates(device, dtype)),
     )
 
 

@@ -1,7 +1,7 @@
 """Run the Triton kernels in Triton's interpreter and print their errors as JSON; started by the unit tests.
 
 The interpreter is chosen when the kernels are imported, so this is a process of its own:
-TRITON_INTERPRET=1 python interpreted_triton.py attention|fused.
+TRITON_INTERPRET=1 python interpreted_triton.py attention|fused|loss_curve.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from frozen_kernels import attention_triton, divided_attention
 from support.attention_cases import errors, make_case, run
 from support.fused_cases import FUSED_CASES, fused_errors
+from support.loss_curves import INTERPRETED, loss_curve
 
 ATTENTION_CASES = [
     # axis, dtype, batch, frames, patches, heads, head width, strided
@@ -74,6 +75,8 @@ def main(group: str) -> None:
     """Print one JSON object: the errors by case, and for attention the order check by axis."""
     if group == "fused":
         result = {"-".join(map(str, case)): fused_errors(*case) for case in FUSED_CASES}
+    elif group == "loss_curve":
+        result = {"losses": loss_curve("triton", "plain", INTERPRETED)}
     else:
         cases = {"-".join(map(str, case)): case_errors(*case) for case in ATTENTION_CASES}
         order = {axis: order_of_programs(axis) for axis in ("time", "space")}

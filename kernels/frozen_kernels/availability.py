@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from functools import lru_cache
 
 import torch
 
@@ -41,8 +42,15 @@ def _why_not_native(device: torch.device) -> str:
     return why_not_native() if device.type == "cpu" else f"it is C for CPUs, and the device is {device.type}"
 
 
+@torch.compiler.assume_constant_result
 def _why_not_import(module: str) -> str:
     """Why a module cannot be imported; empty if it can."""
+    return _import_error(module)
+
+
+@lru_cache
+def _import_error(module: str) -> str:
+    """_why_not_import, asked once: fused ops ask in every call."""
     if importlib.util.find_spec(module.split(".")[0]) is None:
         return f"{module} is not installed"
     try:

@@ -148,6 +148,7 @@ def test_unavailable_says_why(monkeypatch):
 def test_a_missing_or_broken_package_is_a_reason(monkeypatch):
     assert availability._why_not_import("no_such_package.part") == "no_such_package.part is not installed"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(availability, "_import_error", availability._import_error.__wrapped__)
     monkeypatch.setattr(availability.importlib, "import_module", lambda name: 1 / 0)
     assert "importing triton fails: ZeroDivisionError" in unavailable_backends("cpu", torch.float32)["triton"]
 

@@ -33,7 +33,8 @@ def attention_text(result: dict[str, Any]) -> str:
 
 def model_step_text(result: dict[str, Any]) -> str:
     """benchmarks/model_step.py's result."""
-    return model_step_table(result["rows"], torch.device(result["machine"]["device_type"])).strip()
+    device = torch.device(result["machine"]["device_type"])
+    return model_step_table(result["rows"], device, result["options"]["without_products"]).strip()
 
 
 def throughput_text(result: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def _probe() -> str:
         return "no C compiler: CC is not set and none of cc, gcc, clang is on PATH"
     try:
         load_native("probe.c", {"KIND": KINDS[torch.float16]})
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error).splitlines()[0]
     return ""
 
@@ -106,8 +106,8 @@ def _wide_vectors() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _compiler_version() -> str:
-    result = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False)
-    return result.stdout
+    command = [compiler(), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False).stdout
 
 
 @lru_cache(maxsize=1)

@@ -152,6 +152,14 @@ def test_images_and_videos_take_turns() -> None:
         assert sizes["webvid"] == FRAMES_TO_BATCH[stage.frames] and sizes["cc3m"] == 96
 
 
+def test_own_clips_take_as_many_steps_whatever_their_number() -> None:
+    config = config_of("finetune/own_clips.yaml")
+    steps = [
+        [plan.steps for plan in resolve_stages(config, {"own": clips}, world_size=1)] for clips in (150, 355, 1000)
+    ]
+    assert steps == [[169, 112]] * 3, "docs/finetuning.md gives figures of these steps"
+
+
 @pytest.mark.parametrize("name", ACCELERATE)
 def test_accelerate_files_are_accelerates_own(name: str) -> None:
     from accelerate.commands.config.config_args import load_config_from_file

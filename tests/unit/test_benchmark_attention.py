@@ -88,7 +88,7 @@ def test_a_run_writes_result_table_and_plot(benchmark, tmp_path, capsys, monkeyp
     assert benchmark.main([*arguments, "--output", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "attention.json").read_text())
     assert {row["backend"] for row in result["rows"]} == {"reference", "sdpa", "batched", "native"}
-    assert len(result["rows"]) == 2 * 2 * 2 * 3 and all(row["times_floor"] > 0 for row in result["rows"])
+    assert len(result["rows"]) == 2 * 2 * 2 * 4 and all(row["times_floor"] > 0 for row in result["rows"])
     reference = [row for row in result["rows"] if row["backend"] == "reference"]
     assert all(row["speedup_over_reference"] == 1.0 for row in reference)
     assert "says nothing about a GPU" in result["note"] and result["machine"]["device_type"] == "cpu"

@@ -40,7 +40,9 @@ def test_video_tower_against_pytorchs_counter(frames: int, executed: bool, skip:
     expected = 2 * video_forward_flops(
         SIZE, frames, embedding_width=0, executed=executed, skip_time_attention_at_one_frame=skip
     )
-    assert forward == expected
+    # On a CPU the last block's CLS row is sums of elementwise products, which the counter does not see.
+    unseen = 2 * 2 * 2 * (1 + frames * SIZE.patches_per_frame) * SIZE.width if executed else 0
+    assert forward + unseen == expected
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     # Pixels need no gradient: the patch embedding has one product in the backward pass, not two.

@@ -151,7 +151,6 @@ class OptimizerConfig:
     eps: float = key(1e-6, "AdamW epsilon")
     weight_decay: float = key(0.0, "AdamW weight decay (biases, norms and embeddings of position exempt)")
     text_learning_rate_scale: float = key(1.0, "factor on the learning rate of the text tower")
-    text_projection_learning_rate_scale: float = key(1.0, "factor on the learning rate of the text projection; below 1 keeps what a pretrained text tower says of captions that training has not seen, where captions are few")
     position_learning_rate_scale: float = key(1.0, "factor on the learning rate of the video tower's CLS token, position and temporal embeddings; a tower from scratch learns order sooner with 10 to 30")
     gradient_clip_norm: float = key(0.0, "largest gradient norm, 0: no clipping")
     schedule: Literal["constant", "cosine"] = key("constant", "after warm-up")

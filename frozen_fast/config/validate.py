@@ -52,7 +52,6 @@ _RANGES: dict[str, _Rule] = {
     "optimizer.eps": _POSITIVE,
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.text_learning_rate_scale": _NOT_NEGATIVE,
-    "optimizer.text_projection_learning_rate_scale": _NOT_NEGATIVE,
     "optimizer.position_learning_rate_scale": _NOT_NEGATIVE,
     "optimizer.gradient_clip_norm": _NOT_NEGATIVE,
     "optimizer.warmup_steps": _NOT_NEGATIVE,

@@ -15,7 +15,6 @@ from frozen_fast.errors import UserError
 _POSITIONS = ("cls_token", "pos_embed", "temporal_embed", "position_embeddings", "token_type_embeddings")
 _VIDEO_POSITIONS = ("video_model.cls_token", "video_model.pos_embed", "video_model.temporal_embed")
 _TEXT_TOWER = "text_model."
-_TEXT_PROJECTION = "txt_proj."
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -27,8 +26,6 @@ def learning_rate_scale(name: str, config: OptimizerConfig) -> float:
     """The factor on the learning rate of a parameter, by its name in DualEncoder."""
     if name.startswith(_TEXT_TOWER):
         return config.text_learning_rate_scale
-    if name.startswith(_TEXT_PROJECTION):
-        return config.text_projection_learning_rate_scale
     return config.position_learning_rate_scale if name in _VIDEO_POSITIONS else 1.0
 
 

@@ -32,6 +32,6 @@ def launch_backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, 
     grad = torch.empty_like(x)
     tasks = max(1, min(TASKS, rows))
     parts = torch.empty(tasks, width)
-    sizes = [ctypes.c_long(size) for size in (tasks, rows, width)]
+    sizes = [ctypes.c_long(size) for size in (rows, width)]
     in_parallel(library.bias_gelu_backward, tasks, *sizes, grad_out, x, bias.float().contiguous(), grad, parts)
     return grad, parts.sum(dim=0).to(bias.dtype)

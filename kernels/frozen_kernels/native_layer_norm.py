@@ -60,7 +60,7 @@ def launch_backward(
     tasks = max(1, min(TASKS, rows))
     parts = torch.empty(2, tasks, width)
     in_parallel(
-        library.layer_norm_backward, tasks, *(ctypes.c_long(size) for size in (tasks, rows, width)),
+        library.layer_norm_backward, tasks, *(ctypes.c_long(size) for size in (rows, width)),
         None if grad_total is None else grad_total.contiguous(), grad_normed.contiguous(), total,
         weight.float().contiguous(), statistics, grad, narrow, parts,
     )  # fmt: skip

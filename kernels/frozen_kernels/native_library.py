@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ SOURCES = Path(__file__).parent / "native"
 # Sums may be reordered into vectors; NaN and infinity keep their meaning.
 FLAGS = (
     "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fassociative-math",
+    "-fno-signed-zeros", "-fassociative-math", "-fopenmp",
 )  # fmt: skip
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the sources call an element type."""
@@ -67,7 +66,7 @@ def _probe() -> str:
 @lru_cache(maxsize=256)
 def _load(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     text = b"".join(path.read_bytes() for path in (*sorted(SOURCES.glob("*.h")), SOURCES / source))
-    flags = [*FLAGS, *_wide_vectors(), *(f"-D{name}={value}" for name, value in macros)]
+    flags = [*FLAGS, *_wide_vectors(), *_openmp_runtime(), *(f"-D{name}={value}" for name, value in macros)]
     identity = "\n".join((*flags, _compiler_version(), _processor())).encode()
     name = f"{source.removesuffix('.c')}_{hashlib.sha256(identity + text).hexdigest()[:24]}.so"
     folder = cache_folder() / "native"
@@ -89,7 +88,7 @@ def _load(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 
 
 def _build(source: str, flags: list[str], target: Path) -> None:
-    command = [compiler(), *flags, "-o", str(target), str(SOURCES / source), "-lm"]
+    command = [compiler(), *flags, "-o", str(target), str(SOURCES / source), *_openmp_runtime(), "-lm"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
     except subprocess.TimeoutExpired:
@@ -97,6 +96,16 @@ def _build(source: str, flags: list[str], target: Path) -> None:
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "error" in line] or [f"exit code {result.returncode}"]
         raise RuntimeError(f"{compiler()} cannot build {source}: {lines[0]}")
+
+
+@lru_cache(maxsize=1)
+def _openmp_runtime() -> tuple[str, ...]:
+    """The OpenMP library that PyTorch has loaded: its threads wait busily, a second set would fight them for cores."""
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
+    except OSError:
+        return ()
+    return tuple(sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))))[:1]
 
 
 def _wide_vectors() -> tuple[str, ...]:
@@ -129,22 +138,11 @@ def load_native(source: str, macros: Mapping[str, int]) -> ctypes.CDLL:
     return _load(source, tuple(sorted(macros.items())))
 
 
-@lru_cache(maxsize=4)
-def _pool(workers: int, process: int) -> ThreadPoolExecutor:
-    """Threads of a process; a forked child makes its own."""
-    return ThreadPoolExecutor(workers, thread_name_prefix="native-kernel")
-
-
 def in_parallel(function: Callable[..., Any], tasks: int, *arguments: Any) -> None:
-    """Call function(begin, end, *arguments) over ranges of the tasks, one per thread that PyTorch would use.
+    """Call function(tasks, threads, *arguments), which shares its tasks out over as many threads as PyTorch uses.
 
     Tensors are passed as their data's address: contiguous ones that the caller keeps alive.
     """
     passed = [ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments]
     threads = max(1, min(torch.get_num_threads(), tasks))
-    edges = [tasks * index // threads for index in range(threads + 1)]
-    ranges = [(ctypes.c_long(begin), ctypes.c_long(end)) for begin, end in zip(edges, edges[1:], strict=False)]
-    others = [_pool(threads - 1, os.getpid()).submit(function, *part, *passed) for part in ranges[1:]]
-    function(*ranges[0], *passed)
-    for other in others:
-        other.result()
+    function(ctypes.c_long(tasks), ctypes.c_int(threads), *passed)

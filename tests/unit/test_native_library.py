@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,20 +95,30 @@ def test_a_compiler_that_hangs_is_a_reason_too(fresh, monkeypatch, tmp_path):
     assert "did not build probe.c within 0.2 s" in unavailable_backends("cpu", torch.float32)["native"]
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 7])
-def test_every_task_runs_once_whatever_the_threads(tasks, monkeypatch):
+@pytest.mark.parametrize(("tasks", "threads"), [(1, 1), (2, 2), (7, 3)])
+def test_no_more_threads_than_tasks(tasks, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     seen = []
-    in_parallel(lambda begin, end, extra: seen.extend(range(begin.value, end.value)), tasks, 0)
-    assert sorted(seen) == list(range(tasks))
+    in_parallel(lambda *arguments: seen.append([argument.value for argument in arguments]), tasks)
+    assert seen == [[tasks, threads]]
 
 
-def test_a_forked_process_makes_its_own_threads(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    qkv, grad = make_case(2, 2, 5, 1, 8)
+def test_threads_are_those_of_pytorchs_openmp():
+    """A second OpenMP runtime's threads would wait busily beside the first's."""
+    qkv, _ = make_case(2, 2, 5, 1, 8)
+    divided_attention(qkv, 2, "time", backend="native")
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    runtimes = {path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))}
+    assert tuple(runtimes) == native_library._openmp_runtime()
+
+
+def test_a_loader_worker_may_compute(monkeypatch):
+    """A forked process with one thread, as data loaders fork them: OpenMP's threads do not survive a fork."""
+    qkv, _ = make_case(2, 2, 5, 1, 8)
     expected = divided_attention(qkv, 2, "time", backend="native")
     child = os.fork()
     if not child:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         os._exit(0 if torch.equal(divided_attention(qkv, 2, "time", backend="native"), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

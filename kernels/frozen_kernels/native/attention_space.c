@@ -22,10 +22,11 @@ static inline size_t at_matrix(const sizes *z, long task, long head, long rows, 
 // The token that is row r, 0 <= r <= P, of the keys of a frame.
 static inline long token_of(const sizes *z, long frame, long r) { return r ? frame * z->positions + r : 0; }
 
-// Tasks begin .. end: query, key and value from qkv, and running [B, T, N, RUNNING] of the CLS row unless it is NULL.
-void space_gather(long begin, long end, sizes z, const void *qkv, void *query, void *key, void *value, float *running) {
+// By task: query, key and value from qkv, and running [B, T, N, RUNNING] of the CLS row unless it is NULL.
+void space_gather(long tasks, int threads, sizes z, const void *qkv, void *query, void *key, void *value, float *running) {
     long merged = z.frames == 1, keys = 1 + z.positions, queries = z.positions + merged;
-    for (long task = begin; task < end; task++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long task = 0; task < tasks; task++) {
         long clip = task / z.frames, frame = task % z.frames;
         float cls[z.heads][4][WIDTH];
         load_cls(&z, qkv, NULL, clip, cls);
@@ -53,10 +54,11 @@ void space_gather(long begin, long end, sizes z, const void *qkv, void *query, v
     }
 }
 
-// Tasks begin .. end: rows of [B, S, N, D] from a matrix like query, or, with `back`, such a matrix from the rows.
-void space_rows(long begin, long end, sizes z, void *tokens, void *matrix, long back) {
+// By task: rows of [B, S, N, D] from a matrix like query, or, with `back`, such a matrix from the rows.
+void space_rows(long tasks, int threads, sizes z, void *tokens, void *matrix, long back) {
     long merged = z.frames == 1, queries = z.positions + merged;
-    for (long task = begin; task < end; task++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long task = 0; task < tasks; task++) {
         for (long r = 0; r < queries; r++) {
             long token = token_of(&z, task % z.frames, r + !merged);
             for (long n = 0; n < z.heads; n++) {
@@ -69,12 +71,13 @@ void space_rows(long begin, long end, sizes z, void *tokens, void *matrix, long 
     }
 }
 
-// Tasks begin .. end: grad_qkv from the gradients of query, key and value and, at several frames, from the CLS row;
+// By task: grad_qkv from the gradients of query, key and value and, at several frames, from the CLS row;
 // what concerns CLS goes into sums [B, T, N, 3, WIDTH], which cls_backward adds up.
-void space_scatter(long begin, long end, sizes z, const void *grad_query, const void *grad_key, const void *grad_value,
+void space_scatter(long tasks, int threads, sizes z, const void *grad_query, const void *grad_key, const void *grad_value,
                    const void *qkv, const void *grad_out, const float *state, void *grad_qkv, float *sums) {
     long merged = z.frames == 1, keys = 1 + z.positions, queries = z.positions + merged;
-    for (long task = begin; task < end; task++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long task = 0; task < tasks; task++) {
         long clip = task / z.frames, frame = task % z.frames;
         float cls[z.heads][4][WIDTH];
         load_cls(&z, qkv, grad_out, clip, cls);

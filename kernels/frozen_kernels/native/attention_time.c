@@ -18,9 +18,10 @@ static inline void softmax(float (*query)[WIDTH], float (*key)[WIDTH], float sca
     }
 }
 
-// Patch rows of out, and running [B, chunks, N, RUNNING] of the CLS row; tasks begin .. end of B * chunks.
-void time_forward(long begin, long end, sizes z, const void *qkv, void *out, float *running) {
-    for (long task = begin; task < end; task++) {
+// Patch rows of out, and running [B, chunks, N, RUNNING] of the CLS row; tasks: B * chunks.
+void time_forward(long tasks, int threads, sizes z, const void *qkv, void *out, float *running) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long task = 0; task < tasks; task++) {
         long clip = task / z.chunks, chunk = task % z.chunks;
         long first = z.positions * chunk / z.chunks, last = z.positions * (chunk + 1) / z.chunks;
         float *own = running + task * z.heads * RUNNING;
@@ -53,9 +54,10 @@ void time_forward(long begin, long end, sizes z, const void *qkv, void *out, flo
 }
 
 // Gradients of the patches' q, k and v, and each task's share of those of CLS, sums [B, chunks, N, 3, WIDTH].
-void time_backward(long begin, long end, sizes z, const void *qkv, const void *grad_out, const float *state,
+void time_backward(long tasks, int threads, sizes z, const void *qkv, const void *grad_out, const float *state,
                    void *grad_qkv, float *sums) {
-    for (long task = begin; task < end; task++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long task = 0; task < tasks; task++) {
         long clip = task / z.chunks, chunk = task % z.chunks;
         long first = z.positions * chunk / z.chunks, last = z.positions * (chunk + 1) / z.chunks;
         float cls[z.heads][4][WIDTH];

@@ -18,9 +18,10 @@ static inline float normal(float v, float *bell) {
     return v < 0 ? tail : 1.0f - tail;
 }
 
-// Rows begin .. end.
-void bias_gelu_forward(long begin, long end, long columns, const void *x, const float *bias, void *out) {
-    for (long row = begin; row < end; row++) {
+// A task is a row.
+void bias_gelu_forward(long tasks, int threads, long columns, const void *x, const float *bias, void *out) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < tasks; row++) {
         for (long start = 0; start < columns; start += TILE) {
             long count = columns - start < TILE ? columns - start : TILE;
             float value[TILE];
@@ -35,9 +36,10 @@ void bias_gelu_forward(long begin, long end, long columns, const void *x, const 
 }
 
 // The gradient of x, and of the bias by task: parts [tasks, D]. Task i of `tasks` has rows R*i/tasks .. R*(i+1)/tasks.
-void bias_gelu_backward(long begin, long end, long tasks, long rows, long columns, const void *grad_out, const void *x,
+void bias_gelu_backward(long tasks, int threads, long rows, long columns, const void *grad_out, const void *x,
                         const float *bias, void *grad, float *parts) {
-    for (long task = begin; task < end; task++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long task = 0; task < tasks; task++) {
         float *part = parts + task * columns;
         memset(part, 0, columns * sizeof(float));
         for (long row = rows * task / tasks; row < rows * (task + 1) / tasks; row++) {

@@ -74,9 +74,10 @@ static inline void cls_share(const sizes *z, const float *own, float (*cls)[WIDT
     for (int d = 0; d < WIDTH; d++) grad_value[d] = p * cls[3][d];
 }
 
-// The CLS row of out, and state [B, N, STATE]: that row in float and its log-sum-exp; clips begin .. end.
-void cls_forward(long begin, long end, sizes z, const void *qkv, void *out, const float *running, float *state) {
-    for (long clip = begin; clip < end; clip++) {
+// The CLS row of out, and state [B, N, STATE]: that row in float and its log-sum-exp; a task is a clip.
+void cls_forward(long tasks, int threads, sizes z, const void *qkv, void *out, const float *running, float *state) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long clip = 0; clip < tasks; clip++) {
         for (long n = 0; n < z.heads; n++) {
             float query[WIDTH], key[WIDTH], value[1][WIDTH], whole[RUNNING] = {0}, score;
             load(KIND, qkv, at_qkv(&z, clip, 0, 0, n), query, WIDTH);
@@ -101,10 +102,11 @@ void cls_forward(long begin, long end, sizes z, const void *qkv, void *out, cons
     }
 }
 
-// Gradients of the q, k and v of CLS: its own part and the tasks' sums; clips begin .. end.
-void cls_backward(long begin, long end, sizes z, const void *qkv, const void *grad_out, const float *state,
+// Gradients of the q, k and v of CLS: its own part and the tasks' sums; a task is a clip.
+void cls_backward(long tasks, int threads, sizes z, const void *qkv, const void *grad_out, const float *state,
                        void *grad_qkv, const float *sums) {
-    for (long clip = begin; clip < end; clip++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long clip = 0; clip < tasks; clip++) {
         for (long n = 0; n < z.heads; n++) {
             float query[WIDTH], key[WIDTH], value[WIDTH], grad[WIDTH], rows[3][WIDTH];
             const float *own = state + (clip * z.heads + n) * STATE;

@@ -4,11 +4,12 @@
 
 #include "common.h"
 
-// Rows begin .. end.
-void layer_norm_forward(long begin, long end, long columns, float eps, const void *x, const void *branch,
+// A task is a row.
+void layer_norm_forward(long tasks, int threads, long columns, float eps, const void *x, const void *branch,
                         const float *weight, const float *bias, void *total, void *normed, float *statistics) {
-    float value[columns], addend[columns];
-    for (long row = begin; row < end; row++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long row = 0; row < tasks; row++) {
+        float value[columns], addend[columns];
         load(X, x, row * columns, value, columns);
         if (BRANCH >= 0) {
             load(BRANCH, branch, row * columns, addend, columns);
@@ -28,13 +29,14 @@ void layer_norm_forward(long begin, long end, long columns, float eps, const voi
     }
 }
 
-// The gradient of the sum; of weight and bias by task, parts [2, tasks, D]: task i has rows R*i/tasks .. R*(i+1)/tasks.
+// The gradient of the sum; of weight and bias by task, parts [2, tasks, D]: task i of `tasks` has rows R*i/tasks .. R*(i+1)/tasks.
 // grad_total is NULL where the sum itself went nowhere.
-void layer_norm_backward(long begin, long end, long tasks, long rows, long columns, const void *grad_total,
+void layer_norm_backward(long tasks, int threads, long rows, long columns, const void *grad_total,
                          const void *grad_normed, const void *total, const float *weight, const float *statistics,
                          void *grad, void *narrow, float *parts) {
-    float value[columns], upper[columns];
-    for (long task = begin; task < end; task++) {
+    #pragma omp parallel for num_threads(threads) schedule(static)
+    for (long task = 0; task < tasks; task++) {
+        float value[columns], upper[columns];
         float *weight_part = parts + task * columns, *bias_part = parts + (tasks + task) * columns;
         memset(weight_part, 0, columns * sizeof(float));
         memset(bias_part, 0, columns * sizeof(float));

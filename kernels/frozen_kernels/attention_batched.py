@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from frozen_kernels.layout import Layout, patch_view, read_layout
+from frozen_kernels.products import scaled_product
 
 PIECE_BYTES = 2 << 20
 
@@ -39,19 +40,13 @@ def _tokens_first(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (-1, heads)).transpose(1, 2)
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """Batched scale * left @ right, the factor applied before rounding."""
-    empty = left.new_empty(()).expand(left.shape[0], left.shape[1], right.shape[2])
-    return torch.baddbmm(empty, left, right, beta=0, alpha=scale)
-
-
 # The CLS row, fp32 -------------------------------------------------------------------------------------------
 
 
 def _cls_forward(x: Tensor, layout: Layout, out_cND: Tensor) -> Tensor:
     """CLS over all tokens of the fp32 piece x [c, S, 3, N, D]; fills out, returns probabilities [c*N, 1, S]."""
     query, key, value = (_heads_first(part) for part in (x[:, :1, 0], x[:, :, 1], x[:, :, 2]))
-    probabilities = _scaled_product(query, key.transpose(1, 2), layout.scale).softmax(dim=-1)
+    probabilities = scaled_product(query, key.transpose(1, 2), layout.scale).softmax(dim=-1)
     out_cND.copy_(torch.bmm(probabilities, value).view_as(out_cND))
     return probabilities
 
@@ -129,7 +124,7 @@ def _several_frames_forward(x: Tensor, layout: Layout, out_cSND: Tensor, saved: 
     for positions in _position_slices(layout):
         query = _over_time(x[:, :, 0], layout, positions, with_cls=False)
         key, value = (_over_time(x[:, :, index], layout, positions, with_cls=True) for index in (1, 2))
-        probabilities = _scaled_product(query, key.transpose(1, 2), layout.scale).softmax(dim=-1)
+        probabilities = scaled_product(query, key.transpose(1, 2), layout.scale).softmax(dim=-1)
         shape = (x.shape[0], -1, layout.heads, layout.frames)
         groups = torch.bmm(probabilities, value).view(*shape, layout.head_width)
         patch_view(out_cSND, layout)[:, :, positions].copy_(groups.permute(0, 3, 1, 2, 4))
@@ -145,9 +140,9 @@ def _several_frames_backward(grad: Tensor, x: Tensor, saved: Tensor, layout: Lay
         probabilities = saved[:, positions].reshape(-1, layout.frames, layout.frames + 1)
         grad_scores = _softmax_backward(torch.bmm(grad_out, value.transpose(1, 2)), probabilities)
         shape = (x.shape[0], -1, layout.heads)
-        grad_query = _scaled_product(grad_scores, key, layout.scale).view(*shape, layout.frames, layout.head_width)
+        grad_query = scaled_product(grad_scores, key, layout.scale).view(*shape, layout.frames, layout.head_width)
         patch_view(grad_x[:, :, 0], layout)[:, :, positions].copy_(grad_query.permute(0, 3, 1, 2, 4))
-        grad_key = _scaled_product(grad_scores.transpose(1, 2), query, layout.scale)
+        grad_key = scaled_product(grad_scores.transpose(1, 2), query, layout.scale)
         grad_value = torch.bmm(probabilities.transpose(1, 2), grad_out)
         for index, grads in ((1, grad_key), (2, grad_value)):
             groups = grads.view(*shape, layout.frames + 1, layout.head_width)
@@ -177,7 +172,7 @@ def _frame_forward(x: Tensor, layout: Layout, frame: int, out_cSND: Tensor, save
     """The patches of one frame over CLS and that frame; probabilities [c*N, queries, P+1] go into saved."""
     rows = _frame_rows(layout, frame)
     key, value = (_frame_keys(x[:, :, index], layout, frame) for index in (1, 2))
-    scores = _scaled_product(_heads_first(x[:, rows, 0]), key.transpose(1, 2), layout.scale)
+    scores = scaled_product(_heads_first(x[:, rows, 0]), key.transpose(1, 2), layout.scale)
     probabilities = scores.softmax(dim=-1) if saved is None else torch.softmax(scores, dim=-1, out=saved)
     out_cSND[:, rows].copy_(_tokens_first(torch.bmm(probabilities, value), layout.heads))
 
@@ -190,9 +185,9 @@ def _frame_backward(
     key, value = (_frame_keys(x[:, :, index], layout, frame) for index in (1, 2))
     query, grad_out = _heads_first(x[:, rows, 0]), _heads_first(grad[:, rows])
     grad_scores = _softmax_backward(torch.bmm(grad_out, value.transpose(1, 2)), probabilities)
-    grad_query = _scaled_product(grad_scores, key, layout.scale)
+    grad_query = scaled_product(grad_scores, key, layout.scale)
     grad_x[:, rows, 0].copy_(_tokens_first(grad_query, layout.heads))
-    grad_key = _scaled_product(grad_scores.transpose(1, 2), query, layout.scale)
+    grad_key = scaled_product(grad_scores.transpose(1, 2), query, layout.scale)
     grad_value = torch.bmm(probabilities.transpose(1, 2), grad_out)
     for index, grads in ((1, grad_key), (2, grad_value)):
         tokens = _tokens_first(grads, layout.heads)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from frozen_kernels.layout import Layout, read_layout
 from frozen_kernels.native_library import KINDS, in_parallel, load_native
+from frozen_kernels.products import scaled_product
 
 CHUNKS = 8
 """Ranges of positions per clip on the time axis: what threads share out."""
@@ -136,12 +137,6 @@ def _gather(
     return query, key, value
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Batched scale * left @ right, the factor applied before rounding."""
-    empty = left.new_empty(()).expand(left.shape[0], left.shape[1], right.shape[2])
-    return torch.baddbmm(empty, left, right, beta=0, alpha=scale, out=out)
-
-
 @torch.library.custom_op("frozen_kernels::native_space", mutates_args=(), device_types="cpu")
 def space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, S, E]; with keep the probabilities; at several frames the CLS row's state (see _kept)."""
@@ -154,7 +149,7 @@ def space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Ten
     query, key, value = _gather(library, sizes, qkv, layout, running)
     with torch.autocast("cpu", enabled=False):
         for rows in _groups(layout):
-            scores = _scaled_product(query[rows], key[rows].transpose(1, 2), layout.scale)
+            scores = scaled_product(query[rows], key[rows].transpose(1, 2), layout.scale)
             probabilities = torch.softmax(scores, dim=-1, out=saved[rows] if keep else None)
             torch.bmm(probabilities, value[rows], out=query[rows])
     in_parallel(library.space_rows, layout.batch * layout.frames, sizes, out, query, ctypes.c_long(0))
@@ -178,8 +173,8 @@ def space_backward(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, 
             torch.bmm(saved[rows].transpose(1, 2), grad[rows], out=grad_value[rows])
             grad_probabilities = torch.bmm(grad[rows], value[rows].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, saved[rows], -1, qkv.dtype)
-            _scaled_product(grad_scores, key[rows], layout.scale, out=grad[rows])
-            _scaled_product(grad_scores.transpose(1, 2), query[rows], layout.scale, out=grad_key[rows])
+            scaled_product(grad_scores, key[rows], layout.scale, out=grad[rows])
+            scaled_product(grad_scores.transpose(1, 2), query[rows], layout.scale, out=grad_key[rows])
     grad_qkv = torch.empty_like(qkv)
     sums = qkv.new_empty(tasks, layout.heads, 3, layout.head_width, dtype=torch.float32)
     in_parallel(library.space_scatter, tasks, sizes, grad, grad_key, grad_value, qkv, grad_out, state, grad_qkv, sums)

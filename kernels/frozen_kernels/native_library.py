@@ -75,7 +75,7 @@ def _load(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.mkdtemp(dir=folder)
-    except OSError:  # a cache that cannot be written: built anew by every process
+    except OSError:  # a cache that cannot be written: every process builds anew
         scratch, folder = tempfile.mkdtemp(), Path()
     try:
         built = Path(scratch) / name

@@ -96,10 +96,14 @@ class Contender:
             for block in tower.blocks:  # type: ignore[union-attr]
                 block.compile()
 
-    def step(self, precision: str, video_BTCHW: Tensor, text: dict[str, Tensor]) -> None:
-        """One step; gradients are dropped first, as a training loop drops them."""
+    def drop_gradients(self) -> None:
+        """Free the last step's gradients, which the next step's memory is counted without."""
         for parameter in self.model.parameters():
             parameter.grad = None
+
+    def step(self, precision: str, video_BTCHW: Tensor, text: dict[str, Tensor]) -> None:
+        """One step; gradients are dropped first, as a training loop drops them."""
+        self.drop_gradients()
         half = torch.autocast(self.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
         with half:
             if self.case.whole:
@@ -124,8 +128,10 @@ def measure_case(
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     steps: dict[str, Callable[[], None]] = {}
     rows: list[dict[str, Any]] = []
+    contenders = []
     for name in options.contenders.split(","):
         contender = Contender(name, case, max_frames, device)
+        contenders.append(contender)
         for precision in options.precisions.split(","):
             label = {**asdict(case), "contender": name, "precision": precision}
             reason = why_not(name, precision, device)
@@ -140,6 +146,8 @@ def measure_case(
     for row in rows:
         key = f"{row['contender']} {row['precision']}"
         if key in steps:
+            for contender in contenders:
+                contender.drop_gradients()
             row.update(figures(key, timings, case.batch), peak_bytes=peak_step_bytes(steps[key], device))
     return rows
 

@@ -1,9 +1,9 @@
 """Make matrix products cost nothing, to time what stands between them.
 
-A processor without bf16 units computes bf16 products some seven times slower than fp32 ones, so a step's time there
-says nothing about one that has them. What stands between the products (casts, norms, GELU, softmax, regrouping) is
-memory traffic and elementwise work on both, and that is what fused kernels are for. Values are garbage; shapes, dtypes
-and every other operator are as in the real step.
+Without bf16 units PyTorch computes bf16 products in slow loops, and our layers compute them in fp32, so a step's time on
+such a processor says nothing about one that has them. What stands between the products (casts, norms, GELU, softmax,
+regrouping) is memory traffic and elementwise work on both, and that is what fused kernels are for. Values are garbage;
+shapes, dtypes and every other operator are as in the real step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from frozen_kernels import products
 
 _library: torch.library.Library | None = None
 
@@ -58,6 +60,7 @@ def drop_products() -> None:
     """Replace the CPU's matrix products in this process, for good."""
     global _library
     assert _library is None, "products are dropped already"
+    products.multiplied_in = lambda dtype: dtype  # as a processor with units for every dtype
     _library = torch.library.Library("aten", "IMPL")
     for name, function in {
         "mm": _mm, "addmm": _addmm, "bmm": _bmm, "baddbmm": _baddbmm, "bmm.out": _bmm_out,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from frozen_fast.errors import UserError
+from frozen_fast.models.linear import Linear
 from frozen_fast.models.space_time import INIT_STD, SpaceTimeTransformer
 from frozen_fast.models.temporal import expand_temporal_embedding
 from frozen_fast.models.text import TextTower
@@ -67,8 +68,8 @@ class DualEncoder(nn.Module):
         self.embedding_width = embedding_width
         self.text_activation: TextActivation = text_activation
         activation = nn.ReLU() if text_activation == "relu" else nn.Identity()
-        self.txt_proj = nn.Sequential(activation, nn.Linear(text_model.width, embedding_width))
-        self.vid_proj = nn.Sequential(nn.Linear(video_model.size.width, embedding_width))
+        self.txt_proj = nn.Sequential(activation, Linear(text_model.width, embedding_width))
+        self.vid_proj = nn.Sequential(Linear(video_model.size.width, embedding_width))
         for projection in (self.txt_proj[1], self.vid_proj[0]):
             linear = cast(nn.Linear, projection)
             nn.init.trunc_normal_(linear.weight, std=INIT_STD)

@@ -19,6 +19,13 @@ def bf16_hardware(device: torch.device) -> str | None:
     return None
 
 
+def _without_hardware(device: torch.device) -> str:
+    """What bf16 means there."""
+    if device.type == "cpu":
+        return "this CPU has no bf16 hardware: activations are bf16, products are computed in fp32, at fp32's speed"
+    return f"emulated on this {device.type} device, slower than fp32"
+
+
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
     """Resolve training.precision.
 
@@ -33,7 +40,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
         return "fp32", "asked for by training.precision"
     hardware = bf16_hardware(device)
     if requested == "bf16":
-        where = hardware or f"emulated on this {device.type} device, slower than fp32"
+        where = hardware or _without_hardware(device)
         return "bf16", f"asked for by training.precision ({where})"
     if requested != "auto":
         raise UserError(f"training.precision: got {requested!r}; allowed: auto, bf16, fp32")

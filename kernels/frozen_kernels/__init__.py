@@ -7,6 +7,7 @@ from frozen_kernels.fused import fused_form
 from frozen_kernels.fused_bias_gelu import bias_gelu
 from frozen_kernels.fused_layer_norm import add_layer_norm
 from frozen_kernels.fused_positions import add_positions
+from frozen_kernels.linear import linear
 from frozen_kernels.selection import chosen_backends
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "cls_attention",
     "divided_attention",
     "fused_form",
+    "linear",
     "resolve_backend",
     "unavailable_backends",
 ]

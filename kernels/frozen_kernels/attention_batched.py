@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from frozen_kernels.layout import Layout, patch_view, read_layout
-from frozen_kernels.products import scaled_product
+from frozen_kernels.products import product, scaled_product
 
 PIECE_BYTES = 2 << 20
 
@@ -47,7 +47,7 @@ def _cls_forward(x: Tensor, layout: Layout, out_cND: Tensor) -> Tensor:
     """CLS over all tokens of the fp32 piece x [c, S, 3, N, D]; fills out, returns probabilities [c*N, 1, S]."""
     query, key, value = (_heads_first(part) for part in (x[:, :1, 0], x[:, :, 1], x[:, :, 2]))
     probabilities = scaled_product(query, key.transpose(1, 2), layout.scale).softmax(dim=-1)
-    out_cND.copy_(torch.bmm(probabilities, value).view_as(out_cND))
+    out_cND.copy_(product(probabilities, value).view_as(out_cND))
     return probabilities
 
 
@@ -55,9 +55,9 @@ def _cls_backward(grad_cSND: Tensor, x: Tensor, probabilities: Tensor, layout: L
     """Gradients of the CLS row; sets grad_x's keys and values of all tokens and the CLS query."""
     key, value = (_heads_first(x[:, :, index]) for index in (1, 2))
     grad_out = _heads_first(grad_cSND[:, :1])
-    grad_probabilities = torch.bmm(grad_out, value.transpose(1, 2))
+    grad_probabilities = product(grad_out, value.transpose(1, 2))
     grad_scores = _softmax_backward(grad_probabilities, probabilities).mul_(layout.scale)
-    grad_x[:, :1, 0].copy_(_tokens_first(torch.bmm(grad_scores, key), layout.heads))
+    grad_x[:, :1, 0].copy_(_tokens_first(product(grad_scores, key), layout.heads))
     by_token = (-1, layout.heads, layout.tokens)
     torch.mul(grad_scores.view(by_token).transpose(1, 2)[..., None], x[:, :1, 0], out=grad_x[:, :, 1])
     torch.mul(probabilities.view(by_token).transpose(1, 2)[..., None], grad_cSND[:, :1], out=grad_x[:, :, 2])
@@ -98,7 +98,7 @@ def _one_frame_backward(grad: Tensor, x: Tensor, on_itself: Tensor, layout: Layo
 def _weighted_sum(weights_cPN: Tensor, rows_cPND: Tensor, layout: Layout) -> Tensor:
     """Sum over positions of weight times row -> [c, 1, N, D]."""
     weights = weights_cPN.transpose(1, 2).flatten(0, 1)[:, None]
-    return _tokens_first(torch.bmm(weights, _heads_first(rows_cPND)), layout.heads)
+    return _tokens_first(product(weights, _heads_first(rows_cPND)), layout.heads)
 
 
 def _position_slices(layout: Layout) -> Iterator[slice]:
@@ -126,7 +126,7 @@ def _several_frames_forward(x: Tensor, layout: Layout, out_cSND: Tensor, saved: 
         key, value = (_over_time(x[:, :, index], layout, positions, with_cls=True) for index in (1, 2))
         probabilities = scaled_product(query, key.transpose(1, 2), layout.scale).softmax(dim=-1)
         shape = (x.shape[0], -1, layout.heads, layout.frames)
-        groups = torch.bmm(probabilities, value).view(*shape, layout.head_width)
+        groups = product(probabilities, value).view(*shape, layout.head_width)
         patch_view(out_cSND, layout)[:, :, positions].copy_(groups.permute(0, 3, 1, 2, 4))
         if saved is not None:
             saved[:, positions].copy_(probabilities.view(*shape, layout.frames + 1))
@@ -138,12 +138,12 @@ def _several_frames_backward(grad: Tensor, x: Tensor, saved: Tensor, layout: Lay
         query, grad_out = (_over_time(tokens, layout, positions, with_cls=False) for tokens in (x[:, :, 0], grad))
         key, value = (_over_time(x[:, :, index], layout, positions, with_cls=True) for index in (1, 2))
         probabilities = saved[:, positions].reshape(-1, layout.frames, layout.frames + 1)
-        grad_scores = _softmax_backward(torch.bmm(grad_out, value.transpose(1, 2)), probabilities)
+        grad_scores = _softmax_backward(product(grad_out, value.transpose(1, 2)), probabilities)
         shape = (x.shape[0], -1, layout.heads)
         grad_query = scaled_product(grad_scores, key, layout.scale).view(*shape, layout.frames, layout.head_width)
         patch_view(grad_x[:, :, 0], layout)[:, :, positions].copy_(grad_query.permute(0, 3, 1, 2, 4))
         grad_key = scaled_product(grad_scores.transpose(1, 2), query, layout.scale)
-        grad_value = torch.bmm(probabilities.transpose(1, 2), grad_out)
+        grad_value = product(probabilities.transpose(1, 2), grad_out)
         for index, grads in ((1, grad_key), (2, grad_value)):
             groups = grads.view(*shape, layout.frames + 1, layout.head_width)
             grad_x[:, 0, index].add_(groups[:, :, :, 0].sum(dim=1))
@@ -174,7 +174,7 @@ def _frame_forward(x: Tensor, layout: Layout, frame: int, out_cSND: Tensor, save
     key, value = (_frame_keys(x[:, :, index], layout, frame) for index in (1, 2))
     scores = scaled_product(_heads_first(x[:, rows, 0]), key.transpose(1, 2), layout.scale)
     probabilities = scores.softmax(dim=-1) if saved is None else torch.softmax(scores, dim=-1, out=saved)
-    out_cSND[:, rows].copy_(_tokens_first(torch.bmm(probabilities, value), layout.heads))
+    out_cSND[:, rows].copy_(_tokens_first(product(probabilities, value), layout.heads))
 
 
 def _frame_backward(
@@ -184,11 +184,11 @@ def _frame_backward(
     rows = _frame_rows(layout, frame)
     key, value = (_frame_keys(x[:, :, index], layout, frame) for index in (1, 2))
     query, grad_out = _heads_first(x[:, rows, 0]), _heads_first(grad[:, rows])
-    grad_scores = _softmax_backward(torch.bmm(grad_out, value.transpose(1, 2)), probabilities)
+    grad_scores = _softmax_backward(product(grad_out, value.transpose(1, 2)), probabilities)
     grad_query = scaled_product(grad_scores, key, layout.scale)
     grad_x[:, rows, 0].copy_(_tokens_first(grad_query, layout.heads))
     grad_key = scaled_product(grad_scores.transpose(1, 2), query, layout.scale)
-    grad_value = torch.bmm(probabilities.transpose(1, 2), grad_out)
+    grad_value = product(probabilities.transpose(1, 2), grad_out)
     for index, grads in ((1, grad_key), (2, grad_value)):
         tokens = _tokens_first(grads, layout.heads)
         if layout.frames == 1:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from frozen_kernels.layout import Layout, read_layout
 from frozen_kernels.native_library import KINDS, in_parallel, load_native
-from frozen_kernels.products import scaled_product
+from frozen_kernels.products import product, scaled_product
 
 CHUNKS = 8
 """Ranges of positions per clip on the time axis: what threads share out."""
@@ -151,7 +151,7 @@ def space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Ten
         for rows in _groups(layout):
             scores = scaled_product(query[rows], key[rows].transpose(1, 2), layout.scale)
             probabilities = torch.softmax(scores, dim=-1, out=saved[rows] if keep else None)
-            torch.bmm(probabilities, value[rows], out=query[rows])
+            product(probabilities, value[rows], out=query[rows])
     in_parallel(library.space_rows, layout.batch * layout.frames, sizes, out, query, ctypes.c_long(0))
     if running is not None:
         in_parallel(library.cls_forward, layout.batch, sizes, qkv, out, running, state)
@@ -170,8 +170,8 @@ def space_backward(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, 
     in_parallel(library.space_rows, tasks, sizes, grad_out, grad, ctypes.c_long(1))
     with torch.autocast("cpu", enabled=False):
         for rows in _groups(layout):
-            torch.bmm(saved[rows].transpose(1, 2), grad[rows], out=grad_value[rows])
-            grad_probabilities = torch.bmm(grad[rows], value[rows].transpose(1, 2))
+            product(saved[rows].transpose(1, 2), grad[rows], out=grad_value[rows])
+            grad_probabilities = product(grad[rows], value[rows].transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, saved[rows], -1, qkv.dtype)
             scaled_product(grad_scores, key[rows], layout.scale, out=grad[rows])
             scaled_product(grad_scores.transpose(1, 2), query[rows], layout.scale, out=grad_key[rows])

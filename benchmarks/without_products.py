@@ -1,7 +1,7 @@
 """Make matrix products cost nothing, to time what stands between them.
 
-Without bf16 units PyTorch computes bf16 products in slow loops, and our layers compute them in fp32, so a step's time on
-such a processor says nothing about one that has them. What stands between the products (casts, norms, GELU, softmax,
+Without bf16 units PyTorch computes bf16 products in slow loops, and our layers compute them in fp32, so a step's time
+on such a processor says nothing about one that has them. What stands between the products (casts, norms, GELU, softmax,
 regrouping) is memory traffic and elementwise work on both, and that is what fused kernels are for. Values are garbage;
 shapes, dtypes and every other operator are as in the real step.
 """

@@ -171,7 +171,7 @@ class LossConfig:
 class TrainingConfig:
     """How a step runs."""
 
-    precision: Literal["auto", "bf16", "fp32"] = key("auto", "bf16: autocast over fp32 weights; auto: bf16 where the device computes it in hardware, otherwise fp32, said once and reported")
+    precision: Literal["auto", "bf16", "fp32"] = key("auto", "bf16: autocast over fp32 weights; auto: bf16 where the device computes it in hardware, otherwise fp32, said once and reported (bf16 on a CPU without it: bf16 activations, fp32 products)")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is one")
     compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
     expected_world_size: int | None = key(None, "refuse to run with another number of processes")

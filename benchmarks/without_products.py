@@ -57,9 +57,14 @@ def _convolution_backward(
 
 
 def drop_products() -> None:
-    """Replace the CPU's matrix products in this process, for good."""
+    """Replace the CPU's matrix products in this process, for good.
+
+    To be called before anything is computed: the threads of later operators then treat denormals as zero too. Garbage
+    is full of them, real activations are not, and each would cost a hundred cycles.
+    """
     global _library
     assert _library is None, "products are dropped already"
+    torch.set_flush_denormal(True)
     products.multiplied_in = lambda dtype: dtype  # as a processor with units for every dtype
     _library = torch.library.Library("aten", "IMPL")
     for name, function in {

@@ -2,8 +2,9 @@
 
 The time axis is one pass over the packed qkv, forward and backward, in fp32 registers whatever the input's dtype:
 nothing is regrouped, and nothing but the CLS row and its log-sum-exp is kept for the backward pass. The space axis is
-matrix products, which a BLAS does best; C kernels gather their operands and put the results back, the CLS row on the
-way. Its probabilities are kept in the input's dtype. No gradient depends on the number of threads.
+matrix products, which a BLAS does best, frame by frame; C kernels gather their operands and put the results back, the
+CLS row on the way, in room for one frame, which stays in cache. Its probabilities are kept in the input's dtype. No
+gradient depends on the number of threads.
 
 Axis letters: see frozen_kernels.layout; G = B*T*N groups of the space axis, R its queries per group: P, or 1 + P at one
 frame, where CLS is a query like any other.
@@ -12,7 +13,6 @@ frame, where CLS is a query like any other.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -113,10 +113,9 @@ def _queries(layout: Layout) -> int:
     return layout.patches + (layout.frames == 1)
 
 
-def _groups(layout: Layout) -> Iterator[slice]:
-    """The groups of one frame of one clip after another: their matrices stay in cache between products."""
-    for start in range(0, layout.batch * layout.frames * layout.heads, layout.heads):
-        yield slice(start, start + layout.heads)
+def _rows(layout: Layout, frame: int) -> slice:
+    """The groups of a frame, counted over clips."""
+    return slice(frame * layout.heads, (frame + 1) * layout.heads)
 
 
 def _kept(qkv: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor]:
@@ -126,15 +125,10 @@ def _kept(qkv: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(groups, _queries(layout), layout.patches + 1), state
 
 
-def _gather(
-    library: ctypes.CDLL, sizes: _Sizes, qkv: Tensor, layout: Layout, running: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [G, R, D], keys and values [G, 1+P, D]; fills running, if given, for the CLS row."""
-    tasks = layout.batch * layout.frames
-    query = qkv.new_empty(tasks * layout.heads, _queries(layout), layout.head_width)
-    key, value = (qkv.new_empty(tasks * layout.heads, layout.patches + 1, layout.head_width) for _ in range(2))
-    in_parallel(library.space_gather, tasks, sizes, qkv, query, key, value, running)
-    return query, key, value
+def _matrices(qkv: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for a frame's queries [N, R, D], keys and values [N, 1+P, D]; every frame uses it in turn."""
+    keys = (layout.heads, layout.patches + 1, layout.head_width)
+    return qkv.new_empty(layout.heads, _queries(layout), layout.head_width), qkv.new_empty(keys), qkv.new_empty(keys)
 
 
 @torch.library.custom_op("frozen_kernels::native_space", mutates_args=(), device_types="cpu")
@@ -146,13 +140,15 @@ def space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Ten
     out = qkv.new_empty(layout.batch, layout.tokens, layout.width)
     saved, state = _kept(qkv, layout, keep)
     running = _cls_tensors(qkv, layout, layout.frames)[0] if layout.frames > 1 else None
-    query, key, value = _gather(library, sizes, qkv, layout, running)
+    query, key, value = _matrices(qkv, layout)
     with torch.autocast("cpu", enabled=False):
-        for rows in _groups(layout):
-            scores = scaled_product(query[rows], key[rows].transpose(1, 2), layout.scale)
-            probabilities = torch.softmax(scores, dim=-1, out=saved[rows] if keep else None)
-            product(probabilities, value[rows], out=query[rows])
-    in_parallel(library.space_rows, layout.batch * layout.frames, sizes, out, query, ctypes.c_long(0))
+        for frame in range(layout.batch * layout.frames):
+            index = ctypes.c_long(frame)
+            in_parallel(library.space_gather, layout.heads, sizes, index, qkv, query, key, value, running)
+            scores = scaled_product(query, key.transpose(1, 2), layout.scale)
+            probabilities = torch.softmax(scores, dim=-1, out=saved[_rows(layout, frame)] if keep else None)
+            product(probabilities, value, out=query)
+            in_parallel(library.space_rows, layout.heads, sizes, index, out, query, ctypes.c_long(0))
     if running is not None:
         in_parallel(library.cls_forward, layout.batch, sizes, qkv, out, running, state)
     return out, saved, state
@@ -164,20 +160,25 @@ def space_backward(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, 
     layout = read_layout(qkv, num_frames, "space")
     library, sizes = _open_space(qkv, layout)
     qkv, grad_out = qkv.contiguous(), grad_out.contiguous()
-    tasks = layout.batch * layout.frames
-    query, key, value = _gather(library, sizes, qkv, layout, None)
-    grad, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    in_parallel(library.space_rows, tasks, sizes, grad_out, grad, ctypes.c_long(1))
-    with torch.autocast("cpu", enabled=False):
-        for rows in _groups(layout):
-            product(saved[rows].transpose(1, 2), grad[rows], out=grad_value[rows])
-            grad_probabilities = product(grad[rows], value[rows].transpose(1, 2))
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, saved[rows], -1, qkv.dtype)
-            scaled_product(grad_scores, key[rows], layout.scale, out=grad[rows])
-            scaled_product(grad_scores.transpose(1, 2), query[rows], layout.scale, out=grad_key[rows])
+    query, key, value = _matrices(qkv, layout)
+    grad, grad_key, grad_value = _matrices(qkv, layout)
     grad_qkv = torch.empty_like(qkv)
-    sums = qkv.new_empty(tasks, layout.heads, 3, layout.head_width, dtype=torch.float32)
-    in_parallel(library.space_scatter, tasks, sizes, grad, grad_key, grad_value, qkv, grad_out, state, grad_qkv, sums)
+    frames = layout.batch * layout.frames
+    sums = qkv.new_empty(frames, layout.heads, 3, layout.head_width, dtype=torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        for frame in range(frames):
+            index, probabilities = ctypes.c_long(frame), saved[_rows(layout, frame)]
+            in_parallel(library.space_gather, layout.heads, sizes, index, qkv, query, key, value, None)
+            in_parallel(library.space_rows, layout.heads, sizes, index, grad_out, grad, ctypes.c_long(1))
+            product(probabilities.transpose(1, 2), grad, out=grad_value)
+            grad_probabilities = product(grad, value.transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, probabilities, -1, qkv.dtype)
+            scaled_product(grad_scores, key, layout.scale, out=grad)
+            scaled_product(grad_scores.transpose(1, 2), query, layout.scale, out=grad_key)
+            gradients = (grad, grad_key, grad_value)
+            in_parallel(
+                library.space_scatter, layout.heads, sizes, index, *gradients, qkv, grad_out, state, grad_qkv, sums
+            )
     if layout.frames > 1:
         in_parallel(library.cls_backward, layout.batch, sizes, qkv, grad_out, state, grad_qkv, sums)
     return grad_qkv

@@ -32,12 +32,16 @@ static inline size_t at_out(const sizes *z, long clip, long token, long head) {
     return (size_t)((clip * (1 + z->frames * z->positions) + token) * z->heads + head) * WIDTH;
 }
 
-// The rows of CLS in float, per head: q, k, v and, where grad_out is given, the gradient of out.
+// The rows of CLS of a head in float: q, k, v and, where grad_out is given, the gradient of out.
+static inline void load_cls_head(const sizes *z, const void *qkv, const void *grad_out, long clip, long n,
+                                 float (*rows)[WIDTH]) {
+    for (int part = 0; part < 3; part++) load(KIND, qkv, at_qkv(z, clip, 0, part, n), rows[part], WIDTH);
+    if (grad_out) load(KIND, grad_out, at_out(z, clip, 0, n), rows[3], WIDTH);
+}
+
+// The same of all heads.
 static inline void load_cls(const sizes *z, const void *qkv, const void *grad_out, long clip, float (*rows)[4][WIDTH]) {
-    for (long n = 0; n < z->heads; n++) {
-        for (int part = 0; part < 3; part++) load(KIND, qkv, at_qkv(z, clip, 0, part, n), rows[n][part], WIDTH);
-        if (grad_out) load(KIND, grad_out, at_out(z, clip, 0, n), rows[n][3], WIDTH);
-    }
+    for (long n = 0; n < z->heads; n++) load_cls_head(z, qkv, grad_out, clip, n, rows[n]);
 }
 
 // Empties the running softmaxes of all heads.

@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh
 bin="${FROZEN_FAST_VENV:-.venv}/bin"
 
+workers="${TEST_WORKERS:-$(env -u OMP_NUM_THREADS nproc)}"  # nproc would take that variable for the number of cores
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # tests run side by side: one thread each
 status=0
 echo "== ruff"
@@ -13,6 +14,5 @@ echo "== ruff"
 echo "== mypy"
 "$bin/python" -m mypy || status=1
 echo "== pytest"
-workers="${TEST_WORKERS:-$(nproc)}"
 "$bin/python" -m pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal --durations 10 "$@" || status=1
 exit "$status"

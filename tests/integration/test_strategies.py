@@ -200,6 +200,38 @@ def test_zero3_resumes_a_checkpoint_of_one_process(alone: Path, data: dict[str, 
     assert losses_by_step(tmp_path / "run") == pytest.approx(expected, abs=TOLERANCE)
 
 
+@pytest.fixture(scope="module")
+def alone_in_bf16(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps at two frames, under autocast."""
+    folder = tmp_path_factory.mktemp("alone_in_bf16") / "run"
+    assert train(in_bf16(data, folder)) == 0
+    return folder
+
+
+def in_bf16(data: dict[str, Path], folder: Path) -> ExperimentConfig:
+    return experiment(
+        data,
+        folder,
+        training={"precision": "bf16"},
+        curriculum={"stages": [{"frames": 2, "global_batch_size": 6, "steps": 2}], "gradient_accumulation_steps": 2},
+        checkpoints={"every_steps": 0},
+        evaluation={"every": "never"},
+    )
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_cut_weights_are_whole_under_bf16_autocast(
+    strategy: str, alone_in_bf16: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Layers that multiply bf16 in fp32 (frozen_kernels.linear) find gathered weights, forward and backward."""
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+    path = write_config(in_bf16(data, tmp_path / "run"), tmp_path / "config.yaml")
+    done = launch(STRATEGIES[strategy], REPOSITORY / "train.py", "--config", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone_in_bf16), rel=5e-3)
+
+
 def test_a_contradiction_ends_the_launch_with_one_line(data: dict[str, Path], tmp_path: Path) -> None:
     """The launcher's environment says another accumulation than the experiment: exit code 2, nothing written."""
     pytest.importorskip("deepspeed")

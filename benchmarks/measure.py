@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from frozen_fast.common.files import write_json
+from frozen_fast.common.machine import cpu_information, cpu_model
 from frozen_fast.profiling import measure_peak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,16 +125,6 @@ def peak_step_bytes(step: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def cpu_name() -> str:
-    """The CPU's model name, or its architecture where the system does not tell."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Device, CPU, threads and library versions, for a result file; no host name and no paths."""
     versions = {}
@@ -142,13 +133,12 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "device_type": device.type,
-        "cpu": cpu_name(),
+        "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "amx_bf16": " amx_bf16" in flags,
+        "amx_bf16": " amx_bf16" in cpu_information(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from frozen_fast.common.machine import cpu_model
+
 _PACKAGES = (
     "frozen_fast", "torch", "torchvision", "accelerate", "transformers", "safetensors", "numpy", "nvidia-dali-cuda120",
     "nvidia-dali-cuda130", "torchcodec", "decord", "av", "xformers", "triton", "timm", "deepspeed", "wandb",
@@ -48,15 +50,7 @@ def device_description(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """The processor's model and how many cores this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"
 
 
 def describe(

@@ -22,7 +22,7 @@ def bf16_hardware(device: torch.device) -> str | None:
 def _without_hardware(device: torch.device) -> str:
     """What bf16 means there."""
     if device.type == "cpu":
-        return "this CPU has no bf16 hardware: activations are bf16, products are computed in fp32, at fp32's speed"
+        return "this CPU has no bf16 hardware: activations are bf16, products are computed in fp32, no faster than fp32"
     return f"emulated on this {device.type} device, slower than fp32"
 
 

@@ -2,9 +2,9 @@
 
 The time axis is one pass over the packed qkv, forward and backward, in fp32 registers whatever the input's dtype:
 nothing is regrouped, and nothing but the CLS row and its log-sum-exp is kept for the backward pass. The space axis is
-matrix products, which a BLAS does best, frame by frame; C kernels gather their operands and put the results back, the
-CLS row on the way, in room for one frame, which stays in cache. Its probabilities are kept in the input's dtype. No
-gradient depends on the number of threads.
+matrix products, which a BLAS does best, frame by frame; C kernels, a head a task, gather their operands and put the
+results back, the CLS row on the way, in room for one frame, which stays in cache. Its probabilities are kept in the
+input's dtype. No gradient depends on the number of threads.
 
 Axis letters: see frozen_kernels.layout; G = B*T*N groups of the space axis, R its queries per group: P, or 1 + P at one
 frame, where CLS is a query like any other.

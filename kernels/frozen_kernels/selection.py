@@ -2,13 +2,15 @@
 
 The first use of a shape times the backends that can run there, forward and backward, on random data of that
 shape; the choice is written to a JSON file in the user's cache folder (FROZEN_FAST_CACHE, by default
-~/.cache/frozen_fast), so a resumed run computes what the run computed. Where the folder cannot be written,
-nothing is measured and the default is taken. Of two processes that measure at once, the first to write decides.
+~/.cache/frozen_fast), so a resumed run computes what the run computed; other kernels are measured anew. Where the
+folder cannot be written, nothing is measured and the default is taken. Of two processes that measure at once, the
+first to write decides.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +18,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -57,6 +59,7 @@ class Case:
     threads: int
     torch: str
     candidates: str
+    sources: str
 
     @property
     def key(self) -> str:
@@ -127,7 +130,18 @@ def _case_of(device: torch.device, dtype: torch.dtype, layout: Layout, axis: str
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
         torch=torch.__version__,
         candidates=",".join(available_candidates(device, dtype)),
+        sources=_sources_hash(),
     )
+
+
+@lru_cache(maxsize=1)
+def _sources_hash() -> str:
+    """Of all that the backends are made of: a time measured with other kernels says nothing of these."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".c", ".h"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _device_name(device: torch.device) -> str:

@@ -36,6 +36,16 @@ def qkv(batch=2, frames=2, patches=3):
     return torch.randn(batch, 1 + frames * patches, 3, 2, 4)
 
 
+def test_other_kernels_are_measured_anew(fresh_choices, monkeypatch):
+    times = iter([{"batched": 2.0, "sdpa": 1.0}, {"batched": 1.0, "sdpa": 2.0}])
+    monkeypatch.setattr(selection, "_measure", lambda *_: next(times))
+    assert resolve_backend("auto", qkv(), 2, "time") == "sdpa"
+    selection.forget_choices()
+    monkeypatch.setattr(selection, "_sources_hash", lambda: "changed")
+    assert resolve_backend("auto", qkv(), 2, "time") == "batched"
+    assert len(json.loads((fresh_choices / selection.CACHE_FILE).read_text())) == 2
+
+
 def test_measured_once_then_remembered_then_read(fresh_choices, caplog, monkeypatch):
     measured = []
     monkeypatch.setattr(selection, "_measure", lambda *_: measured.append(1) or {"batched": 2.0, "sdpa": 1.0})

@@ -264,7 +264,7 @@ def main(arguments: list[str]) -> int:
 
 def xformers_operators() -> dict[str, str]:
     """Which of xformers' operators ran, where any did."""
-    module = sys.modules.get("frozen_kernels.attention_xformers")
+    module = sys.modules.get("frozen_kernels.attention.xformers")
     return dict(module.OPERATORS_USED) if module else {}
 
 

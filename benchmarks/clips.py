@@ -89,8 +89,8 @@ def render_clips(folder: Path, *, small: bool) -> Path:
 def pack_rendered(scratch: Path, *, small: bool) -> Path:
     """Render clips and pack 8 frames of each; the packed folder."""
     from frozen_fast.config.schema import SourceConfig
-    from frozen_fast.data.shards.extract import PackSettings
-    from frozen_fast.data.shards.pack import PackLimits, pack_source
+    from frozen_fast.data.packing.extract import PackSettings
+    from frozen_fast.data.packing.pack_shards import PackLimits, pack_source
     from frozen_fast.data.sources import read_source
 
     manifest = render_clips(scratch / "clips", small=small)

@@ -31,9 +31,9 @@ from PIL import Image
 
 from frozen_fast.config.schema import AugmentationConfig, DecodeConfig, SourceConfig
 from frozen_fast.data import Batch, DataPosition, Source, TrainingLoader, plan_steps, read_source
-from frozen_fast.data.reading import build_decoder
-from frozen_fast.data.shards.extract import PackSettings
-from frozen_fast.data.shards.pack import PackLimits, pack_source
+from frozen_fast.data.load.reading import build_decoder
+from frozen_fast.data.packing.extract import PackSettings
+from frozen_fast.data.packing.pack_shards import PackLimits, pack_source
 from frozen_fast.errors import UserError
 
 WIDTH, HEIGHT, FRAMES, RATE, KEY_FRAME_EVERY = 456, 256, 250, 25, 125

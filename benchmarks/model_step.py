@@ -32,7 +32,7 @@ from without_products import drop_products
 from frozen_fast.errors import unknown_name
 from frozen_fast.losses import contrastive_loss
 from frozen_fast.models import VIDEO_SIZES, DualEncoder, SpaceTimeTransformer, TextTower
-from frozen_fast.models.text import KNOWN_ARCHITECTURES, model_from_config
+from frozen_fast.models.text.tower import KNOWN_ARCHITECTURES, model_from_config
 from frozen_kernels import BACKEND_NAMES, chosen_backends, unavailable_backends
 
 RELEASED = "released"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from frozen_kernels import products
+from frozen_kernels.products import choice
 
 _library: torch.library.Library | None = None
 
@@ -65,7 +65,7 @@ def drop_products() -> None:
     global _library
     assert _library is None, "products are dropped already"
     torch.set_flush_denormal(True)
-    products.multiplied_in = lambda dtype: dtype  # as a processor with units for every dtype
+    choice.multiplied_in = lambda dtype: dtype  # as a processor with units for every dtype
     _library = torch.library.Library("aten", "IMPL")
     for name, function in {
         "mm": _mm, "addmm": _addmm, "bmm": _bmm, "baddbmm": _baddbmm, "bmm.out": _bmm_out,

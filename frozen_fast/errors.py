@@ -1,9 +1,12 @@
-"""The one exception that reaches a user as a single line and exit code 2."""
+"""The exception that reaches a user as a single line with exit code 2, and parts of its message."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+
+MOST_NAMES = 3
+MOST_CHARACTERS = 250
 
 
 class UserError(ValueError):
@@ -20,3 +23,15 @@ def unknown_name(field: str, got: str, allowed: Iterable[str]) -> UserError:
     near = get_close_matches(got, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return UserError(f"{field}: got {got!r}{hint}; allowed: {', '.join(names)}")
+
+
+def some(names: Collection[str]) -> str:
+    """Return up to three of the names, in order, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(sorted(names)[:MOST_NAMES]) + more
+
+
+def reason(error: Exception) -> str:
+    """Return an exception as one short line: its kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:MOST_CHARACTERS]

@@ -15,7 +15,7 @@ from typing import Any
 
 from frozen_fast.config import load_config
 from frozen_fast.errors import UserError
-from frozen_fast.training.run_folder import RunFolder
+from frozen_fast.records.run_folder import RunFolder
 
 
 def read_list(path: Path, key: str | None = None) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ def _describe() -> dict[str, Any]:
     import torch
 
     from frozen_fast.data.decode import unavailable_backends as missing_decoders
-    from frozen_fast.training.environment import cpu_name, git_state, package_versions
+    from frozen_fast.records.environment import cpu_name, git_state, package_versions
     from frozen_kernels import unavailable_backends as missing_attention
 
     cuda = torch.cuda.is_available()

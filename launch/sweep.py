@@ -20,9 +20,9 @@ if find_spec("frozen_fast") is None:  # a checkout that is not installed
 
 from frozen_fast.common.logs import set_up_logging  # noqa: E402
 from frozen_fast.errors import UserError  # noqa: E402
-from frozen_fast.sweep.config import read_sweep  # noqa: E402
 from frozen_fast.sweep.driver import Sweep  # noqa: E402
 from frozen_fast.sweep.outcome import Cause  # noqa: E402
+from frozen_fast.sweep.sweep_file import read_sweep  # noqa: E402
 
 EXIT_STOPPED = 75
 FAILURES = [cause for cause in get_args(Cause) if cause != "ok"]

@@ -123,7 +123,7 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
 def report(arguments: argparse.Namespace) -> int:
     """Write the report of a run folder from what the folder holds."""
     folder = _run_folder(arguments.run_folder)
-    from frozen_fast.training.report import write_report
+    from frozen_fast.report.write_report import write_report
 
     write_report(folder)
     print(folder / "report.html")
@@ -142,7 +142,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if len(folders) < 2:
         raise UserError(f"run_folder: got {len(folders)}; allowed: two or more to compare")
     from frozen_fast.common.files import write_atomically
-    from frozen_fast.training.report import compare_runs
+    from frozen_fast.report.write_report import compare_runs
 
     text = compare_runs(folders)
     if arguments.output:

@@ -71,7 +71,7 @@ def _search(
     arguments: argparse.Namespace, frames: int, device: str, memory_bytes: int, scratch: Path
 ) -> dict[str, Any]:
     """The row of one number of frames."""
-    from frozen_fast.sweep.largest import Attempt, largest_that_fits, try_batch
+    from frozen_fast.sweep.batch_size import Attempt, largest_that_fits, try_batch
 
     attempts: dict[int, Attempt] = {}
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 from frozen_fast import __version__
 from frozen_fast.cli import commands
 from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arguments
-from frozen_fast.cli.pack import pack, pack_arguments
+from frozen_fast.cli.pack_command import pack, pack_arguments
 from frozen_fast.errors import UserError
 
 EXIT_DONE = 0

@@ -1,10 +1,10 @@
 """From collections of clips to batches of tensors: sources, frame sampling, decoding, planning, loading."""
 
-from frozen_fast.data.bad_clips import BadClip, BadClipLedger
-from frozen_fast.data.batches import Batch, ClipReader, TrainingLoader
-from frozen_fast.data.evaluation_loader import EvaluationBatch, EvaluationLoader
-from frozen_fast.data.prefetch import LoaderEndedError
-from frozen_fast.data.samplers import BatchSpec, DataPosition, plan_steps
+from frozen_fast.data.load.bad_clips import BadClip, BadClipLedger
+from frozen_fast.data.load.evaluation_loader import EvaluationBatch, EvaluationLoader
+from frozen_fast.data.load.prefetch import LoaderEndedError
+from frozen_fast.data.load.training_loader import Batch, ClipReader, TrainingLoader
+from frozen_fast.data.plan.samplers import BatchSpec, DataPosition, plan_steps
 from frozen_fast.data.sources import Clip, Source, read_source, read_sources, twin_pairs
 
 __all__ = [

@@ -6,8 +6,9 @@ Axis letters: B batch, T frames, C channels, H and W pixels, L text tokens, D wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 
 from frozen_fast.errors import UserError
 from frozen_fast.models.linear import Linear
-from frozen_fast.models.space_time import INIT_STD, SpaceTimeTransformer
-from frozen_fast.models.temporal import expand_temporal_embedding
-from frozen_fast.models.text import TextTower
+from frozen_fast.models.pretrained import DEFAULT_MAX_TOKENS, TEMPORAL, load_weights, read_model, write_model
+from frozen_fast.models.text.tower import TextTower
+from frozen_fast.models.video.space_time import INIT_STD, SpaceTimeTransformer
+from frozen_fast.models.video.temporal import expand_temporal_embedding
 
 TextActivation = Literal["relu", "none"]
 
@@ -196,11 +198,37 @@ class DualEncoder(nn.Module):
             embed[:, :num_frames] = expanded
         self.learned_frames = num_frames
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors, config.json and the tokenizer, from which from_pretrained needs no hub."""
-        from frozen_fast.models.checkpoint import save_pretrained
+    def architecture(self) -> dict[str, Any]:
+        """What config.json holds: all that from_pretrained needs beside the weights and the tokenizer."""
+        video, text = self.video_model, self.text_model
+        return {
+            "video": {
+                "size": asdict(video.size),
+                "max_frames": video.max_frames,
+                "block": video.block,
+                "skip_time_attention_at_one_frame": video.skip_time_attention_at_one_frame,
+            },
+            "text": {
+                "config": text.plain_config(),
+                "pooling": text.pooling,
+                "max_tokens": text.tokenizer.max_tokens if text.tokenizer is not None else DEFAULT_MAX_TOKENS,
+            },
+            "embedding_width": self.embedding_width,
+            "text_activation": self.text_activation,
+            "learned_frames": self.learned_frames,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
-        save_pretrained(self, Path(folder))
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write model.safetensors, config.json and the tokenizer, from which from_pretrained needs no hub.
+
+        Args:
+            folder: made if missing.
+            state: weights to write instead of the model's own (gathered from shards), under the same names.
+        """
+        weights = self.state_dict() if state is None else state
+        write_model(Path(folder), weights, self.architecture(), self.text_model.tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -209,20 +237,40 @@ class DualEncoder(nn.Module):
         num_frames: int | None = None,
         expansion: str = "zero",
         tokenizer: str | None = None,
+        *,
+        max_frames: int | None = None,
+        max_tokens: int | None = None,
+        video_options: Mapping[str, Any] | None = None,
     ) -> DualEncoder:
         """Load a checkpoint; the model comes in eval mode.
 
         Args:
             path: a folder that save_pretrained or training wrote, or a released .pth or .pth.tar file.
-            num_frames: frames that the model shall take; None: those that the checkpoint learned. Fewer keep the
-                first temporal embeddings, more expand them.
+            num_frames: frames that the model takes; None: those that the checkpoint learned. Fewer keep the first
+                temporal embeddings, more expand them.
             expansion: "zero", "nearest" or "bilinear".
             tokenizer: transformers name, local folder or package:MODULE/FOLDER; None: the checkpoint's own (released
                 files have none: they then take token ids only).
+            max_frames: rows of temporal_embed to allocate; None: num_frames. The rows above num_frames are 0, or, with
+                num_frames None, the values that the run drew for them.
+            max_tokens: captions are cut to this many tokens; None: the checkpoint's value.
+            video_options: keywords of SpaceTimeTransformer that replace the checkpoint's.
 
         Raises:
             UserError: for a missing, damaged or foreign checkpoint.
         """
-        from frozen_fast.models.checkpoint import from_pretrained
-
-        return from_pretrained(Path(path), num_frames, expansion, tokenizer)
+        path = Path(path)
+        stored = read_model(path, tokenizer, max_tokens)
+        learned = stored.learned_frames if num_frames is None else num_frames
+        if learned < 1:
+            raise UserError(f"num_frames: got {learned}; allowed: 1 or more")
+        rows = max(learned, max_frames or learned)
+        rows_1TD = stored.state[TEMPORAL]
+        if num_frames is not None:
+            rows_1TD = expand_temporal_embedding(rows_1TD[:, : stored.learned_frames], learned, expansion)
+        stored.state[TEMPORAL] = expand_temporal_embedding(rows_1TD, rows, "zero")
+        with torch.device("meta"):  # drawing weights that the file replaces would take seconds
+            video = SpaceTimeTransformer(stored.size, rows, **{**stored.video_options, **(video_options or {})})
+        model = cls(video.to_empty(device="cpu"), stored.text, learned_frames=learned, **stored.options)
+        load_weights(model, stored.state, path)
+        return model.eval()

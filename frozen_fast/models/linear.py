@@ -1,4 +1,4 @@
-"""Linear layers through frozen_kernels.linear, ours and those of a transformers model."""
+"""Linear layers through frozen_kernels.products.linear, ours and those of a transformers model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from frozen_kernels import linear
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear, computed by frozen_kernels.linear."""
+    """torch.nn.Linear, computed by frozen_kernels.products.linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from frozen_fast.errors import UserError
-from frozen_kernels.products import multiplied_in
+from frozen_kernels.products.choice import multiplied_in
 
 TERA = 1e12
 
@@ -114,7 +114,7 @@ def measure_peak(
 
     Returns:
         The peak, with what was measured as its source. The copy's bytes are those read plus those written. On a CPU
-        the product is in the dtype that the model multiplies in there (frozen_kernels.products).
+        the product is in the dtype that the model multiplies in there (frozen_kernels.products.choice).
     """
     _check_dtype(dtype)
     device = torch.device(device)

@@ -21,12 +21,12 @@ from frozen_fast.common.files import append_json_line
 from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import load_config, to_plain
 from frozen_fast.errors import UserError
-from frozen_fast.sweep.config import SweepConfig
 from frozen_fast.sweep.devices import device_groups
 from frozen_fast.sweep.outcome import Cause, Outcome, classify, read_figures, telling_line, whole_lines
 from frozen_fast.sweep.process import ProcessResult, free_port, run_limited
 from frozen_fast.sweep.ranking import rank, write_ranking
 from frozen_fast.sweep.space import Trial, draw_trials, enumerate_trials, survivors
+from frozen_fast.sweep.sweep_file import SweepConfig
 from frozen_fast.sweep.winner import write_winner
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from frozen_fast.models import DualEncoder
-from frozen_fast.models.blocks import Attention
+from frozen_fast.models.video.blocks import Attention
 from frozen_kernels import resolve_backend
-from frozen_kernels.attention import load_backend
+from frozen_kernels.attention.api import load_backend
 
 # A shape takes three graphs: first block, those between, last block. Beyond the limit Dynamo falls back to eager.
 _RECOMPILE_LIMIT = 64

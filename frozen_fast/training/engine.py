@@ -17,22 +17,22 @@ import torch
 from frozen_fast.config import ExperimentConfig, StagePlan, loss_batch_size
 from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, TrainingLoader, plan_steps, twin_pairs
 from frozen_fast.models import DualEncoder
+from frozen_fast.parallel.base import Parallel, seed_step
 from frozen_fast.profiling.energy import EnergyMeter
 from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.profiling.peak import DevicePeak
+from frozen_fast.profiling.trace import StageTrace
+from frozen_fast.records.checkpoint import RunState
+from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training import compiling
-from frozen_fast.training.checkpoint import RunState
-from frozen_fast.training.energy import StageEnergy
+from frozen_fast.training.checkpoint_keeper import CheckpointKeeper
 from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal, StepResult
-from frozen_fast.training.keeper import CheckpointKeeper
 from frozen_fast.training.optimizer import learning_rate_factor, set_learning_rate
-from frozen_fast.training.parallel import Parallel, seed_step
-from frozen_fast.training.run_folder import RunFolder
 from frozen_fast.training.signals import StopRequest, stop_explains
+from frozen_fast.training.stage_energy import StageEnergy
 from frozen_fast.training.stages import OpenStage, describe_plan, expand_frames, warm_up_steps
 from frozen_fast.training.step import forward_backward, update
-from frozen_fast.training.trace import StageTrace
 from frozen_kernels import chosen_backends, fused_form
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from frozen_fast.evaluation import (
 )
 from frozen_fast.losses import contrastive_loss
 from frozen_fast.models import DualEncoder
-from frozen_fast.training.build import build_evaluation_loader
-from frozen_fast.training.parallel import Parallel
+from frozen_fast.parallel.base import Parallel
+from frozen_fast.training.parts import build_evaluation_loader
 from frozen_fast.training.signals import StopRequest, stop_explains
 
 Row = dict[str, Any]

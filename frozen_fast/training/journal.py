@@ -19,9 +19,9 @@ from torch import Tensor
 
 from frozen_fast.common.tracking import Tracker
 from frozen_fast.errors import UserError
+from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.meter import StageMeter, StepTime
-from frozen_fast.training.parallel import Parallel
-from frozen_fast.training.run_folder import RunFolder
+from frozen_fast.records.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

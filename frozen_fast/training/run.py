@@ -11,10 +11,26 @@ from frozen_fast.common.logs import set_up_logging
 from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import ExperimentConfig, dump_yaml, loss_batch_size, resolve_stages, to_plain
 from frozen_fast.errors import UserError
+from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.energy import energy_meter
 from frozen_fast.profiling.peak import device_peak
-from frozen_fast.training import compiling, environment
-from frozen_fast.training.build import (
+from frozen_fast.records import environment
+from frozen_fast.records.checkpoint import (
+    RunState,
+    check_same_run,
+    newest_checkpoint,
+    read_state,
+    read_tensors,
+    remove_leftovers,
+)
+from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.report.write_report import write_report
+from frozen_fast.training import compiling
+from frozen_fast.training.engine import Engine, RunParts
+from frozen_fast.training.evaluate import evaluate_with
+from frozen_fast.training.journal import Journal
+from frozen_fast.training.optimizer import build_optimizer, divergence_advice
+from frozen_fast.training.parts import (
     build_model,
     build_training_loader,
     described_sources,
@@ -24,21 +40,6 @@ from frozen_fast.training.build import (
     read_evaluation_sources,
     read_training_sources,
 )
-from frozen_fast.training.checkpoint import (
-    RunState,
-    check_same_run,
-    newest_checkpoint,
-    read_state,
-    read_tensors,
-    remove_leftovers,
-)
-from frozen_fast.training.engine import Engine, RunParts
-from frozen_fast.training.evaluate import evaluate_with
-from frozen_fast.training.journal import Journal
-from frozen_fast.training.optimizer import build_optimizer, divergence_advice
-from frozen_fast.training.parallel import Parallel
-from frozen_fast.training.report import write_report
-from frozen_fast.training.run_folder import RunFolder
 from frozen_fast.training.signals import StopRequest
 
 log = logging.getLogger(__name__)

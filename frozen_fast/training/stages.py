@@ -8,10 +8,10 @@ from typing import Any
 
 from frozen_fast.config import StagePlan
 from frozen_fast.models import DualEncoder
-from frozen_fast.models.temporal import expand_temporal_embedding
+from frozen_fast.models.video.temporal import expand_temporal_embedding
+from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.meter import StageMeter
-from frozen_fast.training.energy import StageEnergy
-from frozen_fast.training.parallel import Parallel
+from frozen_fast.training.stage_energy import StageEnergy
 
 log = logging.getLogger(__name__)
 

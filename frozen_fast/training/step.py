@@ -11,7 +11,7 @@ from torch import Tensor
 
 from frozen_fast.config.schema import LossConfig
 from frozen_fast.losses import gathered_contrastive_loss
-from frozen_fast.training.parallel import Parallel
+from frozen_fast.parallel.base import Parallel
 
 
 def forward_backward(

@@ -1,14 +1,14 @@
 """Attention and fused ops of the space-time transformer, each beside its plain-PyTorch reference."""
 
-from frozen_kernels.attention import divided_attention, resolve_backend
+from frozen_kernels.attention.api import divided_attention, resolve_backend
+from frozen_kernels.attention.cls import cls_attention
+from frozen_kernels.attention.selection import chosen_backends
 from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
-from frozen_kernels.cls_attention import cls_attention
-from frozen_kernels.fused import fused_form
-from frozen_kernels.fused_bias_gelu import bias_gelu
-from frozen_kernels.fused_layer_norm import add_layer_norm
-from frozen_kernels.fused_positions import add_positions
-from frozen_kernels.linear import linear
-from frozen_kernels.selection import chosen_backends
+from frozen_kernels.fused.bias_gelu import bias_gelu
+from frozen_kernels.fused.forms import fused_form
+from frozen_kernels.fused.layer_norm import add_layer_norm
+from frozen_kernels.fused.positions import add_positions
+from frozen_kernels.products.linear import linear
 
 __all__ = [
     "BACKEND_NAMES",

@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import torch
 
-from frozen_kernels.layout import FLOAT_DTYPES
-from frozen_kernels.native_library import why_not_native
+from frozen_kernels.native.library import why_not_native
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_NAMES = ("reference", "sdpa", "batched", "native", "xformers", "triton")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frozen_kernels import add_positions, chosen_backends, divided_attention, selection, unavailable_backends
-from frozen_kernels.fused_positions import add_positions_reference
+from frozen_kernels import add_positions, chosen_backends, divided_attention, unavailable_backends
+from frozen_kernels.attention import selection
+from frozen_kernels.fused.positions import add_positions_reference
 from support.attention_cases import assert_close, errors, make_case, run
 from support.fused_cases import FUSED_CASES, fused_errors
 
@@ -140,7 +141,7 @@ def test_auto_measures_and_keeps(tmp_path, monkeypatch):
 
 def test_xformers_names_its_operators():
     need("xformers", torch.bfloat16)
-    from frozen_kernels.attention_xformers import OPERATORS_USED
+    from frozen_kernels.attention.xformers import OPERATORS_USED
 
     qkv, _ = make_case(2, 4, 49, 2, 64)
     for axis in AXES:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.config.schema import TrainingConfig
-from frozen_fast.training.parallel import Parallel
+from frozen_fast.parallel.base import Parallel
 
 parallel = Parallel.start(ExperimentConfig(training=TrainingConfig(device="cpu", expected_world_size=2)))
 ranks = parallel.gather_objects(parallel.rank)

@@ -12,7 +12,7 @@ import torch
 
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.errors import UserError
-from frozen_fast.training.checkpoint import newest_checkpoint, read_tensors
+from frozen_fast.records.checkpoint import newest_checkpoint, read_tensors
 from frozen_fast.training.run import train
 from support.runs import losses, make_data, read_json, tiny_config
 

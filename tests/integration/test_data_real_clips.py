@@ -13,8 +13,8 @@ import torch
 
 from frozen_fast.config.schema import AugmentationConfig, DecodeConfig, SourceConfig
 from frozen_fast.data import DataPosition, EvaluationLoader, Source, TrainingLoader, plan_steps, read_source
-from frozen_fast.data.decode.build import build_decoder
-from frozen_fast.data.sampling import test_windows as windows_of
+from frozen_fast.data.decode.backends import build_decoder
+from frozen_fast.data.plan.frame_sampling import test_windows as windows_of
 from support import videos
 from support.datasets import write_cc3m, write_manifest, write_webvid
 from support.fake_decoding import fake_tokenizer

@@ -14,9 +14,9 @@ import torch
 from frozen_fast import DualEncoder
 from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.errors import UserError
+from frozen_fast.records.checkpoint import read_state, read_tensors
+from frozen_fast.training import checkpoint_keeper as keeper_module
 from frozen_fast.training import engine as engine_module
-from frozen_fast.training import keeper as keeper_module
-from frozen_fast.training.checkpoint import read_state, read_tensors
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.run import evaluate_checkpoint, train
 from support.runs import losses, make_data, read_json, tiny_mapping, without_reports

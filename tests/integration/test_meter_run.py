@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from frozen_fast.parallel.base import Parallel
+from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.training import checkpoint_keeper as keeper_module
 from frozen_fast.training import engine as engine_module
-from frozen_fast.training import keeper as keeper_module
 from frozen_fast.training import run as run_module
 from frozen_fast.training.journal import Journal
-from frozen_fast.training.parallel import Parallel
 from frozen_fast.training.run import train
-from frozen_fast.training.run_folder import RunFolder
 from support.runs import make_data, read_json, tiny_config
 
 pytestmark = pytest.mark.integration

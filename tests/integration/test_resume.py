@@ -14,7 +14,7 @@ import torch
 
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.errors import UserError
-from frozen_fast.training.checkpoint import read_tensors
+from frozen_fast.records.checkpoint import read_tensors
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.run import train
 from support.runs import losses, make_data, read_json, tiny_config, without_reports

@@ -18,7 +18,7 @@ import torch
 from frozen_fast import DualEncoder
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.config import ExperimentConfig, config_from_mapping, dump_yaml
-from frozen_fast.training.checkpoint import read_tensors
+from frozen_fast.records.checkpoint import read_tensors
 from frozen_fast.training.run import train
 from support.runs import REPOSITORY, environment, losses, make_data, read_json, tiny_mapping
 

@@ -14,7 +14,7 @@ from frozen_fast.config import load_config
 from frozen_fast.data import DataPosition, plan_steps
 from frozen_fast.errors import UserError
 from frozen_fast.losses import contrastive_loss
-from frozen_fast.training.build import build_model, build_training_loader, read_training_sources
+from frozen_fast.training.parts import build_model, build_training_loader, read_training_sources
 from frozen_fast.training.run import train
 from support.runs import make_data, read_json, tiny_config
 

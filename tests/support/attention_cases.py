@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from frozen_kernels.attention_reference import attention_reference
-from frozen_kernels.layout import read_layout
+from frozen_kernels.attention.qkv_layout import read_layout
+from frozen_kernels.attention.reference import attention_reference
 
 Compute = Callable[[Tensor], Tensor]
 

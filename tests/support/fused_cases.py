@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from frozen_kernels import add_layer_norm, bias_gelu
-from frozen_kernels.fused_bias_gelu import bias_gelu_reference
-from frozen_kernels.fused_layer_norm import add_layer_norm_reference
+from frozen_kernels.fused.bias_gelu import bias_gelu_reference
+from frozen_kernels.fused.layer_norm import add_layer_norm_reference
 
 FUSED_CASES = [
     # op, dtype, rows, width

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from frozen_kernels import attention_triton, divided_attention
+from frozen_kernels import divided_attention
+from frozen_kernels.attention import triton
 from support.attention_cases import errors, make_case, run
 from support.fused_cases import FUSED_CASES, fused_errors
 from support.loss_curves import INTERPRETED, loss_curve
@@ -60,11 +61,11 @@ def order_of_programs(axis):
         return divided_attention(x, 2, axis, backend="triton")
 
     usual = run(compute, qkv, grad)
-    time_tile, space_tile = attention_triton.time_tile, attention_triton.space_tile
-    attention_triton.time_tile = lambda layout: replace(time_tile(layout), rows=4)
-    attention_triton.space_tile = lambda layout, dtype: replace(space_tile(layout, dtype), rows=16, keys=16)
+    time_tile, space_tile = triton.time_tile, triton.space_tile
+    triton.time_tile = lambda layout: replace(time_tile(layout), rows=4)
+    triton.space_tile = lambda layout, dtype: replace(space_tile(layout, dtype), rows=16, keys=16)
     first, second = run(compute, qkv, grad), run(compute, qkv, grad)
-    attention_triton.time_tile, attention_triton.space_tile = time_tile, space_tile
+    triton.time_tile, triton.space_tile = time_tile, space_tile
     return {
         "repeats": all(torch.equal(first[name], second[name]) for name in first),
         "apart": max((first[name] - usual[name]).abs().max().item() for name in first),
@@ -81,7 +82,7 @@ def main(group: str) -> None:
         cases = {"-".join(map(str, case)): case_errors(*case) for case in ATTENTION_CASES}
         order = {axis: order_of_programs(axis) for axis in ("time", "space")}
         result = {"cases": cases, "order": order}
-    json.dump({"interpreted": attention_triton.INTERPRETED, **result}, sys.stdout)
+    json.dump({"interpreted": triton.INTERPRETED, **result}, sys.stdout)
 
 
 if __name__ == "__main__":

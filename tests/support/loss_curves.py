@@ -9,8 +9,8 @@ from torch import nn
 
 from frozen_fast.losses import contrastive_loss
 from frozen_fast.models import SpaceTimeTransformer
-from frozen_fast.models.space_time import VideoSize
-from frozen_fast.models.temporal import expand_temporal_embedding
+from frozen_fast.models.video.space_time import VideoSize
+from frozen_fast.models.video.temporal import expand_temporal_embedding
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from frozen_fast.config.schema import SourceConfig
-from frozen_fast.data.reading import ClipDecoder, build_decoder
-from frozen_fast.data.shards.extract import PackSettings
-from frozen_fast.data.shards.pack import PackLimits, PackSummary, pack_source
+from frozen_fast.data.load.reading import ClipDecoder, build_decoder
+from frozen_fast.data.packing.extract import PackSettings
+from frozen_fast.data.packing.pack_shards import PackLimits, PackSummary, pack_source
 from frozen_fast.data.sources import Clip, Source, read_source
 from support import datasets, videos
 

@@ -12,14 +12,14 @@ import sys
 import time
 from typing import Any
 
-from frozen_fast.data import batches
 from frozen_fast.data.decode import threaded
+from frozen_fast.data.load import training_loader
 
-_original_read = batches.ClipReader.read
+_original_read = training_loader.ClipReader.read
 _step = [0]
 
 
-def _read(self: batches.ClipReader, spec: Any) -> Any:
+def _read(self: training_loader.ClipReader, spec: Any) -> Any:
     _step[0] = spec.step
     if os.environ.get("STUCK_IN", "read") == "read":
         _sleep_at_the_step()
@@ -40,7 +40,7 @@ def _sleep_at_the_step() -> None:
         time.sleep(3600)
 
 
-batches.ClipReader.read = _read  # type: ignore[method-assign]
+training_loader.ClipReader.read = _read  # type: ignore[method-assign]
 threaded.ThreadedDecoder.decode_one = _decode_one  # type: ignore[method-assign]
 
 if __name__ == "__main__":

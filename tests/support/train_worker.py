@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from frozen_fast.config import config_from_mapping
-from frozen_fast.data.batches import ClipReader
+from frozen_fast.data.load.training_loader import ClipReader
 from frozen_fast.training.run import evaluate_checkpoint, train
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from frozen_kernels import attention_xformers, divided_attention
-from frozen_kernels.layout import read_layout
+from frozen_kernels import divided_attention
+from frozen_kernels.attention import xformers
+from frozen_kernels.attention.qkv_layout import read_layout
 from support.attention_cases import assert_close, attention_by_mask, errors, exact, make_case, run
 
 AXES = ("time", "space")
@@ -57,22 +58,22 @@ def test_strided_input(backend, frames, axis):
 @pytest.mark.parametrize("frames", [1, 4])
 def test_pieces_of_a_batch_agree_with_the_whole(frames, axis, monkeypatch):
     """batched cuts the batch, and a clip's positions, by size: cuts with a rest change nothing."""
-    from frozen_kernels import attention_batched
+    from frozen_kernels.attention import batched
 
     qkv, grad = make_case(5, frames, 6, 2, 8)
     whole = run(lambda x: divided_attention(x, frames, axis, backend="batched"), qkv, grad)
     two_rows = 2 * qkv[0].numel() * 4
-    monkeypatch.setattr(attention_batched, "PIECE_BYTES", two_rows)
-    cuts = [(piece.start, piece.stop) for piece in attention_batched._pieces(read_layout(qkv, frames, axis))]
+    monkeypatch.setattr(batched, "PIECE_BYTES", two_rows)
+    cuts = [(piece.start, piece.stop) for piece in batched._pieces(read_layout(qkv, frames, axis))]
     assert cuts == [(0, 2), (2, 4), (4, 5)]
     pieces = run(lambda x: divided_attention(x, frames, axis, backend="batched"), qkv, grad)
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=0, atol=1e-6)
 
     four_positions = 4 * frames * 3 * 16 * 4
-    monkeypatch.setattr(attention_batched, "PIECE_BYTES", four_positions)
+    monkeypatch.setattr(batched, "PIECE_BYTES", four_positions)
     layout = read_layout(qkv, frames, axis)
-    assert [(part.start, part.stop) for part in attention_batched._position_slices(layout)] == [(0, 4), (4, 6)]
+    assert [(part.start, part.stop) for part in batched._position_slices(layout)] == [(0, 4), (4, 6)]
     parts = run(lambda x: divided_attention(x, frames, axis, backend="batched"), qkv, grad)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-6)
@@ -134,7 +135,7 @@ def test_autocast_leaves_a_backends_own_precision_alone(frames, axis):
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("frames", [1, 3])
 def test_nothing_is_kept_without_gradients(frames, axis):
-    from frozen_kernels.attention_batched import batched_forward
+    from frozen_kernels.attention.batched import batched_forward
 
     qkv, _ = make_case(2, frames, 5, 2, 8)
     with_gradients = divided_attention(qkv.requires_grad_(), frames, axis, backend="batched")
@@ -160,8 +161,8 @@ def test_safe_under_compile_and_checkpointing(backend, axis):
 
 def test_registered_operators_keep_torchs_rules():
     """Fake shapes, autograd registration and no hidden mutation, as torch's own checker sees them."""
-    from frozen_kernels.attention_batched import batched_forward
-    from frozen_kernels.attention_native import space_forward, time_forward
+    from frozen_kernels.attention.batched import batched_forward
+    from frozen_kernels.attention.native import space_forward, time_forward
 
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for frames in (1, 2):
@@ -199,7 +200,7 @@ def emulate_xformers(monkeypatch, calls):
     """Stand in for memory_efficient_attention: BMHK, additive bias; checks what the CUDA kernels ask for."""
 
     def attention(query, key, value, attn_bias=None, scale=None, op=None):
-        assert query.shape[0] <= attention_xformers.GRID_LIMIT and query.shape[-1] % 8 == 0
+        assert query.shape[0] <= xformers.GRID_LIMIT and query.shape[-1] % 8 == 0
         calls.append((tuple(query.shape), tuple(key.shape)))
         if attn_bias is not None:
             assert attn_bias.stride(-2) % 8 == 0 and attn_bias.dtype == query.dtype
@@ -212,7 +213,7 @@ def emulate_xformers(monkeypatch, calls):
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", module)
     operator = types.SimpleNamespace(NAME="emulated")
-    monkeypatch.setattr(attention_xformers, "choose_operators", lambda *parts: (operator, operator))
+    monkeypatch.setattr(xformers, "choose_operators", lambda *parts: (operator, operator))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -223,10 +224,10 @@ def test_xformers_layouts(axis, size, monkeypatch):
     qkv, grad = make_case(*size)
 
     def compute(x):
-        return attention_xformers.attention_xformers(x, read_layout(x, size[1], axis), axis)
+        return xformers.attention_xformers(x, read_layout(x, size[1], axis), axis)
 
     assert_close(errors(compute, qkv, grad, size[1], axis), torch.float32)
-    assert set(attention_xformers.OPERATORS_USED.values()) == {"emulated + emulated"}
+    assert set(xformers.OPERATORS_USED.values()) == {"emulated + emulated"}
     if axis == "time":
         queries, keys = calls[0]
         assert keys[1] == queries[1] + 1, "a pack shares one CLS key"
@@ -237,18 +238,18 @@ def test_xformers_names_each_operators_reasons():
     pytest.importorskip("xformers")
     tensor = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ValueError, match="got 'xformers'; no operator takes these inputs .*device=cpu"):
-        attention_xformers.choose_operators(tensor, tensor, tensor, None)
+        xformers.choose_operators(tensor, tensor, tensor, None)
 
 
 def test_xformers_splits_what_passes_the_grid_limit(monkeypatch):
     calls = []
     emulate_xformers(monkeypatch, calls)
-    monkeypatch.setattr(attention_xformers, "GRID_LIMIT", 4)
-    monkeypatch.setattr(attention_xformers.batch_slices, "__defaults__", (4,))
+    monkeypatch.setattr(xformers, "GRID_LIMIT", 4)
+    monkeypatch.setattr(xformers.batch_slices, "__defaults__", (4,))
     qkv, grad = make_case(3, 3, 5, 2, 8)
 
     def compute(x):
-        return attention_xformers.attention_xformers(x, read_layout(x, 3, "space"), "space")
+        return xformers.attention_xformers(x, read_layout(x, 3, "space"), "space")
 
     assert_close(errors(compute, qkv, grad, 3, "space"), torch.float32)
     assert [query[0] for query, _ in calls][:3] == [4, 4, 1]
@@ -259,20 +260,20 @@ def test_xformers_splits_what_passes_the_grid_limit(monkeypatch):
     [(196, 1, 49), (196, 4, 14), (196, 8, 7), (196, 16, 2), (7, 1, 7), (197, 4, 1), (1, 16, 1)],
 )
 def test_packs_fill_a_tile(patches, frames, expected):
-    size = attention_xformers.pack_size(patches, frames)
+    size = xformers.pack_size(patches, frames)
     assert size == expected and patches % size == 0
 
 
 def test_batches_beyond_the_grid_limit():
     """335 clips of 196 positions pass 65,535: slices cover them in order, none too large."""
-    slices = list(attention_xformers.batch_slices(335 * 196))
+    slices = list(xformers.batch_slices(335 * 196))
     assert [piece.start for piece in slices] == [0, 65_535]
     assert slices[-1].stop == 335 * 196 and all(piece.stop - piece.start <= 65_535 for piece in slices)
 
 
 def test_sdpa_folds_groups_into_heads(monkeypatch):
     """B*P*N beyond 65,535 must not reach the batch axis: it stays B on the time axis and B*T on the space axis."""
-    from frozen_kernels import attention_sdpa
+    from frozen_kernels.attention import sdpa
 
     shapes = []
 
@@ -280,7 +281,7 @@ def test_sdpa_folds_groups_into_heads(monkeypatch):
         shapes.append(tuple(query.shape))
         return torch.empty_like(query)
 
-    monkeypatch.setattr(attention_sdpa, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", attention)
     qkv = torch.empty(336, 1 + 2 * 196, 3, 1, 8, device="meta")
     for axis in AXES:
         assert divided_attention(qkv, 2, axis, backend="sdpa").shape == (336, 393, 8)

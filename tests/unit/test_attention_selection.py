@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from frozen_kernels import availability, chosen_backends, divided_attention, resolve_backend, selection
-from frozen_kernels.attention import load_backend
+from frozen_kernels import availability, chosen_backends, divided_attention, resolve_backend
+from frozen_kernels.attention import selection
+from frozen_kernels.attention.api import load_backend
+from frozen_kernels.attention.qkv_layout import read_layout
 from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
-from frozen_kernels.layout import read_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,7 +165,7 @@ def test_a_missing_or_broken_package_is_a_reason(monkeypatch):
 
 
 def test_deterministic_on_cuda():
-    from frozen_kernels.attention import _deterministic_backend
+    from frozen_kernels.attention.api import _deterministic_backend
 
     assert _deterministic_backend("auto") == "triton" and _deterministic_backend("reference") == "reference"
     with pytest.raises(ValueError, match="got 'xformers' with deterministic on CUDA"):

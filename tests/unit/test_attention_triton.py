@@ -11,8 +11,8 @@ from support.triton_process import compile_for_hopper, run_interpreted
 
 pytest.importorskip("triton")
 
-from frozen_kernels import attention_triton  # noqa: E402  (needs Triton)
-from frozen_kernels.layout import Layout  # noqa: E402
+from frozen_kernels.attention import triton  # noqa: E402
+from frozen_kernels.attention.qkv_layout import Layout  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +39,20 @@ def test_small_tiles_change_nothing(axis, interpreted):
 @pytest.mark.parametrize("patches", [1, 7, 196, 1024])
 def test_tiles_are_what_the_hardware_wants(width, frames, patches):
     layout = Layout(1, frames, patches, 1, width)
-    padded = attention_triton.padded_width(width)
+    padded = triton.padded_width(width)
     assert padded >= max(16, width) and padded & (padded - 1) == 0
-    rows = attention_triton.time_tile(layout).rows
+    rows = triton.time_tile(layout).rows
     assert rows >= 1 and rows & (rows - 1) == 0
     for dtype in (torch.float32, torch.bfloat16):
-        tile = attention_triton.space_tile(layout, dtype)
+        tile = triton.space_tile(layout, dtype)
         assert min(tile.rows, tile.keys) >= 16 and tile.rows & (tile.rows - 1) == 0
 
 
 def test_limits_are_named():
     with pytest.raises(ValueError, match="num_frames: got 17 with backend 'triton'; allowed: 1 to 16"):
-        attention_triton.check_limits(Layout(1, 17, 1, 1, 64))
+        triton.check_limits(Layout(1, 17, 1, 1, 64))
     with pytest.raises(ValueError, match="head width 129 with backend 'triton'; allowed: 1 to 128"):
-        attention_triton.check_limits(Layout(1, 1, 1, 1, 129))
+        triton.check_limits(Layout(1, 1, 1, 1, 129))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_compiles_for_hopper(module, kernel, dtype, constants):
     """Types and shapes that the interpreter lets pass and hardware does not."""
     from importlib import import_module
 
-    if attention_triton.INTERPRETED:
+    if triton.INTERPRETED:
         pytest.skip("the kernels are interpreted in this process (TRITON_INTERPRET=1)")
     function = getattr(import_module(f"frozen_kernels.{module}"), kernel)
     compiled = compile_for_hopper(function, dtype, constants, warps=4)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from frozen_fast.common.files import read_json_lines
-from frozen_fast.data.bad_clips import BadClip, BadClipLedger
+from frozen_fast.data.load.bad_clips import BadClip, BadClipLedger
 from frozen_fast.errors import UserError
 
 

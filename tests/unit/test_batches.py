@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from frozen_fast.config.schema import AugmentationConfig, DecodeConfig
-from frozen_fast.data.batches import MAX_ATTEMPTS, Batch, ClipReader, TrainingLoader
-from frozen_fast.data.samplers import BatchSpec, DataPosition, plan_steps
+from frozen_fast.data.load.training_loader import MAX_ATTEMPTS, Batch, ClipReader, TrainingLoader
+from frozen_fast.data.plan.samplers import BatchSpec, DataPosition, plan_steps
 from frozen_fast.data.sources import CaptionRule, Clip, PackedClips, Source
 from frozen_fast.errors import UserError
 from support.fake_decoding import SIZE, FakeDecoder, clip_code, fake_probe, fake_tokenizer

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from frozen_fast.errors import UserError
-from frozen_fast.training import checkpoint as module
-from frozen_fast.training.checkpoint import (
+from frozen_fast.records import checkpoint as module
+from frozen_fast.records.checkpoint import (
     RunState,
     check_same_run,
     checkpoint_name,

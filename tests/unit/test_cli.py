@@ -207,10 +207,10 @@ def test_report_and_compare_take_run_folders(
     for folder in folders:
         folder.mkdir()
         (folder / "config.yaml").write_text("")
-    module = types.ModuleType("frozen_fast.training.report")
+    module = types.ModuleType("frozen_fast.report.write_report")
     module.write_report = lambda folder: (folder / "report.html").write_text("")  # type: ignore[attr-defined]
     module.compare_runs = lambda given: f"{len(given)} runs\n"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "frozen_fast.training.report", module)
+    monkeypatch.setitem(sys.modules, "frozen_fast.report.write_report", module)
     assert main(["report", str(folders[0])]) == 0
     assert (folders[0] / "report.html").exists() and "report.html" in capsys.readouterr().out
     assert main(["compare", *map(str, folders)]) == 0

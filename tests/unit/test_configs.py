@@ -17,7 +17,7 @@ from frozen_fast.config import (
     source_name,
 )
 from frozen_fast.profiling.paper import table_4
-from frozen_fast.training.build import build_model, read_evaluation_sources, read_training_sources
+from frozen_fast.training.parts import build_model, read_evaluation_sources, read_training_sources
 from support import datasets
 from support.towers import make_text_tower
 

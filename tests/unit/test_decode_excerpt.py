@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from frozen_fast.data.decode.excerpt import cheapest, excerpt, packet_runs
-from frozen_fast.data.decode.index import read_index
+from frozen_fast.data.decode.frame_index import read_index
 from support import videos
 
 MAX_PIXELS = 10**7

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from frozen_fast.data.decode import ClipError, VideoInfo, probe
-from frozen_fast.data.decode import index as index_module
+from frozen_fast.data.decode import frame_index as index_module
 from frozen_fast.data.decode.containers import structure_fault
-from frozen_fast.data.decode.index import _is_shown, _vp9_frames, read_index
+from frozen_fast.data.decode.frame_index import _is_shown, _vp9_frames, read_index
 from support import videos
 
 MAX_PIXELS = 50_000_000

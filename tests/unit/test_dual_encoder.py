@@ -9,8 +9,7 @@ import frozen_fast
 from frozen_fast import DualEncoder
 from frozen_fast.errors import UserError
 from frozen_fast.models import SpaceTimeTransformer, TextTower, VideoSize
-from frozen_fast.models.checkpoint import save_pretrained
-from frozen_fast.models.text import model_from_config
+from frozen_fast.models.text.tower import model_from_config
 from support.released import ReleasedModel
 from support.towers import make_text_tower
 
@@ -185,7 +184,8 @@ def test_a_saved_model_comes_back_without_a_hub(tmp_path: Path, kind: str, monke
     model = make_model(make_text_tower(tmp_path / "tower", kind), **options)
     model.save_pretrained(tmp_path / "saved")
     for name in ("AutoModel", "AutoTokenizer"):
-        monkeypatch.setattr(f"frozen_fast.models.text.{name}.from_pretrained", lambda *_a, **_k: pytest.fail("hub"))
+        target = f"frozen_fast.models.text.tower.{name}.from_pretrained"
+        monkeypatch.setattr(target, lambda *_a, **_k: pytest.fail("hub"))
     loaded = DualEncoder.from_pretrained(tmp_path / "saved")
     assert not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -245,7 +245,7 @@ def test_another_tokenizer_may_be_given(tower_folder: Path, tmp_path: Path) -> N
 def test_weights_gathered_elsewhere_are_written_instead(tower_folder: Path, tmp_path: Path) -> None:
     model = make_model(tower_folder)
     state = {name: value + 1 for name, value in model.state_dict().items()}
-    save_pretrained(model, tmp_path, state=state)
+    model.save_pretrained(tmp_path, state=state)
     loaded = DualEncoder.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     assert sorted(path.name for path in tmp_path.iterdir()) == [

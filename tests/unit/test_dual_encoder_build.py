@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from frozen_fast.config.schema import ModelConfig, TextTowerConfig, VideoTowerConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models import SpaceTimeTransformer, VideoSize, build_dual_encoder, load_vit_weights
-from frozen_fast.models import vit_weights as vit_module
+from frozen_fast.models.video import vit_weights as vit_module
 from support.released import ReleasedModel, write_released_checkpoint
 from support.towers import make_text_tower
 

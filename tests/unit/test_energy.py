@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 
+from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.energy import NVML_LIBRARY, EnergyMeter, energy_meter
-from frozen_fast.training.energy import StageEnergy
-from frozen_fast.training.parallel import Parallel
+from frozen_fast.training.stage_energy import StageEnergy
 
 CUDA = torch.device("cuda", 1)
 

@@ -16,22 +16,23 @@ from frozen_fast.common.files import read_json_lines
 from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import config_from_mapping
 from frozen_fast.data import LoaderEndedError
-from frozen_fast.data.bad_clips import BadClip
+from frozen_fast.data.load.bad_clips import BadClip
 from frozen_fast.data.sources import CaptionRule, Clip, Source
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation import retrieval_metrics, similarity
 from frozen_fast.losses import contrastive_loss
-from frozen_fast.models.temporal import expand_temporal_embedding
+from frozen_fast.models.video.temporal import expand_temporal_embedding
+from frozen_fast.parallel import precision
+from frozen_fast.parallel.base import Parallel, check_world, seed_step
+from frozen_fast.parallel.precision import choose_precision
 from frozen_fast.profiling.meter import StageMeter
+from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training import journal as journal_module
-from frozen_fast.training import precision, signals
+from frozen_fast.training import signals
+from frozen_fast.training.checkpoint_keeper import is_better, selection_value
 from frozen_fast.training.evaluate import evaluate_source, validation_loss
 from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
-from frozen_fast.training.keeper import is_better, selection_value
 from frozen_fast.training.optimizer import build_optimizer
-from frozen_fast.training.parallel import Parallel, check_world, seed_step
-from frozen_fast.training.precision import choose_precision
-from frozen_fast.training.run_folder import RunFolder
 from frozen_fast.training.stages import TEMPORAL_EMBEDDING, expand_frames, warm_up_steps
 
 

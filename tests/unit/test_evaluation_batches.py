@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from frozen_fast.config.schema import DecodeConfig
-from frozen_fast.data.evaluation_loader import EvaluationLoader
-from frozen_fast.data.sampling import test_windows as windows_of
+from frozen_fast.data.load.evaluation_loader import EvaluationLoader
+from frozen_fast.data.plan.frame_sampling import test_windows as windows_of
 from frozen_fast.data.sources import Clip, PackedClips, Source
 from frozen_fast.errors import UserError
 from support.fake_decoding import SIZE, FakeDecoder, clip_code, fake_probe

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from frozen_fast.cli import main
-from frozen_fast.sweep import largest
-from frozen_fast.sweep.largest import Attempt, largest_that_fits
-from frozen_fast.training.report import write_report
+from frozen_fast.report.write_report import write_report
+from frozen_fast.sweep import batch_size
+from frozen_fast.sweep.batch_size import Attempt, largest_that_fits
 from support.towers import make_text_tower
 
 
@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(
 def test_a_failure_that_is_not_memory_ends_the_search(
     experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(largest, "TRIAL_MODULE", "no_such_module")
+    monkeypatch.setattr(batch_size, "TRIAL_MODULE", "no_such_module")
     assert main(["find-batch-size", "--config", str(experiment), "--memory-gib", "1"]) == 2
     assert "the trial failed (crash)" in capsys.readouterr().err
 
@@ -102,7 +102,7 @@ def test_nothing_fits_is_an_answer(
     def never(*_: object, batch_size: int, **__: object) -> Attempt:
         return Attempt(batch_size=batch_size, cause="out_of_memory", message="CUDA out of memory")
 
-    monkeypatch.setattr(largest, "try_batch", never)
+    monkeypatch.setattr(batch_size, "try_batch", never)
     output = tmp_path / "found.json"
     assert main(["find-batch-size", "--config", str(experiment), "--memory-gib", "1", "--output", str(output)]) == 0
     assert json.loads(output.read_text())["rows"][0]["batch_size"] == 0

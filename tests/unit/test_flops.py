@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, DistilBertConfig
 
 from frozen_fast.errors import UserError
-from frozen_fast.models.space_time import VIDEO_SIZES, SpaceTimeTransformer, VideoSize
+from frozen_fast.models.video.space_time import VIDEO_SIZES, SpaceTimeTransformer, VideoSize
 from frozen_fast.profiling.flops import TextShape, clip_flops, text_forward_flops, video_forward_flops
 from support.towers import make_text_tower
 

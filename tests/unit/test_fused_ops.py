@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frozen_kernels import add_layer_norm, add_positions, bias_gelu, fused
-from frozen_kernels.fused import fused_form
-from frozen_kernels.fused_positions import add_positions_reference
+from frozen_kernels import add_layer_norm, add_positions, bias_gelu
+from frozen_kernels.fused import forms
+from frozen_kernels.fused.forms import fused_form
+from frozen_kernels.fused.positions import add_positions_reference
 from support.attention_cases import assert_close
 from support.fused_cases import FUSED_CASES, fused_errors
 from support.triton_process import compile_for_hopper, run_interpreted
@@ -136,5 +137,5 @@ def test_which_form_runs(monkeypatch):
         fused_form("triton", cpu, torch.float32)
     with pytest.raises(ValueError, match="backend: got 'fast'; allowed: auto, plain, triton, native"):
         fused_form("fast", cpu, torch.float32)
-    monkeypatch.setattr(fused, "unavailable_backends", lambda *_: {"native": "no C compiler"})
+    monkeypatch.setattr(forms, "unavailable_backends", lambda *_: {"native": "no C compiler"})
     assert fused_form("auto", cpu, torch.float32) == "plain"

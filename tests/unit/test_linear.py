@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from frozen_fast.models.linear import Linear, replace_linear_layers
-from frozen_fast.models.space_time import VIDEO_SIZES, SpaceTimeTransformer
-from frozen_kernels import linear, products
+from frozen_fast.models.video.space_time import VIDEO_SIZES, SpaceTimeTransformer
+from frozen_kernels import linear
+from frozen_kernels.products import choice
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -18,7 +19,7 @@ NARROW = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def without_units(monkeypatch):
     monkeypatch.setattr(
-        products, "multiplied_in", lambda dtype: torch.float32 if dtype in (*NARROW, torch.float32) else dtype
+        choice, "multiplied_in", lambda dtype: torch.float32 if dtype in (*NARROW, torch.float32) else dtype
     )
 
 
@@ -85,18 +86,18 @@ def test_batched_products(without_units, dtype, into):
     left, right = draw(3, 5, 24).to(dtype), draw(3, 24, 7, seed=1).to(dtype)
     out = torch.empty(3, 5, 7, dtype=dtype) if into else None
     exact = left.double() @ right.double()
-    for multiply, factor in ((products.product, 1.0), (partial(products.scaled_product, scale=0.5), 0.5)):
+    for multiply, factor in ((choice.product, 1.0), (partial(choice.scaled_product, scale=0.5), 0.5)):
         found = multiply(left, right, out=out)
         assert found.dtype == dtype and (out is None or found.data_ptr() == out.data_ptr())
         assert (found - factor * exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
 def test_a_processor_without_units_multiplies_in_fp32(monkeypatch):
-    products._ask.cache_clear()
+    choice._ask.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert products.multiplied_in(torch.bfloat16) == torch.float32
-    assert products.multiplied_in(torch.float64) == torch.float64
-    products._ask.cache_clear()
+    assert choice.multiplied_in(torch.bfloat16) == torch.float32
+    assert choice.multiplied_in(torch.float64) == torch.float64
+    choice._ask.cache_clear()
 
 
 def tower_gradients(tower, video):

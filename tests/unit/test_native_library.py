@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from frozen_kernels import divided_attention, native_library, unavailable_backends
-from frozen_kernels.native_library import in_parallel, load_native
+from frozen_kernels import divided_attention, unavailable_backends
+from frozen_kernels.native import library
+from frozen_kernels.native.library import in_parallel, load_native
 from support.attention_cases import make_case, run
 
 
@@ -19,12 +20,12 @@ from support.attention_cases import make_case, run
 def fresh(monkeypatch, tmp_path):
     """No kernel loaded or built yet, and none left behind for later tests."""
     monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path))
-    cached = (native_library._load, native_library.compiler, native_library._probe)
-    for function in (*cached, native_library._compiler_version):
+    cached = (library._load, library.compiler, library._probe)
+    for function in (*cached, library._compiler_version):
         function.cache_clear()
     yield tmp_path
     monkeypatch.undo()
-    for function in (*cached, native_library._compiler_version):
+    for function in (*cached, library._compiler_version):
         function.cache_clear()
 
 
@@ -38,8 +39,8 @@ def script(folder, name, text):
 def test_a_build_is_kept_and_found_again(fresh, monkeypatch):
     load_native("probe.c", {"KIND": 1})
     (built,) = (fresh / "native").iterdir()
-    native_library._load.cache_clear()
-    monkeypatch.setattr(native_library, "_build", lambda *_: pytest.fail("built twice"))
+    library._load.cache_clear()
+    monkeypatch.setattr(library, "_build", lambda *_: pytest.fail("built twice"))
     load_native("probe.c", {"KIND": 1})
     assert [path.name for path in (fresh / "native").iterdir()] == [built.name]
 
@@ -47,8 +48,8 @@ def test_a_build_is_kept_and_found_again(fresh, monkeypatch):
 def test_another_size_another_compiler_another_build(fresh, monkeypatch):
     load_native("probe.c", {"KIND": 0})
     load_native("probe.c", {"KIND": 1})
-    monkeypatch.setattr(native_library, "_compiler_version", lambda: "another")
-    native_library._load.cache_clear()
+    monkeypatch.setattr(library, "_compiler_version", lambda: "another")
+    library._load.cache_clear()
     load_native("probe.c", {"KIND": 1})
     assert len(list((fresh / "native").iterdir())) == 3
 
@@ -57,19 +58,19 @@ def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
     blocked = fresh / "a_file"
     blocked.write_text("")
     monkeypatch.setenv("FROZEN_FAST_CACHE", str(blocked))
-    library = load_native("probe.c", {"KIND": 0})
+    probe = load_native("probe.c", {"KIND": 0})
     source, target = torch.randn(5), torch.zeros(5)
-    library.round_trip(*(ctypes.c_void_p(x.data_ptr()) for x in (source, target)), ctypes.c_long(5))
+    probe.round_trip(*(ctypes.c_void_p(x.data_ptr()) for x in (source, target)), ctypes.c_long(5))
     assert torch.equal(source, target) and blocked.read_text() == ""
 
 
-@pytest.mark.parametrize("kind", native_library.KINDS, ids=str)
+@pytest.mark.parametrize("kind", library.KINDS, ids=str)
 def test_elements_are_read_and_rounded_as_torch_does(kind):
     """Every 16-bit pattern comes back, NaN as NaN; fp32 to bf16 rounds to even."""
     source = torch.arange(-(2**15), 2**15).to(torch.int16).view(kind) if kind != torch.float32 else torch.randn(1000)
     target = torch.empty_like(source)
-    library = load_native("probe.c", {"KIND": native_library.KINDS[kind]})
-    library.round_trip(*(ctypes.c_void_p(x.data_ptr()) for x in (source, target)), ctypes.c_long(len(source)))
+    probe = load_native("probe.c", {"KIND": library.KINDS[kind]})
+    probe.round_trip(*(ctypes.c_void_p(x.data_ptr()) for x in (source, target)), ctypes.c_long(len(source)))
     torch.testing.assert_close(target, source, rtol=0, atol=0, equal_nan=True)
 
 
@@ -91,7 +92,7 @@ def test_a_compiler_that_fails_is_a_reason_too(fresh, monkeypatch, tmp_path):
 
 def test_a_compiler_that_hangs_is_a_reason_too(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(script(tmp_path, "slow", '[ "$1" = --version ] || sleep 60')))
-    monkeypatch.setattr(native_library, "BUILD_SECONDS", 0.2)
+    monkeypatch.setattr(library, "BUILD_SECONDS", 0.2)
     assert "did not build probe.c within 0.2 s" in unavailable_backends("cpu", torch.float32)["native"]
 
 
@@ -109,7 +110,7 @@ def test_threads_are_those_of_pytorchs_openmp():
     divided_attention(qkv, 2, "time", backend="native")
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     runtimes = {path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))}
-    assert tuple(runtimes) == native_library._openmp_runtime()
+    assert tuple(runtimes) == library._openmp_runtime()
 
 
 def test_a_loader_worker_may_compute(monkeypatch):

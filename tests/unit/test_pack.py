@@ -19,10 +19,10 @@ import pytest
 from frozen_fast.cli import main
 from frozen_fast.data.decode import ClipError, DecodeRequest, TestView
 from frozen_fast.data.decode.geometry import view_steps
+from frozen_fast.data.packing.extract import PackSettings, StoredFrames, extract, frames_to_store
+from frozen_fast.data.packing.pack_shards import PackLimits, pack_source
+from frozen_fast.data.packing.pool import map_clips
 from frozen_fast.data.shards import layout
-from frozen_fast.data.shards.extract import PackSettings, StoredFrames, extract, frames_to_store
-from frozen_fast.data.shards.pack import PackLimits, pack_source
-from frozen_fast.data.shards.pool import map_clips
 from frozen_fast.data.sources import Clip, PackedClips, Source
 from frozen_fast.errors import UserError
 from support import packing, videos

@@ -12,8 +12,8 @@ from transformers import DistilBertConfig
 
 from frozen_fast import DualEncoder
 from frozen_fast.errors import UserError
-from frozen_fast.models.released import text_config
-from frozen_fast.models.torch_pickle import ALLOWED, Inert, LazyTensor, load_torch_pickle
+from frozen_fast.models.released.frozen import text_config
+from frozen_fast.models.released.torch_pickle import ALLOWED, Inert, LazyTensor, load_torch_pickle
 from support.released import ReleasedModel, released_temporal_embedding, write_released_checkpoint
 from support.towers import make_text_tower
 

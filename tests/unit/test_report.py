@@ -13,11 +13,12 @@ import pytest
 from torch.autograd import DeviceType
 
 from frozen_fast.errors import UserError
-from frozen_fast.training import report, report_retrieval
-from frozen_fast.training.report import compare_runs, write_report
-from frozen_fast.training.report_data import read_run
-from frozen_fast.training.report_document import duration, joules, significant
-from frozen_fast.training.trace import most_expensive
+from frozen_fast.profiling.trace import most_expensive
+from frozen_fast.report import retrieval
+from frozen_fast.report import write_report as report_module
+from frozen_fast.report.document import duration, joules, significant
+from frozen_fast.report.run_data import read_run
+from frozen_fast.report.write_report import compare_runs, write_report
 from support.run_folder import make_run_folder
 
 
@@ -47,7 +48,8 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def blank_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
-        for module, plot in ((report, "hours_plot"), (report, "loss_plot"), (report_retrieval, "retrieval_plot")):
+        plots = ((report_module, "hours_plot"), (report_module, "loss_plot"), (retrieval, "retrieval_plot"))
+        for module, plot in plots:
             monkeypatch.setattr(module, plot, lambda run: None)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.errors import UserError
-from frozen_fast.training.run_folder import RunFolder
+from frozen_fast.records.run_folder import RunFolder
 
 
 def filled(path: Path) -> RunFolder:

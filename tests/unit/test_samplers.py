@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from frozen_fast.config import config_from_mapping, steps_per_epoch
-from frozen_fast.data.samplers import (
+from frozen_fast.data.plan.samplers import (
     BatchSpec,
     DataPosition,
     SourceStream,
@@ -18,7 +18,7 @@ from frozen_fast.data.samplers import (
     plan_steps,
     source_order,
 )
-from frozen_fast.data.seeds import keyed_rng
+from frozen_fast.data.plan.seeds import keyed_rng
 from frozen_fast.errors import UserError
 
 SIZES = {"video": 50, "image": 130}

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from frozen_fast.data.sampling import segment_starts, stride_in_frames, train_frames
-from frozen_fast.data.sampling import test_windows as windows_of
+from frozen_fast.data.plan.frame_sampling import segment_starts, stride_in_frames, train_frames
+from frozen_fast.data.plan.frame_sampling import test_windows as windows_of
 from frozen_fast.errors import UserError
 
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 30, 31, 97]

@@ -18,12 +18,12 @@ import torch
 from frozen_fast.config.schema import AugmentationConfig, DecodeConfig
 from frozen_fast.data import Batch, DataPosition, EvaluationLoader, Source, TrainingLoader, plan_steps
 from frozen_fast.data.decode import ClipError, Decoded, DecodeRequest, TestView, TrainView
-from frozen_fast.data.reading import build_decoder, probe
-from frozen_fast.data.sampling import test_windows as windows_of
+from frozen_fast.data.load.reading import build_decoder, probe
+from frozen_fast.data.packing.extract import PackSettings
+from frozen_fast.data.plan.frame_sampling import test_windows as windows_of
 from frozen_fast.data.shards.decoder import PackedFrameDecoder
-from frozen_fast.data.shards.extract import PackSettings
-from frozen_fast.data.shards.files import ShardFiles
 from frozen_fast.data.shards.layout import parse_address
+from frozen_fast.data.shards.tar_files import ShardFiles
 from support import packing, videos
 from support.datasets import manifest_folder, write_manifest
 from support.fake_decoding import fake_tokenizer

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from frozen_fast.data.decode import ClipError, Decoded, DecodeRequest, TestView
-from frozen_fast.data.reading import probe
-from frozen_fast.data.shards import index as shard_index
+from frozen_fast.data.load.reading import probe
+from frozen_fast.data.packing.extract import PackSettings
 from frozen_fast.data.shards import jpeg
-from frozen_fast.data.shards.extract import PackSettings
+from frozen_fast.data.shards import shard_index as shard_index
 from frozen_fast.data.sources import Source
 from frozen_fast.errors import UserError
 from support import packing

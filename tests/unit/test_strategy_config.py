@@ -12,8 +12,8 @@ import yaml
 from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.config.schema import TrainingConfig
 from frozen_fast.errors import UserError
-from frozen_fast.training import parallel_deepspeed
-from frozen_fast.training.strategy_config import (
+from frozen_fast.parallel import deepspeed
+from frozen_fast.parallel.launch_settings import (
     check_precision,
     clips_per_pass,
     deepspeed_settings,
@@ -248,7 +248,7 @@ def test_names_of_accelerate_files_say_what_they_start(path: Path) -> None:
 def test_what_deepspeed_cannot_do_here(
     monkeypatch: pytest.MonkeyPatch, stage: str, section: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(parallel_deepspeed, "find_spec", lambda name: None)
+    monkeypatch.setattr(deepspeed, "find_spec", lambda name: None)
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     with pytest.raises(UserError, match=message):
-        parallel_deepspeed.DeepSpeedParallel.accelerator_for(config_from_mapping(section), True, "fp32")
+        deepspeed.DeepSpeedParallel.accelerator_for(config_from_mapping(section), True, "fp32")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from frozen_fast.errors import UserError
-from frozen_fast.sweep.config import read_sweep
 from frozen_fast.sweep.outcome import Outcome, classify, read_figures, telling_line
 from frozen_fast.sweep.process import run_limited
 from frozen_fast.sweep.ranking import COLUMNS, rank, table_rows
 from frozen_fast.sweep.space import Trial, draw_trials, enumerate_trials, survivors
+from frozen_fast.sweep.sweep_file import read_sweep
 
 
 def test_product_and_listed_trials_appear_once_each() -> None:

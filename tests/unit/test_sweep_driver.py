@@ -17,11 +17,11 @@ import yaml
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.config import load_config
 from frozen_fast.errors import UserError
-from frozen_fast.sweep.config import read_sweep
 from frozen_fast.sweep.devices import device_groups
 from frozen_fast.sweep.driver import Sweep
 from frozen_fast.sweep.outcome import whole_lines
 from frozen_fast.sweep.space import Trial, enumerate_trials
+from frozen_fast.sweep.sweep_file import read_sweep
 from support.runs import REPOSITORY
 
 SWEEPS = sorted(path.name for path in (REPOSITORY / "configs" / "sweeps").glob("*.yaml"))

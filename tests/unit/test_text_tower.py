@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from frozen_fast.errors import UserError
 from frozen_fast.models import TextTower, Tokenizer
-from frozen_fast.models import text as text_module
-from frozen_fast.models.text import load_tokenizer
+from frozen_fast.models.text import tower as text_module
+from frozen_fast.models.text.tower import load_tokenizer
 from support.towers import make_text_tower, make_tokenizer
 
 CAPTIONS = ["a small red circle moves from left to right, then stops", "", "dog", "qx 17!"]

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from frozen_fast.data.threads import DaemonPool, map_in_threads
+from frozen_fast.data.decode.threads import DaemonPool, map_in_threads
 from support.runs import environment
 
 
@@ -69,7 +69,7 @@ def test_a_closed_pool_has_no_threads_and_starts_again() -> None:
 def test_a_pool_works_in_a_fork_and_a_hanging_thread_ends_with_the_program() -> None:
     script = """
 import os, threading, time
-from frozen_fast.data.threads import DaemonPool
+from frozen_fast.data.decode.threads import DaemonPool
 pool = DaemonPool(2, "test")
 assert pool.map(abs, [-1, -2]) == [1, 2]
 child = os.fork()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from frozen_fast.data.decode import TrainView
-from frozen_fast.data.views import draw_train_view
+from frozen_fast.data.plan.views import draw_train_view
 
 SCALE, RATIO = (0.5, 1.0), (0.75, 4 / 3)
 

@@ -1,6 +1,6 @@
 """Clips to frames: one protocol, four backends, and errors that name the clip and the cause."""
 
-from frozen_fast.data.decode.build import BACKENDS, build_decoder, unavailable_backends
+from frozen_fast.data.decode.backends import BACKENDS, build_decoder, unavailable_backends
 from frozen_fast.data.decode.probe import probe
 from frozen_fast.data.decode.types import (
     Cause,

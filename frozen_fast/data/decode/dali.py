@@ -22,8 +22,8 @@ from frozen_fast.data.decode.pictures import is_plain_jpeg
 from frozen_fast.data.decode.probe import clip_index, probe
 from frozen_fast.data.decode.pyav import read_frames
 from frozen_fast.data.decode.threaded import ThreadedDecoder, check_frame_indices, untimed
+from frozen_fast.data.decode.threads import DaemonPool
 from frozen_fast.data.decode.types import ClipError, Decoded, DecodeRequest, TestView
-from frozen_fast.data.threads import DaemonPool
 from frozen_fast.errors import UserError
 
 CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from frozen_fast.data.decode.index import ClipIndex
+from frozen_fast.data.decode.frame_index import ClipIndex
 from frozen_fast.data.decode.types import ClipError
 
 

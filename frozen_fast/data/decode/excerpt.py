@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frozen_fast.data.decode.index import ClipIndex, opened
+from frozen_fast.data.decode.frame_index import ClipIndex, opened
 from frozen_fast.data.decode.pyav import packets_from, seek
 from frozen_fast.data.decode.types import ClipError
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from threading import Lock
 
-from frozen_fast.data.decode.index import ClipIndex, read_index
+from frozen_fast.data.decode.frame_index import ClipIndex, read_index
 from frozen_fast.data.decode.pictures import read_picture_info
 from frozen_fast.data.decode.types import ClipError, Kind, VideoInfo
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from frozen_fast.data.decode.index import ClipIndex, opened
+from frozen_fast.data.decode.frame_index import ClipIndex, opened
 from frozen_fast.data.decode.types import ClipError
 
 if TYPE_CHECKING:

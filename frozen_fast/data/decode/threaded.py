@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from frozen_fast.data.decode.index import ClipIndex
+from frozen_fast.data.decode.frame_index import ClipIndex
 from frozen_fast.data.decode.pictures import read_picture
 from frozen_fast.data.decode.probe import clip_index, probe
+from frozen_fast.data.decode.threads import DaemonPool
 from frozen_fast.data.decode.transforms import ViewTransform
 from frozen_fast.data.decode.types import ClipError, Decoded, DecodeRequest
-from frozen_fast.data.threads import DaemonPool
 
 # (path, index, distinct ascending frame numbers, max_pixels) -> upright uint8 frames [N, H, W, 3], in that order
 FrameReader = Callable[[str, ClipIndex, Sequence[int], int], np.ndarray]

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from frozen_fast.data.decode.threads import DaemonPool
 from frozen_fast.data.decode.transforms import ViewTransform
 from frozen_fast.data.decode.types import ClipError, Decoded, DecodeRequest, TestView, TrainView
 from frozen_fast.data.shards import jpeg
-from frozen_fast.data.shards.files import ShardFiles, advise, read_exactly
-from frozen_fast.data.shards.index import index_of
 from frozen_fast.data.shards.layout import parse_address
-from frozen_fast.data.threads import DaemonPool
+from frozen_fast.data.shards.shard_index import index_of
+from frozen_fast.data.shards.tar_files import ShardFiles, advise, read_exactly
 
 _NEAR_BYTES = 4096  # frames so close are read at once: a tar header and padding lie between neighbours
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from frozen_fast.config.schema import SourceConfig
+from frozen_fast.data.sources.annotation_files import ClipCollector, read_table, require_file, require_folder
 from frozen_fast.data.sources.clip import Clip
-from frozen_fast.data.sources.files import ClipCollector, read_table, require_file, require_folder
 from frozen_fast.errors import unknown_name
 
 # split -> (table, folder of pictures)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from frozen_fast.config.schema import SourceConfig
+from frozen_fast.data.sources.annotation_files import ClipCollector, read_text
 from frozen_fast.data.sources.clip import Clip
-from frozen_fast.data.sources.files import ClipCollector, read_text
 from frozen_fast.errors import UserError, unknown_name
 
 _KINDS = ("video", "image")

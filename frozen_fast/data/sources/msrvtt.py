@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from frozen_fast.config.schema import SourceConfig
-from frozen_fast.data.sources.clip import Clip
-from frozen_fast.data.sources.files import (
+from frozen_fast.data.sources.annotation_files import (
     ClipCollector,
     read_json,
     read_list,
@@ -16,6 +15,7 @@ from frozen_fast.data.sources.files import (
     require_file,
     require_folder,
 )
+from frozen_fast.data.sources.clip import Clip
 from frozen_fast.data.sources.pickles import load_plain_pickle
 from frozen_fast.errors import UserError, unknown_name
 

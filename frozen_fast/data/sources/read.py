@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from frozen_fast.config.schema import SourceConfig
+from frozen_fast.data.sources.annotation_files import ClipCollector
 from frozen_fast.data.sources.captions import CaptionRule
 from frozen_fast.data.sources.cc3m import read_cc3m
 from frozen_fast.data.sources.clip import Clip, Kind, PackedClips, Source
-from frozen_fast.data.sources.files import ClipCollector
 from frozen_fast.data.sources.manifest import read_manifest
 from frozen_fast.data.sources.msrvtt import read_msrvtt, read_msrvtt_clip4clip
-from frozen_fast.data.sources.shards import read_shards
+from frozen_fast.data.sources.packed_shards import read_shards
 from frozen_fast.data.sources.webvid import read_webvid
 from frozen_fast.errors import UserError, unknown_name
 

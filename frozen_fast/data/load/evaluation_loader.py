@@ -1,0 +1,265 @@
+"""Test windows of a source's clips, each clip on exactly one rank.
+
+Axis letters: N windows, T frames, C channels (RGB), H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from frozen_fast.config.schema import DecodeConfig
+from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, TestView
+from frozen_fast.data.decode.threads import map_in_threads
+from frozen_fast.data.load.bad_clips import BadClip
+from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, stream_from_workers
+from frozen_fast.data.load.reading import probe
+from frozen_fast.data.load.training_loader import Policy, Prober, probe_clip, resolve_policy, unreadable
+from frozen_fast.data.plan.frame_sampling import stride_in_frames, test_windows
+from frozen_fast.data.sources import Clip, Source
+from frozen_fast.errors import UserError
+
+_PROBED_AT_ONCE = 16
+
+
+@dataclass
+class EvaluationBatch:
+    """Some windows; those of one clip may span batches.
+
+    Attributes:
+        windows_NTCHW: float32, normalised; N is at most the batch size.
+        clip_indices: the clip of each window, as an index into source.clips.
+    """
+
+    windows_NTCHW: Tensor
+    clip_indices: list[int]
+
+    def pin_memory(self) -> EvaluationBatch:
+        """Itself in page-locked memory."""
+        return self if self.windows_NTCHW.is_cuda else replace(self, windows_NTCHW=self.windows_NTCHW.pin_memory())
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """Travels between batches: a clip that cannot be read."""
+
+    index: int
+    bad_clip: BadClip
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Windows of one clip that are decoded together."""
+
+    index: int
+    clip: Clip
+    windows: list[list[int]]
+
+    def request(self, resize: int) -> DecodeRequest:
+        return DecodeRequest(self.clip.path, self.clip.kind, self._frames(), TestView(resize))
+
+    def unpack(self, frames_FCHW: Tensor) -> list[Tensor]:
+        """The decoded frames as windows of [T, 3, H, W]."""
+        place = {frame: number for number, frame in enumerate(self._frames())}
+        return [frames_FCHW[[place[frame] for frame in window]] for window in self.windows]
+
+    def _frames(self) -> tuple[int, ...]:
+        return tuple(sorted({frame for window in self.windows for frame in window}))
+
+
+@dataclass(frozen=True)
+class _WindowReader:
+    """Reads windows of clips in whichever thread or process runs it."""
+
+    source: Source
+    decoder_factory: Callable[[], Decoder]
+    prober: Prober
+    policy: Policy
+    max_pixels: int
+    threads: int
+    frames: int
+    stride_seconds: float
+    max_windows: int
+    batch_size: int
+    resize: int
+    pin: bool
+
+    def of_worker(self, indices: range, worker: int, workers: int) -> Iterator[EvaluationBatch | _Dropped]:
+        """This worker's share of a rank's clips."""
+        return self.read(indices[worker::workers])
+
+    def read(self, indices: Sequence[int]) -> Generator[EvaluationBatch | _Dropped, None, None]:
+        """Batches of at most batch_size windows, and the clips that cannot be read."""
+        decoder = self.decoder_factory()
+        ready: deque[tuple[int, Tensor]] = deque()
+        try:
+            for pieces in self._groups(self._pieces(indices)):
+                if isinstance(pieces, _Dropped):
+                    yield pieces
+                    continue
+                outcomes = decoder.decode([piece.request(self.resize) for piece in pieces])
+                for piece, outcome in zip(pieces, outcomes, strict=True):
+                    if isinstance(outcome, ClipError):
+                        yield self._dropped(piece.index, piece.clip, outcome)
+                    else:
+                        ready += self._windows(piece, outcome)
+                while len(ready) >= self.batch_size:
+                    yield self._batch(ready)
+            while ready:
+                yield self._batch(ready)
+        finally:
+            decoder.close()
+
+    def _windows(self, piece: _Piece, decoded: Decoded) -> list[tuple[int, Tensor]]:
+        return [(piece.index, window) for window in piece.unpack(decoded.frames_TCHW)]
+
+    def _batch(self, ready: deque[tuple[int, Tensor]]) -> EvaluationBatch:
+        taken = [ready.popleft() for _ in range(min(self.batch_size, len(ready)))]
+        batch = EvaluationBatch(torch.stack([window for _, window in taken]), [index for index, _ in taken])
+        return batch.pin_memory() if self.pin else batch
+
+    def _groups(self, pieces: Iterator[_Piece | _Dropped]) -> Iterator[list[_Piece] | _Dropped]:
+        """Pieces of a batch or more of windows, and less than two batches."""
+        group: list[_Piece] = []
+        for piece in pieces:
+            if isinstance(piece, _Dropped):
+                yield piece
+                continue
+            group.append(piece)
+            if sum(len(held.windows) for held in group) >= self.batch_size:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _pieces(self, indices: Sequence[int]) -> Iterator[_Piece | _Dropped]:
+        """Each clip's windows, at most batch_size of them in a piece: a long clip is decoded in parts."""
+        remaining = iter(indices)
+        while block := list(islice(remaining, _PROBED_AT_ONCE)):
+            for index, outcome in zip(block, map_in_threads(self._plan, block, self.threads), strict=True):
+                if isinstance(outcome, ClipError):
+                    yield self._dropped(index, self.source.clips[index], outcome)
+                    continue
+                clip, windows = outcome
+                for first in range(0, len(windows), self.batch_size):
+                    yield _Piece(index, clip, windows[first : first + self.batch_size])
+
+    def _plan(self, index: int) -> tuple[Clip, list[list[int]]] | ClipError:
+        """The windows of one clip, as frame indices into its file."""
+        clip = self.source.clips[index]
+        try:
+            info, first, last = probe_clip(clip, self.prober, self.max_pixels)
+        except ClipError as error:
+            return error
+        frames = 1 if self.source.kind == "image" else self.frames
+        stride = stride_in_frames(self.stride_seconds, info.frames_per_second)
+        windows = test_windows(last - first, frames, stride_frames=stride, max_windows=self.max_windows)
+        return clip, [[first + frame for frame in window] for window in windows]
+
+    def _dropped(self, index: int, clip: Clip, error: ClipError) -> _Dropped:
+        if self.policy == "error":
+            why = unreadable(self.source.name, clip, error)
+            raise UserError(f"{why}; allowed: data.decode.on_bad_clip=skip leaves it out")
+        return _Dropped(index, BadClip(self.source.name, clip.id, clip.path, error.cause, error.message))
+
+
+class EvaluationLoader:
+    """The test windows of this rank's clips: those of index rank, rank + world_size, and so on.
+
+    Attributes:
+        dropped: clip index -> what was wrong, for this rank's clips so far under policy "skip". A clip may fail
+            after some of its windows were delivered, so leave dropped clips out when all batches are in.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        decoder_factory: Callable[[], Decoder],
+        *,
+        decode: DecodeConfig,
+        frames: int,
+        stride_seconds: float,
+        max_windows: int,
+        batch_size: int,
+        resize: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        prober: Prober = probe,
+    ) -> None:
+        """Set up a loader; nothing starts before batches() is called.
+
+        Args:
+            source: what to read.
+            decoder_factory: makes a decoder; picklable where decode.workers is above 0.
+            decode: as for training; on_bad_clip "auto" means "error" here.
+            frames: frames of a window (pictures: 1).
+            stride_seconds: distance of windows inside a segment; 0: one window in the middle.
+            max_windows: at most so many a clip, 0: all.
+            batch_size: windows of a batch.
+            resize: short side before the centre crop.
+            rank: this process.
+            world_size: number of processes.
+            device: where batches are delivered.
+            prober: finds out what a file holds.
+        """
+        if batch_size < 1:
+            raise UserError(f"evaluation.batch_size: got {batch_size}; allowed: from 1")
+        self.dropped: dict[int, BadClip] = {}
+        self.clip_indices = range(rank, len(source), world_size)
+        self._source = source
+        self._decode = decode
+        self._device = torch.device(device)
+        self._prefetcher: Prefetcher[EvaluationBatch | _Dropped] | None = None
+        self._reader = _WindowReader(
+            source, decoder_factory, prober, resolve_policy(decode, training=False), decode.max_image_pixels,
+            decode.threads, frames, stride_seconds, max_windows, batch_size, resize, self._device.type == "cuda",
+        )
+
+    def batches(self) -> Iterator[EvaluationBatch]:
+        """All windows of this rank's clips; with decode.workers above 0 the clips' order differs from the source's.
+
+        Raises:
+            UserError: from the iterator, as for TrainingLoader.batches.
+        """
+        self.close()
+        self.dropped.clear()
+        decode = self._decode
+
+        def describe() -> str:
+            return f"evaluation windows of source {self._source.name!r}"
+
+        if decode.workers > 0:
+            reader = replace(self._reader, pin=False)
+            self._prefetcher = stream_from_workers(
+                partial(reader.of_worker, self.clip_indices), workers=decode.workers, depth=decode.prefetch_batches,
+                timeout_seconds=decode.read_timeout_seconds, describe=describe, pin_memory=self._reader.pin,
+            )
+        else:
+            self._prefetcher = ThreadPrefetcher(
+                partial(self._reader.read, self.clip_indices), depth=decode.prefetch_batches,
+                timeout_seconds=decode.read_timeout_seconds, describe=describe,
+            )
+        return self._delivered(self._prefetcher)
+
+    def _delivered(self, prefetcher: Prefetcher[EvaluationBatch | _Dropped]) -> Iterator[EvaluationBatch]:
+        try:
+            for item in prefetcher:
+                if isinstance(item, _Dropped):
+                    self.dropped[item.index] = item.bad_clip
+                else:
+                    yield replace(item, windows_NTCHW=item.windows_NTCHW.to(self._device, non_blocking=True))
+        finally:
+            prefetcher.close()
+
+    def close(self) -> None:
+        """Stop reading ahead; harmless when called again."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None

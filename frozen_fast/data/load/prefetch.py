@@ -1,0 +1,281 @@
+"""Work done ahead of the consumer, in a thread or in processes; errors come through, and nothing hangs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from frozen_fast.errors import UserError
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+_POLL_SECONDS = 0.1
+_JOIN_SECONDS = 2.0
+_WORKER_POLL_SECONDS = 1.0
+_WORKER_START_SECONDS = 60.0
+
+
+class Prefetcher(Protocol[T_co]):
+    """An iterator that works ahead, and stops when told."""
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+    def __next__(self) -> T_co: ...
+
+    def close(self) -> None:
+        """Stop the work; harmless when called again."""
+        ...
+
+
+def timed_out(what: str, timeout_seconds: float) -> UserError:
+    """The error of a consumer that waited too long."""
+    return UserError(
+        f"data.decode.read_timeout_seconds: waited for {what} longer than {timeout_seconds:g} s; allowed: storage that "
+        "answers in this time, or a larger value"
+    )
+
+
+class LoaderEndedError(UserError):
+    """A loader process ended before its work: a crash, no memory, or a signal to the whole process group."""
+
+
+def _loader_ended(what: str, error: Exception) -> LoaderEndedError:
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    return LoaderEndedError(
+        f"data.decode.workers: a loader process ended while {what} was awaited (a crash in a decoder, or memory ran "
+        f"out: {why}); allowed: fewer workers, or another backend"
+    )
+
+
+class _Failure:
+    """An exception on its way to the consumer."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    @classmethod
+    def of_worker(cls, error: BaseException) -> _Failure:
+        """As an exception that can leave its process."""
+        try:
+            pickle.loads(pickle.dumps(error))
+            return cls(error)
+        except Exception:  # noqa: BLE001  whatever an exception's own pickling raises
+            return cls(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+_END = object()
+
+
+class ThreadPrefetcher(Generic[T]):
+    """Runs a generator in one daemon thread, up to `depth` items ahead."""
+
+    def __init__(
+        self, make: Callable[[], Generator[T, None, None]], *, depth: int, timeout_seconds: float,
+        describe: Callable[[], str],
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            make: called in the thread; its generator is closed there too.
+            depth: items waiting at most, at least 1.
+            timeout_seconds: a consumer that waits longer gets a UserError.
+            describe: names what is being waited for.
+        """
+        self._make = make
+        self._timeout_seconds = timeout_seconds
+        self._describe = describe
+        self._queue: queue.Queue[Any] = queue.Queue(max(1, depth))
+        self._stop = threading.Event()
+        self._finished = False
+        self._thread = threading.Thread(target=self._run, name="frozen_fast loader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            items = self._make()
+            try:
+                for item in items:
+                    if not self._put(item):
+                        return
+            finally:
+                items.close()
+            self._put(_END)
+        except BaseException as error:  # noqa: BLE001  the consumer raises it
+            self._put(_Failure(error))
+
+    def _put(self, item: Any) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._finished:
+            raise StopIteration
+        try:
+            item = self._queue.get(timeout=self._timeout_seconds)
+        except queue.Empty:
+            error = timed_out(self._describe(), self._timeout_seconds)
+            self.close()
+            raise error from None
+        if item is _END or isinstance(item, _Failure):
+            self.close()
+            if isinstance(item, _Failure):
+                raise item.error
+            raise StopIteration
+        return item
+
+    def close(self) -> None:
+        """Stop the thread; one that is stuck in a read is left behind after two seconds (it is a daemon)."""
+        self._finished = True
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join(_JOIN_SECONDS)
+
+
+class _MapTask(Dataset[Any]):
+    """Runs in a worker: makes its function once, then calls it for each item."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+        self._make = make
+        self._function: Callable[[Any], Any] | None = None
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            if self._function is None:
+                self._function = self._make()
+            return self._function(item)
+        except Exception as error:  # noqa: BLE001  the consumer raises it
+            return _Failure.of_worker(error)
+
+
+class _StreamTask(IterableDataset[Any]):
+    """Runs in a worker: yields what a generator gives for this worker's number."""
+
+    def __init__(self, make: Callable[[int, int], Iterable[Any]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        from torch.utils.data import get_worker_info
+
+        info = get_worker_info()
+        assert info is not None
+        try:
+            yield from self._make(info.id, info.num_workers)
+        except Exception as error:  # noqa: BLE001  the consumer raises it
+            yield _Failure.of_worker(error)
+
+
+class WorkerPrefetcher(Generic[T]):
+    """Runs work in `workers` processes through torch's DataLoader; what they give keeps a fixed order.
+
+    The first item of each worker may take a minute more than the time-out: the process starts in it.
+    """
+
+    def __init__(
+        self, task: _MapTask | _StreamTask, items: Iterable[Any] | None, *, workers: int, depth: int,
+        timeout_seconds: float, describe: Callable[[], str], pin_memory: bool = False,
+    ) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._describe = describe
+        self._starting = workers
+        loader: DataLoader[Any] = DataLoader(
+            task,
+            batch_size=None,
+            sampler=items,  # type: ignore[arg-type]  # any iterable does; torch asks for Iterable | Sampler
+            num_workers=workers,
+            prefetch_factor=max(1, -(-depth // workers)),
+            timeout=_WORKER_POLL_SECONDS,
+            pin_memory=pin_memory,
+            multiprocessing_context=process_context(),
+        )
+        try:
+            self._iterator: Iterator[Any] | None = iter(loader)
+        except (OSError, EOFError) as error:
+            raise _loader_ended(describe(), error) from None
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._iterator is None:
+            raise StopIteration
+        try:
+            item = self._wait(self._iterator)
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(item, _Failure):
+            self.close()
+            raise item.error
+        self._starting = max(0, self._starting - 1)
+        return item
+
+    def _wait(self, iterator: Iterator[Any]) -> Any:
+        """The next item. torch's own time-out is used as a poll, which also finds a process that died."""
+        deadline = time.monotonic() + self._timeout_seconds + (_WORKER_START_SECONDS if self._starting else 0)
+        while True:
+            try:
+                return next(iterator)
+            except (OSError, EOFError) as error:  # the connection over which tensors come
+                raise _loader_ended(self._describe(), error) from None
+            except RuntimeError as error:
+                message = str(error)
+                if "exited unexpectedly" in message or "is killed by signal" in message:
+                    raise _loader_ended(self._describe(), error) from None
+                if "timed out" not in message:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise timed_out(self._describe(), self._timeout_seconds) from None
+
+    def close(self) -> None:
+        """Stop the processes; torch ends one that is stuck after some seconds."""
+        self._iterator = None
+
+
+def map_in_workers(
+    make: Callable[[], Callable[[Any], T]], items: Iterable[Any], *, workers: int, depth: int, timeout_seconds: float,
+    describe: Callable[[], str], pin_memory: bool = False,
+) -> WorkerPrefetcher[T]:
+    """Call make()(item) for each item in worker processes; results come in the order of the items."""
+    return WorkerPrefetcher(
+        _MapTask(make), items, workers=workers, depth=depth, timeout_seconds=timeout_seconds, describe=describe,
+        pin_memory=pin_memory,
+    )
+
+
+def stream_from_workers(
+    make: Callable[[int, int], Iterable[T]], *, workers: int, depth: int, timeout_seconds: float,
+    describe: Callable[[], str], pin_memory: bool = False,
+) -> WorkerPrefetcher[T]:
+    """Yield what make(worker, workers) yields in each worker process, in turn."""
+    return WorkerPrefetcher(
+        _StreamTask(make), None, workers=workers, depth=depth, timeout_seconds=timeout_seconds, describe=describe,
+        pin_memory=pin_memory,
+    )
+
+
+def process_context() -> multiprocessing.context.BaseContext:
+    """How worker processes start: never by a fork of this process, whose decoders and threads do not survive one.
+
+    A fork server imports what workers need once, so that the workers of later stages start in no time.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["frozen_fast.data.load.training_loader"])
+    return context

@@ -1,0 +1,100 @@
+"""Clips of every form: files go to the video and picture decoders, packed clips to their shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, Kind, VideoInfo
+from frozen_fast.data.decode import build_decoder as build_file_decoder
+from frozen_fast.data.decode.probe import probe as probe_file
+from frozen_fast.data.decode.transforms import ViewTransform
+from frozen_fast.data.shards.decoder import PackedFrameDecoder
+from frozen_fast.data.shards.layout import parse_address
+from frozen_fast.data.shards.shard_index import packed_info
+
+
+def probe(path: str | Path, kind: Kind, *, max_pixels: int) -> VideoInfo:
+    """What a clip holds: of a file as decode.probe says, of a packed clip (`shard-00000.tar#17`) as its index says.
+
+    Raises:
+        ClipError: the clip cannot be read; its cause says why.
+    """
+    where = parse_address(os.fspath(path))
+    if where is not None:
+        return packed_info(where, kind, max_pixels=max_pixels)
+    return probe_file(path, kind, max_pixels=max_pixels)
+
+
+class ClipDecoder:
+    """Sends packed clips to their reader and all others to the decoder of files, which is made when one comes."""
+
+    def __init__(self, name: str, make_files: Callable[[], Decoder], packed: Decoder) -> None:
+        self.name = name
+        self._make_files = make_files
+        self._files: Decoder | None = None
+        self._packed = packed
+
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
+        """Decode a batch, in order; a bad clip becomes a ClipError in its place."""
+        places: dict[bool, list[int]] = {False: [], True: []}
+        for place, request in enumerate(requests):
+            places[parse_address(os.fspath(request.path)) is not None].append(place)
+        outcomes: dict[int, Decoded | ClipError] = {}
+        for packed, group in places.items():
+            if group:
+                decoder = self._packed if packed else self._of_files()
+                outcomes.update(zip(group, decoder.decode([requests[place] for place in group]), strict=True))
+        return [outcomes[place] for place in range(len(requests))]
+
+    def _of_files(self) -> Decoder:
+        if self._files is None:
+            self._files = self._make_files()
+        return self._files
+
+    def close(self) -> None:
+        """Close both."""
+        if self._files is not None:
+            self._files.close()
+        self._packed.close()
+
+
+def build_decoder(
+    backend: str,
+    *,
+    device: torch.device | str,
+    resolution: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    threads: int,
+    max_pixels: int,
+) -> ClipDecoder:
+    """Build a decoder of files and of packed clips; call it in the thread or process that will use it.
+
+    Args:
+        backend: for files, as decode.build_decoder takes it; packed clips are always read by "jpeg".
+        device: where the frames are wanted.
+        resolution: side of the frames, pixels.
+        mean: normalisation mean, RGB in [0, 1].
+        std: normalisation standard deviation.
+        threads: decoding threads.
+        max_pixels: a frame or picture with more pixels is a bad clip.
+
+    Raises:
+        UserError: an unknown backend, or one that is not installed.
+    """
+    make = partial(
+        build_file_decoder, backend, device=device, resolution=resolution, mean=mean, std=std, threads=threads,
+        max_pixels=max_pixels,
+    )  # fmt: skip
+    packed = PackedFrameDecoder(
+        ViewTransform(resolution, mean, std, torch.device(device)), threads=threads, max_pixels=max_pixels
+    )
+    if backend == "auto":
+        return ClipDecoder(backend, make, packed)
+    named = make()  # one that is not installed is an error now, whatever the clips are
+    return ClipDecoder(backend, lambda: named, packed)

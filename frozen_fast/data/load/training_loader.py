@@ -1,0 +1,345 @@
+"""From planned batches to tensors: reading clips, replacing those that cannot be read, and doing it ahead.
+
+Axis letters: B clips, T frames, C channels (RGB), H and W pixels, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from frozen_fast.config.schema import AugmentationConfig, DecodeConfig
+from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, VideoInfo
+from frozen_fast.data.decode.threads import map_in_threads
+from frozen_fast.data.load.bad_clips import BadClip
+from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, map_in_workers
+from frozen_fast.data.load.reading import probe
+from frozen_fast.data.plan.frame_sampling import train_frames
+from frozen_fast.data.plan.samplers import BatchSpec
+from frozen_fast.data.plan.seeds import keyed_rng
+from frozen_fast.data.plan.views import draw_train_view
+from frozen_fast.data.sources import Clip, Source
+from frozen_fast.errors import UserError
+
+Policy = Literal["error", "skip"]
+Tokenizer = Callable[[list[str]], dict[str, Tensor]]
+Prober = Callable[..., VideoInfo]
+
+MAX_ATTEMPTS = 20
+_DRAWS_FOR_A_NEW_CLIP = 100
+
+
+@dataclass
+class Batch:
+    """The clips of one forward pass on one rank.
+
+    Attributes:
+        video_BTCHW: float32, normalised, [B, T, 3, resolution, resolution].
+        text: the tokenizer's tensors, input_ids and attention_mask, [B, L] each.
+        captions: the captions as drawn.
+        clip_ids: the clips as read (a replacement carries its own id).
+        source: name of the source.
+        frames: T; 1 for pictures, whatever the stage says.
+        bad_clips: clips that could not be read, with what replaced them.
+        backends: decoder backend -> number of clips.
+        spec: what was asked for.
+    """
+
+    video_BTCHW: Tensor
+    text: dict[str, Tensor]
+    captions: list[str]
+    clip_ids: list[str]
+    source: str
+    frames: int
+    bad_clips: list[BadClip]
+    backends: Counter[str]
+    spec: BatchSpec
+
+    def pin_memory(self) -> Batch:
+        """Itself with CPU tensors in page-locked memory, so that copies to the device can overlap."""
+        text = {name: _pinned(tensor) for name, tensor in self.text.items()}
+        return replace(self, video_BTCHW=_pinned(self.video_BTCHW), text=text)
+
+    def to(self, device: torch.device) -> Batch:
+        """Itself on a device; copies from page-locked memory do not wait."""
+        text = {name: tensor.to(device, non_blocking=True) for name, tensor in self.text.items()}
+        return replace(self, video_BTCHW=self.video_BTCHW.to(device, non_blocking=True), text=text)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda else tensor.pin_memory()
+
+
+def resolve_policy(decode: DecodeConfig, *, training: bool) -> Policy:
+    """What happens to a clip that cannot be read: "auto" skips in training and is an error in evaluation."""
+    if decode.on_bad_clip == "auto":
+        return "skip" if training else "error"
+    return decode.on_bad_clip
+
+
+def probe_clip(clip: Clip, prober: Prober, max_pixels: int) -> tuple[VideoInfo, int, int]:
+    """What a clip's file holds, and the clip's frames in it as (info, first, last_exclusive).
+
+    Raises:
+        ClipError: the file cannot be read, or the clip begins after its end.
+    """
+    info = prober(clip.path, clip.kind, max_pixels=max_pixels)
+    if clip.kind == "image":
+        return info, 0, 1
+    if clip.start_seconds is not None:
+        length = float(info.presentation_seconds[-1]) + 1 / info.frames_per_second
+        if clip.start_seconds >= length:
+            raise ClipError("no_frames", f"begins at {clip.start_seconds:g} s of {length:g} s", clip.path)
+    first, last = info.frame_range(clip.start_seconds, clip.end_seconds)
+    return info, first, last
+
+
+@dataclass
+class _Slot:
+    """One place of a batch on its way to a readable clip."""
+
+    position: int
+    clip: Clip
+    attempt: int = 0
+    caption: str = ""
+    decoded: Decoded | None = None
+
+
+@dataclass
+class ClipReader:
+    """Reads the clips of a BatchSpec; every draw is a pure function of (seed, source, stream position, attempt).
+
+    Attributes:
+        sources: by name.
+        decoder: this thread's or process's own.
+        tokenizer: captions to tensors.
+        augmentation: crop and flip.
+        policy: what a clip that cannot be read does.
+        max_pixels: a larger frame is a bad clip.
+        threads: files probed at the same time.
+        prober: finds out what a file holds.
+    """
+
+    sources: Mapping[str, Source]
+    decoder: Decoder
+    tokenizer: Tokenizer
+    augmentation: AugmentationConfig
+    policy: Policy
+    max_pixels: int
+    threads: int = 1
+    prober: Prober = probe
+
+    def read(self, spec: BatchSpec) -> Batch:
+        """Read a batch.
+
+        Raises:
+            UserError: a clip cannot be read under policy "error", or 20 clips in a row cannot be replaced.
+        """
+        source = self.sources[spec.source]
+        frames = 1 if source.kind == "image" else spec.frames
+        slots = [
+            _Slot(position, source.clips[index])
+            for position, index in zip(spec.positions, spec.clip_indices, strict=True)
+        ]
+        bad_clips: list[BadClip] = []
+        pending = slots
+        while pending:
+            failed = self._try(pending, source, spec, frames)
+            bad_clips += [self._replace(slot, error, source, spec) for slot, error in failed]
+            pending = [slot for slot, _ in failed]
+        decoded = [slot.decoded for slot in slots if slot.decoded is not None]
+        captions = [slot.caption for slot in slots]
+        return Batch(
+            video_BTCHW=torch.stack([item.frames_TCHW for item in decoded]),
+            text=self.tokenizer(captions),
+            captions=captions,
+            clip_ids=[slot.clip.id for slot in slots],
+            source=source.name,
+            frames=frames,
+            bad_clips=bad_clips,
+            backends=Counter(item.backend for item in decoded),
+            spec=spec,
+        )
+
+    def _try(
+        self, slots: Sequence[_Slot], source: Source, spec: BatchSpec, frames: int
+    ) -> list[tuple[_Slot, ClipError]]:
+        """Read each slot's clip; returns the slots that failed, with why."""
+        prepare = partial(self._prepare, source=source, seed=spec.seed, frames=frames)
+        requests = map_in_threads(prepare, slots, self.threads)
+        failed, ready, asked = [], [], []
+        for slot, request in zip(slots, requests, strict=True):
+            if isinstance(request, ClipError):
+                failed.append((slot, request))
+            else:
+                ready.append(slot)
+                asked.append(request)
+        outcomes = self.decoder.decode(asked) if asked else []
+        for slot, outcome in zip(ready, outcomes, strict=True):
+            if isinstance(outcome, ClipError):
+                failed.append((slot, outcome))
+            else:
+                slot.decoded = outcome
+        return sorted(failed, key=lambda item: item[0].position)
+
+    def _prepare(self, slot: _Slot, *, source: Source, seed: int, frames: int) -> DecodeRequest | ClipError:
+        """All draws of one clip: caption, frames, view; always in this order."""
+        clip = slot.clip
+        rng = keyed_rng(seed, "clip", source.name, slot.position, slot.attempt)
+        slot.caption = source.caption_rule.training(clip.captions, rng)
+        try:
+            info, first, last = probe_clip(clip, self.prober, self.max_pixels)
+        except ClipError as error:
+            return error
+        indices = tuple(first + index for index in train_frames(last - first, frames, rng))
+        view = draw_train_view(
+            rng, info.height, info.width, scale=self.augmentation.crop_scale, ratio=self.augmentation.crop_ratio,
+            flip_probability=self.augmentation.horizontal_flip,
+        )
+        return DecodeRequest(clip.path, clip.kind, indices, view)
+
+    def _replace(self, slot: _Slot, error: ClipError, source: Source, spec: BatchSpec) -> BadClip:
+        """Give a slot another clip of the source, or raise where the policy or the attempts say so."""
+        bad = slot.clip
+        if self.policy == "error":
+            raise UserError(unreadable(source.name, bad, error))
+        slot.attempt += 1
+        if slot.attempt >= MAX_ATTEMPTS:
+            raise UserError(
+                f"{unreadable(source.name, bad, error)}; it was the {MAX_ATTEMPTS}th clip in a row for one place of "
+                "the batch; allowed: a source most of whose clips can be read"
+            )
+        rng = keyed_rng(spec.seed, "replacement", source.name, slot.position, slot.attempt)
+        index = int(rng.integers(len(source)))
+        taken = set(spec.batch_clips)
+        for _ in range(_DRAWS_FOR_A_NEW_CLIP if len(taken) < len(source) else 0):
+            if index not in taken:
+                break
+            index = int(rng.integers(len(source)))
+        slot.clip = source.clips[index]
+        return BadClip(source.name, bad.id, bad.path, error.cause, error.message, slot.clip.id)
+
+    def close(self) -> None:
+        """Free the decoder."""
+        self.decoder.close()
+
+
+def unreadable(source: str, clip: Clip, error: ClipError) -> str:
+    """One line that names the clip and why it cannot be read."""
+    return f"clip {clip.id!r} of source {source!r} cannot be read: {clip.path}: {error.cause}: {error.message}"
+
+
+@dataclass(frozen=True)
+class _ReaderFactory:
+    """Makes a ClipReader with its own decoder, in whichever thread or process calls it."""
+
+    sources: Mapping[str, Source]
+    decoder_factory: Callable[[], Decoder]
+    tokenizer: Tokenizer
+    augmentation: AugmentationConfig
+    decode: DecodeConfig
+    prober: Prober
+
+    def reader(self) -> ClipReader:
+        return ClipReader(
+            self.sources, self.decoder_factory(), self.tokenizer, self.augmentation,
+            resolve_policy(self.decode, training=True), self.decode.max_image_pixels, self.decode.threads, self.prober,
+        )
+
+    def __call__(self) -> Callable[[BatchSpec], Batch]:
+        return self.reader().read
+
+
+class TrainingLoader:
+    """Planned batches in, batches on the device out, decoded ahead in a thread or in processes."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        decoder_factory: Callable[[], Decoder],
+        tokenizer: Tokenizer,
+        *,
+        augmentation: AugmentationConfig,
+        decode: DecodeConfig,
+        device: torch.device | str = "cpu",
+        prober: Prober = probe,
+    ) -> None:
+        """Set up a loader; nothing starts before batches() is called.
+
+        Args:
+            sources: by name.
+            decoder_factory: makes a decoder for the training resolution; picklable where decode.workers is above 0.
+            tokenizer: list of captions to tensors; picklable likewise.
+            augmentation: crop and flip.
+            decode: decode.workers 0 reads in a background thread (DALI decodes on the device there), more read in so
+                many processes.
+            device: where batches are delivered.
+            prober: finds out what a file holds.
+        """
+        self._factory = _ReaderFactory(sources, decoder_factory, tokenizer, augmentation, decode, prober)
+        self._decode = decode
+        self._device = torch.device(device)
+        self._prefetcher: Prefetcher[Batch] | None = None
+
+    def batches(self, specs: Iterable[BatchSpec]) -> Iterator[Batch]:
+        """The batches of some specs, in their order; a call ends the one before.
+
+        Raises:
+            UserError: from the iterator, for a clip that policy "error" does not forgive, for a batch that takes
+                longer than decode.read_timeout_seconds, for a loader process that died. Any other exception of the
+                reading side is raised as it is.
+        """
+        self.close()
+        awaited: deque[BatchSpec] = deque()
+        pin = self._device.type == "cuda"
+        decode = self._decode
+
+        def noted() -> Iterator[BatchSpec]:
+            for spec in specs:
+                awaited.append(spec)
+                yield spec
+
+        def describe() -> str:
+            return awaited[0].describe() if awaited else "the first batch"
+
+        if decode.workers > 0:
+            self._prefetcher = map_in_workers(
+                self._factory, noted(), workers=decode.workers, depth=decode.prefetch_batches,
+                timeout_seconds=decode.read_timeout_seconds, describe=describe, pin_memory=pin,
+            )
+        else:
+            self._prefetcher = ThreadPrefetcher(
+                partial(_read_all, self._factory, noted(), pin), depth=decode.prefetch_batches,
+                timeout_seconds=decode.read_timeout_seconds, describe=describe,
+            )
+        return self._delivered(self._prefetcher, awaited)
+
+    def _delivered(self, prefetcher: Prefetcher[Batch], awaited: deque[BatchSpec]) -> Iterator[Batch]:
+        try:
+            for batch in prefetcher:
+                awaited.popleft()
+                yield batch.to(self._device)
+        finally:
+            prefetcher.close()
+
+    def close(self) -> None:
+        """Stop reading ahead; harmless when called again."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+
+def _read_all(factory: _ReaderFactory, specs: Iterable[BatchSpec], pin: bool) -> Generator[Batch, None, None]:
+    reader = factory.reader()
+    try:
+        for spec in specs:
+            batch = reader.read(spec)
+            yield batch.pin_memory() if pin else batch
+    finally:
+        reader.close()

@@ -1,0 +1,1 @@
+"""Writing shards: frame extraction, tar writers, index tables and the worker pool."""

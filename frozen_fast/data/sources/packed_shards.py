@@ -1,0 +1,66 @@
+"""A folder that frozen-fast pack wrote: its clips with their captions, as they were in the packed source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from frozen_fast.config.schema import SourceConfig
+from frozen_fast.data.shards import layout
+from frozen_fast.data.shards.shard_index import open_index
+from frozen_fast.data.sources.annotation_files import ClipCollector, require_folder
+from frozen_fast.data.sources.clip import Clip
+from frozen_fast.errors import UserError, unknown_name
+
+COULD_NOT_BE_PACKED = "could not be packed"
+
+
+def read_shards(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
+    """Packed clips, those of config.split only where the packed source named splits.
+
+    Raises:
+        UserError: packing is not finished, a file is missing or has another length than the index says, or
+            clips.jsonl does not fit the tables.
+    """
+    root = require_folder(Path(config.path), key)
+    index = open_index(root)
+    if config.split and set(index.splits) != {""} and config.split not in index.splits:
+        raise unknown_name(f"{key}.split", config.split, index.splits)
+    if index.bad_clips:
+        collector.drop(COULD_NOT_BE_PACKED, f"{root / layout.BAD_CLIPS} names them")
+        collector.drops[COULD_NOT_BE_PACKED] += index.bad_clips - 1
+    everything = not config.split or set(index.splits) == {""}
+    files = [str(root / layout.shard_name(number)) for number in range(len(index.shard_bytes))]
+    path = root / layout.CLIPS
+    row = -1
+    with path.open(encoding="utf-8") as lines:
+        for row, line in enumerate(lines):
+            clip = _clip(line, f"{path}:{row + 1}", root)
+            shard = int(index.clips[row]["shard"]) if row < len(index.clips) else len(files)
+            if shard >= len(files) or clip.path != f"{files[shard]}#{row}":
+                raise UserError(f"{path}:{row + 1}: path: got {clip.path!r}; allowed: what {layout.CLIP_TABLE} says")
+            if clip.kind != index.kind:
+                raise UserError(f"{path}:{row + 1}: kind: got {clip.kind!r}; allowed: {index.kind}")
+            if everything or clip.split == config.split:
+                yield clip
+    if row + 1 != len(index.clips):
+        raise UserError(f"{path}: got {row + 1} lines; allowed: {len(index.clips)}, as {layout.INDEX} says")
+
+
+def _clip(line: str, where: str, root: Path) -> Clip:
+    """A line as packing wrote it. Not as strict as a manifest's: any caption that the packed source had may stand."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+        captions, texts = row["captions"], [row["id"], row["path"], row["kind"], row.get("split", "")]
+        if row.get("twin") is not None:
+            texts.append(row["twin"])
+        if not isinstance(captions, list) or not captions or not all(isinstance(t, str) for t in [*texts, *captions]):
+            raise TypeError
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{where}: not a packed clip; allowed: what frozen-fast pack writes") from None
+    return Clip(
+        id=row["id"], path=str(root / row["path"]), captions=tuple(captions), kind=row["kind"],
+        split=row.get("split", ""), twin=row.get("twin"),
+    )  # fmt: skip

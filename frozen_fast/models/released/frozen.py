@@ -1,0 +1,125 @@
+"""The released checkpoints of Frozen in Time (.pth, .pth.tar): their form, and what their tensors say of the model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
+
+from frozen_fast.errors import UserError
+from frozen_fast.models.released.torch_pickle import LazyTensor, load_torch_pickle, read_tensors
+from frozen_fast.models.video.space_time import VideoSize
+
+PARALLEL_PREFIX = "module."
+HEAD_WIDTH = 64
+"""The released architectures (ViT, DistilBERT, BERT) all have heads of this width; their files do not say so."""
+
+IGNORED_KEYS = ("text_model.embeddings.position_ids",)
+"""Counters that older transformers versions stored as weights."""
+
+
+def read_released(path: Path) -> dict[str, Tensor]:
+    """Read a released checkpoint's state dict, names without the data-parallel prefix.
+
+    Raises:
+        UserError: where the file is damaged or holds no Frozen in Time model.
+    """
+    content = load_torch_pickle(path)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise UserError(f"checkpoint: got {path}, which holds no state_dict")
+    tensors: dict[str, LazyTensor] = {}
+    for name, value in state.items():
+        if isinstance(name, str) and isinstance(value, LazyTensor):
+            tensors[name.removeprefix(PARALLEL_PREFIX)] = value
+    if "video_model.cls_token" not in tensors:
+        raise UserError(f"checkpoint: got {path}, whose state_dict lacks video_model.cls_token")
+    wanted = [name for name in tensors if name not in IGNORED_KEYS]
+    return {name: tensor.float() for name, tensor in read_tensors(path, tensors, wanted).items()}
+
+
+def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """A tensor's shape.
+
+    Raises:
+        UserError: where the state dict lacks it.
+    """
+    if name not in state:
+        raise UserError(f"checkpoint: {name} is missing; allowed: every weight of the released model")
+    return tuple(state[name].shape)
+
+
+def heads_of(width: int, name: str) -> int:
+    """The number of heads at the released head width.
+
+    Raises:
+        UserError: where the width is no multiple of it.
+    """
+    if width % HEAD_WIDTH:
+        raise UserError(f"checkpoint: {name} has width {width}; allowed: multiples of {HEAD_WIDTH}")
+    return width // HEAD_WIDTH
+
+
+def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered layers lie under a prefix."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return len({match[1] for name in state if (match := pattern.match(name))})
+
+
+def video_size(state: Mapping[str, Tensor]) -> VideoSize:
+    """The video tower's sizes, from its tensors' shapes."""
+    width, channels, patch, _ = _shape(state, "video_model.patch_embed.proj.weight", 4)
+    if channels != 3:
+        raise UserError(f"checkpoint: video_model.patch_embed.proj.weight has {channels} channels; allowed: 3")
+    _, positions, _ = _shape(state, "video_model.pos_embed", 3)
+    side = math.isqrt(positions - 1)
+    if side * side != positions - 1:
+        raise UserError(f"checkpoint: video_model.pos_embed has {positions} rows; allowed: 1 + a square number")
+    hidden, _ = _shape(state, "video_model.blocks.0.mlp.fc1.weight", 2)
+    return VideoSize(
+        resolution=side * patch,
+        patch=patch,
+        width=width,
+        depth=count_layers(state, "video_model.blocks."),
+        heads=heads_of(width, "video_model.cls_token"),
+        mlp_ratio=hidden // width,
+    )
+
+
+def text_config(state: Mapping[str, Tensor]) -> PreTrainedConfig:
+    """The text tower's architecture, from its tensors' names and shapes: DistilBERT or BERT, no hub needed."""
+    vocabulary, width = _shape(state, "text_model.embeddings.word_embeddings.weight", 2)
+    positions, _ = _shape(state, "text_model.embeddings.position_embeddings.weight", 2)
+    heads = heads_of(width, "text_model.embeddings.word_embeddings.weight")
+    layers = count_layers(state, "text_model.transformer.layer.")
+    if layers:
+        return DistilBertConfig(
+            vocab_size=vocabulary,
+            max_position_embeddings=positions,
+            dim=width,
+            hidden_dim=shape_of(state, "text_model.transformer.layer.0.ffn.lin1.weight")[0],
+            n_layers=layers,
+            n_heads=heads,
+        )
+    layers = count_layers(state, "text_model.encoder.layer.")
+    if not layers:
+        raise UserError("checkpoint: text_model is neither DistilBERT nor BERT; allowed: those two")
+    return BertConfig(
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        hidden_size=width,
+        intermediate_size=shape_of(state, "text_model.encoder.layer.0.intermediate.dense.weight")[0],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+
+
+def _shape(state: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
+    shape = shape_of(state, name)
+    if len(shape) != rank:
+        raise UserError(f"checkpoint: {name} has shape {list(shape)}; allowed: {rank} axes")
+    return shape

@@ -1,0 +1,226 @@
+"""The space-time transformer of Frozen in Time (section 3.2 of the paper), with the released parameter names.
+
+Axis letters: B batch, T frames, C channels, H and W pixels, P patches per frame, S = 1 + T*P tokens (CLS first,
+then frame by frame), N heads, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.models.video.blocks import LAYER_NORM_EPS, Attention, Block, FusedOps, PatchEmbedding, SpaceTimeBlock
+from frozen_kernels import BACKEND_NAMES, add_positions, unavailable_backends
+
+TimeInit = Literal["zero_output", "released", "random"]
+
+AUTO_ATTENTION = "auto"
+INIT_STD = 0.02
+"""Standard deviation of the truncated normal that ViT and the released code draw linear weights from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSize:
+    """The sizes of a video tower; frames are square."""
+
+    resolution: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit together."""
+        for name in ("resolution", "patch", "width", "depth", "heads", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.video.{name}: got {getattr(self, name)}; allowed: 1 or more")
+        if self.resolution % self.patch:
+            raise UserError(f"model.video.resolution: got {self.resolution}; allowed: multiples of patch {self.patch}")
+        if self.width % self.heads:
+            raise UserError(f"model.video.width: got {self.width}; allowed: multiples of heads {self.heads}")
+
+    @property
+    def patches_per_frame(self) -> int:
+        """P."""
+        return (self.resolution // self.patch) ** 2
+
+
+VIDEO_SIZES: dict[str, VideoSize] = {
+    "base_patch16_224": VideoSize(resolution=224, patch=16, width=768, depth=12, heads=12),
+    "base_patch32_224": VideoSize(resolution=224, patch=32, width=768, depth=12, heads=12),
+    "small_patch16_224": VideoSize(resolution=224, patch=16, width=384, depth=12, heads=6),
+    "tiny_patch16_224": VideoSize(resolution=224, patch=16, width=192, depth=12, heads=3),
+    "mini_patch16_96": VideoSize(resolution=96, patch=16, width=192, depth=6, heads=3),
+    "mini_patch8_64": VideoSize(resolution=64, patch=8, width=192, depth=6, heads=3),
+    "mini_patch16_64": VideoSize(resolution=64, patch=16, width=192, depth=6, heads=3),
+    "nano_patch16_96": VideoSize(resolution=96, patch=16, width=128, depth=4, heads=2),
+    "nano_patch16_64": VideoSize(resolution=64, patch=16, width=128, depth=4, heads=2),
+    "nano_patch8_64": VideoSize(resolution=64, patch=8, width=128, depth=4, heads=2),
+    "pico_patch16_32": VideoSize(resolution=32, patch=16, width=64, depth=2, heads=2),
+}
+"""Named sizes: base, small and tiny are ViT's; mini, nano and pico are for demonstrations and tests on a CPU."""
+
+
+class SpaceTimeTransformer(nn.Module):
+    """Video tower: frames -> the CLS token after the last LayerNorm."""
+
+    def __init__(
+        self,
+        size: VideoSize,
+        max_frames: int,
+        *,
+        block: Block = "frozen_in_time",
+        attention: str = "auto",
+        fused_ops: FusedOps = "auto",
+        time_init: TimeInit = "zero_output",
+        position_init_std: float = INIT_STD,
+        temporal_init_std: float = 0.0,
+        skip_time_attention_at_one_frame: bool = False,
+        checkpointed_blocks: int = 0,
+        full_last_block: bool = False,
+    ) -> None:
+        """Build the tower with random weights.
+
+        Args:
+            size: one of VIDEO_SIZES, or another.
+            max_frames: rows of temporal_embed; its shape never changes, so that optimizers and shards keep theirs.
+            block: where the space residual adds (SpaceTimeBlock).
+            attention: backend of frozen_kernels.divided_attention.
+            fused_ops: residual norms and bias + GELU by frozen_kernels' fastest form, or by PyTorch's own operators.
+            time_init: how time attention starts (init_weights).
+            position_init_std: spread of the spatial position embeddings' start.
+            temporal_init_std: likewise of the temporal embeddings'; 0: zeros.
+            skip_time_attention_at_one_frame: leave it out at T=1; another model than the released one.
+            checkpointed_blocks: the first so many blocks recompute their activations in the backward pass.
+            full_last_block: compute the last block's patch outputs too, as the released code does.
+        """
+        super().__init__()
+        if max_frames < 1:
+            raise UserError(f"max_frames: got {max_frames}; allowed: 1 or more")
+        if not 0 <= checkpointed_blocks <= size.depth:
+            raise UserError(
+                f"model.video.checkpointed_blocks: got {checkpointed_blocks}; allowed: 0 to {size.depth}, the depth"
+            )
+        if block not in ("frozen_in_time", "timesformer"):
+            raise UserError(f"model.video.block: got {block!r}; allowed: frozen_in_time, timesformer")
+        if attention not in (AUTO_ATTENTION, *BACKEND_NAMES):
+            raise unknown_name("model.video.attention", attention, (AUTO_ATTENTION, *BACKEND_NAMES))
+        self.size = size
+        self.max_frames = max_frames
+        self.block = block
+        self.attention = attention
+        self.skip_time_attention_at_one_frame = skip_time_attention_at_one_frame
+        self.checkpointed_blocks = checkpointed_blocks
+        self.full_last_block = full_last_block
+        self.patch_embed = PatchEmbedding(size.patch, size.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + size.patches_per_frame, size.width))
+        self.temporal_embed = nn.Parameter(torch.zeros(1, max_frames, size.width))
+        self.blocks = nn.ModuleList(
+            SpaceTimeBlock(
+                size.width,
+                size.heads,
+                size.width * size.mlp_ratio,
+                block,
+                attention=attention,
+                fused_ops=fused_ops,
+                skip_time_at_one_frame=skip_time_attention_at_one_frame,
+            )
+            for _ in range(size.depth)
+        )
+        self.norm = nn.LayerNorm(size.width, eps=LAYER_NORM_EPS)
+        self.init_weights(time_init, position_init_std, temporal_init_std)
+
+    def init_weights(
+        self, time_init: TimeInit = "zero_output", position_init_std: float = INIT_STD, temporal_init_std: float = 0.0
+    ) -> None:
+        """Draw the weights: truncated normals of 0.02, biases 0; patches as LeCun (std fan_in^-0.5); temporal_embed 0.
+
+        Args:
+            time_init: how time attention starts.
+                zero_output: qkv drawn, output projection 0. Like "released" its output is 0 at the start, so a ViT's
+                weights keep their meaning; unlike it, every parameter learns.
+                released: qkv 0, projection weight 1, bias 0, what the released code does at more than one frame.
+                Queries and keys are then 0 and so are their gradients, for good, and all value channels stay equal.
+                random: drawn like the rest, what the released code does at one frame (where its curriculum starts).
+            position_init_std: of pos_embed. A patch's embedding has entries around 1, beside which 0.02 says nothing
+                of the place until it has been learned; a tower from scratch on little data needs 1.
+            temporal_init_std: of temporal_embed. Rows that no stage has used yet are added to what the first
+                expansion makes of one row (DualEncoder.expand_frames): the same row for every frame.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=self.patch_embed.proj.weight[0].numel() ** -0.5)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
+        nn.init.normal_(self.pos_embed, std=position_init_std)
+        nn.init.normal_(self.temporal_embed, std=temporal_init_std)
+        for block in self.blocks:
+            init_time_attention(cast(SpaceTimeBlock, block).timeattn, time_init)
+
+    def forward(self, video_BTCHW: Tensor) -> Tensor:
+        """Embed clips.
+
+        Args:
+            video_BTCHW: [B, T, 3, resolution, resolution], normalised floats, 1 <= T <= max_frames.
+
+        Returns:
+            [B, D]: the CLS token after the last LayerNorm.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        self.check_video(video_BTCHW)
+        num_frames = video_BTCHW.shape[1]
+        x = add_positions(self.patch_embed(video_BTCHW), self.cls_token, self.pos_embed, self.temporal_embed)
+        branch: Tensor | None = None
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            arguments = (x, branch, num_frames, index == last and not self.full_last_block)
+            if index < self.checkpointed_blocks and torch.is_grad_enabled():
+                x, branch = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, branch = block(*arguments)
+        assert branch is not None, "a tower has at least one block"
+        return self.norm(x[:, 0] + branch[:, 0])
+
+    def check_attention(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        """Raise a UserError that names model.video.attention, where the backend asked for cannot run.
+
+        Args:
+            device: where the tower will run.
+            dtype: what it will compute in.
+        """
+        missing = unavailable_backends(device, dtype)
+        if self.attention in missing:
+            able = ", ".join([AUTO_ATTENTION, *(name for name in BACKEND_NAMES if name not in missing)])
+            reason = missing[self.attention]
+            raise UserError(f"model.video.attention: got {self.attention!r}: {reason}; allowed here: {able}")
+
+    def check_video(self, video_BTCHW: Tensor) -> None:
+        """Raise a ValueError that names the expected shape, unless the clip batch has it."""
+        side = self.size.resolution
+        expected = f"[B, T, 3, {side}, {side}] with 1 <= T <= {self.max_frames}"
+        shape = tuple(video_BTCHW.shape)
+        if len(shape) != 5 or shape[0] < 1 or shape[2:] != (3, side, side) or not 1 <= shape[1] <= self.max_frames:
+            raise ValueError(f"video: got shape {list(shape)}; allowed: {expected}")
+
+
+def init_time_attention(attention: Attention, time_init: TimeInit) -> None:
+    """Set a time attention's start; the choices are told at SpaceTimeTransformer.init_weights."""
+    if time_init == "released":
+        nn.init.zeros_(attention.qkv.weight)
+        nn.init.ones_(attention.proj.weight)
+    elif time_init == "zero_output":
+        nn.init.zeros_(attention.proj.weight)
+    elif time_init != "random":
+        raise UserError(f"model.video.time_init: got {time_init!r}; allowed: random, released, zero_output")

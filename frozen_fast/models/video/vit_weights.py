@@ -1,0 +1,117 @@
+"""ViT weights for the video tower's start: by timm name or from a local file.
+
+They fill patch_embed, cls_token, pos_embed, the blocks' attn, mlp, norm1 and norm2, and norm (section 3.2 of the
+paper). Time attention and its norm3 keep their own start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frozen_fast.errors import UserError, reason, some
+from frozen_fast.models.video.space_time import SpaceTimeTransformer
+
+FIELD = "model.video.weights"
+TIMM_PREFIX = "timm:"
+OWN_PARTS = ("temporal_embed",)
+"""Parameters that a ViT has not."""
+
+OWN_BLOCK_PARTS = ("timeattn.", "norm3.")
+"""Parts of a block that a ViT has not."""
+
+HEAD_PREFIXES = ("head.", "head_dist.", "pre_logits.", "fc_norm.")
+"""Parts of a ViT file that the tower has no use for."""
+
+
+def load_vit_weights(model: SpaceTimeTransformer, weights: str) -> None:
+    """Copy ViT weights into a video tower.
+
+    Args:
+        model: changed in place.
+        weights: timm:NAME, or a local .pth, .pt, .bin, .safetensors or .npz (the original JAX files, read by timm).
+
+    Raises:
+        UserError: naming model.video.weights, for what cannot be read, a missing weight, or one of another shape.
+    """
+    state = _timm_state(weights[len(TIMM_PREFIX) :]) if weights.startswith(TIMM_PREFIX) else _file_state(weights, model)
+    wanted = {name: value for name, value in model.state_dict().items() if not _is_own(name)}
+    missing = set(wanted) - set(state)
+    if missing:
+        raise UserError(f"{FIELD}: got {weights!r}, which lacks {some(missing)}")
+    unknown = [name for name in state if name not in wanted and not name.startswith(HEAD_PREFIXES)]
+    if unknown:
+        raise UserError(f"{FIELD}: got {weights!r}, with {some(unknown)}; allowed: a plain ViT of this size")
+    for name, target in wanted.items():
+        got = list(state[name].shape)
+        if got != list(target.shape):
+            raise UserError(f"{FIELD}: got {weights!r}, whose {name} has shape {got}; allowed: {list(target.shape)}")
+    with torch.no_grad():
+        for name, target in wanted.items():
+            target.copy_(state[name])
+
+
+def _is_own(name: str) -> bool:
+    """Whether a parameter is the space-time transformer's own, not a ViT's."""
+    if name in OWN_PARTS:
+        return True
+    return name.startswith("blocks.") and name.split(".", 2)[2].startswith(OWN_BLOCK_PARTS)
+
+
+def _timm_state(name: str) -> dict[str, Tensor]:
+    """The pretrained weights of a timm model, downloaded or from timm's cache."""
+    import timm
+
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models("vit_base_patch16_224*", pretrained=True)[:3])
+        raise UserError(f"{FIELD}: got {TIMM_PREFIX + name!r}; allowed: a timm model such as {near}")
+    try:
+        return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
+    except Exception as error:  # the download raises many kinds
+        raise UserError(
+            f"{FIELD}: got {TIMM_PREFIX + name!r}, which could not be had ({reason(error)}); "
+            "allowed: timm:NAME with a network or a filled cache, a local file, none"
+        ) from error
+
+
+def _file_state(weights: str, model: SpaceTimeTransformer) -> dict[str, Tensor]:
+    """The state dict of a local file, under timm's names."""
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(f"{FIELD}: got {weights!r}; allowed: none, timm:NAME, or an existing local file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if path.suffix == ".npz":
+            return _jax_state(path, model)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises anything at all
+        raise UserError(f"{FIELD}: got {weights!r}, which cannot be read ({reason(error)})") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{FIELD}: got {weights!r}, which holds no state dict of tensors")
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _jax_state(path: Path, model: SpaceTimeTransformer) -> dict[str, Tensor]:
+    """An original ViT .npz, through timm's own conversion."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    size = model.size
+    vit = VisionTransformer(
+        img_size=size.resolution,
+        patch_size=size.patch,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        mlp_ratio=size.mlp_ratio,
+        num_classes=0,
+    )
+    vit.load_pretrained(str(path))
+    return dict(vit.state_dict())

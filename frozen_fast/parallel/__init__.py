@@ -1,0 +1,1 @@
+"""One process, DDP, ZeRO and FSDP2 behind one class."""

@@ -1,0 +1,358 @@
+"""How processes share the work: the one thin layer over Accelerate.
+
+Everything that depends on the strategy is behind Parallel: wrapping, gradient synchronisation, clipping, whole weights
+and optimizer state, editing a parameter in place. The engine, the stages and the checkpoints see names and whole
+tensors. This class is one process or distributed data parallel; ZeRO is in parallel_deepspeed, FSDP2 in parallel_fsdp.
+
+Ranks agree over a second, CPU-only group once per step: whether one was told to stop, whether one has failed, and
+small counts. So an error on one rank reaches the others at the next step instead of leaving them in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from frozen_fast.config import ExperimentConfig
+from frozen_fast.errors import UserError
+from frozen_fast.parallel.launch_settings import Strategy, check_precision, requested_strategy
+from frozen_fast.parallel.precision import choose_precision
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+_STRATEGIES: dict[Strategy, tuple[str, str]] = {
+    "ddp": ("frozen_fast.parallel.base", "Parallel"),
+    "deepspeed": ("frozen_fast.parallel.deepspeed", "DeepSpeedParallel"),
+    "fsdp2": ("frozen_fast.parallel.fsdp", "FsdpParallel"),
+}
+"""What the launch asks for -> (module, class); imported when asked for."""
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; this rank stops because of it."""
+
+
+class Parallel:
+    """This process's place among the others, and the model and optimizer as they are shared between them.
+
+    Attributes:
+        device: where the model runs.
+        rank: this process, from 0.
+        world_size: number of processes.
+        precision: "bf16" (autocast over fp32 weights) or "fp32".
+        precision_reason: one line, why.
+        distributed_type: Accelerate's name for the kind of launch.
+        strategy: what shares the work: "one process", "ddp", "zero1" to "zero3" (with "+offload"), "fsdp2".
+        failure_is_shared: agree() has raised, so every rank is on its way out.
+    """
+
+    accelerate_types: tuple[str, ...] = ("NO", "MULTI_CPU", "MULTI_GPU")
+    """Accelerate's distributed types under which this strategy runs."""
+
+    def __init__(self, accelerator: Accelerator, config: ExperimentConfig, precision: tuple[str, str]) -> None:
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.rank: int = accelerator.process_index
+        self.world_size: int = accelerator.num_processes
+        self.precision, self.precision_reason = precision
+        self.distributed_type = str(accelerator.distributed_type.value)
+        self.strategy = "ddp" if self.world_size > 1 else "one process"
+        self.failure_is_shared = False
+        self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._model: nn.Module | None = None
+        self._wrapped: nn.Module | None = None
+        self._optimizer: Any = None
+
+    @classmethod
+    def start(cls, config: ExperimentConfig) -> Parallel:
+        """Join the other processes under the launch's strategy, and check that the world is what was asked for.
+
+        Raises:
+            UserError: no such device, a world of another size than asked for, or a launch that contradicts the
+                experiment.
+        """
+        training = config.training
+        strategy = requested_strategy(os.environ)
+        cpu = _wants_cpu(training.device)
+        check_precision(os.environ, training)
+        device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        precision = choose_precision(training.precision, device)
+        module, name = _STRATEGIES[strategy]
+        kind: type[Parallel] = getattr(import_module(module), name)
+        accelerator = kind.accelerator_for(config, cpu, precision[0])
+        check_world(accelerator.num_processes, training.expected_world_size)
+        if accelerator.distributed_type.name not in kind.accelerate_types:
+            raise UserError(
+                f"accelerate config: got distributed type {accelerator.distributed_type.value} for {strategy}; "
+                f"allowed: {', '.join(kind.accelerate_types)}"
+            )
+        return kind(accelerator, config, precision)
+
+    @classmethod
+    def accelerator_for(cls, config: ExperimentConfig, cpu: bool, precision: str) -> Accelerator:
+        """Accelerate's object for this strategy; joins the process group."""
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder (rank 0)."""
+        return self.rank == 0
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group, so that no rank aborts at exit, and forget Accelerate's process-wide state.
+
+        Args:
+            failed: an error is on its way out that the other ranks do not know of; they may wait in a collective that
+                this rank would have to join, so the group is left to the end of the process.
+        """
+        from accelerate.state import AcceleratorState, GradientState
+
+        if dist.is_available() and dist.is_initialized() and not failed:
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    # Model and optimizer
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Wrap model and optimizer for this strategy; the bare model stays usable for evaluation and saving."""
+        self._model = model
+        self._wrapped, self._optimizer = self.accelerator.prepare(model, optimizer)
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model."""
+        assert self._model is not None, "prepare() first"
+        return self._model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The bare optimizer (its param_groups carry the learning rates)."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    def forward(self, *inputs: Any) -> Any:
+        """The wrapped model's forward pass under this run's autocast; outputs are fp32."""
+        assert self._wrapped is not None, "prepare() first"
+        return self._wrapped(*inputs)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as in training, for calls that do not go through forward()."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextlib.contextmanager
+    def accumulate(self, *, last: bool) -> Iterator[None]:
+        """One forward and backward pass of an optimizer step; gradients are exchanged in the last one only."""
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(self._wrapped):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this loss's gradients to the parameters'."""
+        self.accelerator.backward(loss)
+
+    def update(self, gradient_clip_norm: float) -> Tensor | None:
+        """Clip the gradients, apply them and clear them.
+
+        Args:
+            gradient_clip_norm: largest norm; 0: no clipping.
+
+        Returns:
+            The norm before clipping, a scalar tensor; None without clipping.
+        """
+        norm = None
+        if gradient_clip_norm:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), gradient_clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """A model with whole weights for evaluation: ranks may call it unequally often. A collective at its start."""
+        yield self.model
+
+    # Whole tensors, whatever the sharding
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter and buffer whole, by name. Under sharding a collective, and empty but on rank 0."""
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's state whole, by parameter name (exp_avg, exp_avg_sq, step); empty before the first step.
+
+        Under sharding strategies a collective, and empty but on rank 0.
+        """
+        return {name: dict(self.optimizer.state[parameter]) for name, parameter in self._parameters_with_state()}
+
+    def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Put back what optimizer_state() gave.
+
+        Raises:
+            UserError: it belongs to another model.
+        """
+        parameters = dict(self.model.named_parameters())
+        check_optimizer_state(state, {name: parameter.shape for name, parameter in parameters.items()})
+        for name, tensors in state.items():
+            parameter = parameters[name]
+            on_device = {}
+            for key, tensor in tensors.items():
+                whole = key != "step" or self._step_on_device()
+                on_device[key] = tensor.to(parameter.device if whole else "cpu", copy=True)
+            self.optimizer.state[parameter] = on_device
+
+    @contextlib.contextmanager
+    def edit_parameter(self, name: str) -> Iterator[dict[str, Tensor]]:
+        """Give a parameter's whole optimizer state for editing in place, while its weight may be edited too.
+
+        Yields:
+            {"exp_avg": ..., "exp_avg_sq": ...} with the parameter's shape; empty before the first optimizer step.
+        """
+        parameter = dict(self.model.named_parameters())[name]
+        state = self.optimizer.state.get(parameter, {})
+        with torch.no_grad():
+            yield {key: tensor for key, tensor in state.items() if tensor.shape == parameter.shape}
+
+    def weights_are_finite(self) -> bool:
+        """Whether no parameter holds NaN or infinity (waits for the device)."""
+        parameters = [parameter.detach() for parameter in self.model.parameters()]
+        largest = torch._foreach_norm(parameters, float("inf"))  # a 2-norm of large weights would overflow
+        return bool(torch.stack(largest).isfinite().all())
+
+    def _parameters_with_state(self) -> list[tuple[str, nn.Parameter]]:
+        state = self.optimizer.state
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter in state]
+
+    def _step_on_device(self) -> bool:
+        """Fused and capturable AdamW count their steps on the device."""
+        group = self.optimizer.param_groups[0]
+        return bool(group.get("fused") or group.get("capturable"))
+
+    # Agreement
+
+    def agree(
+        self, error: BaseException | None = None, *, stop: bool = False, counts: Sequence[int] = ()
+    ) -> tuple[bool, list[int]]:
+        """Tell the other ranks how this one fares and hear how they fare; every rank must call it.
+
+        Args:
+            error: what went wrong here since the last agreement.
+            stop: this rank was told to stop.
+            counts: numbers to be added up over ranks.
+
+        Returns:
+            (whether any rank was told to stop, the sums of counts).
+
+        Raises:
+            BaseException: this rank's own error.
+            UserError: another rank's mistake in data, config or arguments.
+            PeerError: another rank's other error.
+        """
+        if self._control is None:
+            if error is not None:
+                raise error
+            return stop, list(counts)
+        row = torch.tensor([error is not None, stop, *counts], dtype=torch.int64)
+        dist.all_reduce(row, group=self._control)
+        failed, stopped, *sums = row.tolist()
+        if failed:
+            self.failure_is_shared = True
+            kind = type(error).__name__
+            own = None if error is None else (isinstance(error, UserError), f"{kind}: {error}", str(error))
+            reports = self.gather_objects(own)
+            if error is not None:
+                raise error
+            failed_rank, report = next((index, report) for index, report in enumerate(reports) if report is not None)
+            if report[0]:
+                raise UserError(report[2])
+            raise PeerError(f"rank {failed_rank} failed: {report[1]}")
+        return bool(stopped), sums
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a part without collectives; if it fails on one rank, it fails on all of them."""
+        error: BaseException | None = None
+        try:
+            yield
+        except Exception as caught:  # told to the other ranks, then raised again by agree()
+            error = caught
+        self.agree(error)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in rank order, over the CPU-only group."""
+        if self._control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed PyTorch's generators from what identifies a step on a rank.
+
+    Dropout then depends on nothing else, so that a resumed run draws what the uninterrupted one would have drawn and
+    no generator state has to be kept in a checkpoint.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+
+
+def check_optimizer_state(state: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]) -> None:
+    """Refuse a checkpoint's optimizer state that is another model's.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    for name, tensors in state.items():
+        if name not in shapes:
+            raise UserError(f"checkpoint: got optimizer state for {name!r}; allowed: this model's parameters")
+        for key, tensor in tensors.items():
+            if tensor.ndim and tensor.shape != shapes[name]:
+                got = f"got {key} of shape {list(tensor.shape)} for {name}"
+                raise UserError(f"checkpoint: {got}; allowed: {list(shapes[name])}")
+
+
+def _wants_cpu(requested: str) -> bool:
+    """Whether to run on the CPU; `accelerate launch --cpu` says so in ACCELERATE_USE_CPU."""
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    if requested == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("training.device: got 'cuda', but PyTorch finds no CUDA device; allowed: auto, cpu")
+        if told_cpu:
+            raise UserError("training.device: got 'cuda', but accelerate was launched with use_cpu; make them agree")
+        return False
+    return requested == "cpu" or told_cpu or not torch.cuda.is_available()
+
+
+def check_world(num_processes: int, expected: int | None) -> None:
+    """Refuse a world of another size than the launcher started, or than training.expected_world_size."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != num_processes:
+        raise UserError(
+            f"number of processes: got {num_processes} where the launcher started {launched} (WORLD_SIZE); "
+            "launch with torchrun or an accelerate config from configs/accelerate/"
+        )
+    if expected is not None and expected != num_processes:
+        raise UserError(f"training.expected_world_size: got {num_processes} process(es); allowed: {expected}")

@@ -1,0 +1,1 @@
+"""What a run writes: run folder, checkpoint files, environment."""

@@ -1,0 +1,1 @@
+"""Reports of finished and running runs, read from the run folder only."""

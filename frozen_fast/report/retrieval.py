@@ -1,0 +1,87 @@
+"""The report's retrieval numbers: after each stage, of the best checkpoint, after each epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from frozen_fast.report.document import Block, Plot, Section, Table, Text, count, number
+from frozen_fast.report.plots import retrieval_plot
+from frozen_fast.report.run_data import RunData
+
+
+def retrieval_section(run: RunData) -> Section:
+    """Both directions after each stage and at the best checkpoint, and every evaluation where there are more."""
+    if not run.evaluations:
+        return Section("Retrieval", [Text("No evaluation has finished.")])
+    shown = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR", "Geom")
+    twins = any("twin_accuracy" in row["metrics"] for row in run.evaluations)
+    blocks: list[Block] = []
+    for direction, title in (("t2v", "Text to video"), ("v2t", "Video to text")):
+        with_twins = twins and direction == "t2v"
+        rows = []
+        for row in run.stage_evaluations():
+            if direction == "t2v" and row["protocol"] == "v2t_max_over_captions":
+                continue
+            metrics = row["metrics"]
+            cells = [_after(run, row), row["source"], row["protocol"], str(row["frames"])]
+            cells += [count(row["windows"]), count(row["num_queries"]), count(row["num_videos"])]
+            cells += [number(metrics.get(f"{direction}/{name}")) for name in shown]
+            rows.append(cells + ([number(metrics.get("twin_accuracy"))] if with_twins else []))
+        rows += _chance_rows(run, direction, with_twins)
+        header = ["After", "Set", "Protocol", "Frames", "Windows", "Queries", "Videos", *shown]
+        blocks += [Text(f"{title}:"), Table(header + (["Twins"] if with_twins else []), rows, words=3)]
+    plot = retrieval_plot(run)
+    if plot:
+        blocks.insert(0, Plot(plot, "What more frames bring: text-to-video retrieval after each stage."))
+    if run.evaluates_inside_stages():
+        blocks += [Text("Every evaluation:"), _epochs_table(run)]
+    notes = "R@k and twins in percent; MdR and MnR are the median and mean rank from 1, ties at their mean rank."
+    if any("loss" in row for row in run.evaluations):
+        notes += " Loss: the training loss of the held-out clips, each with its first caption, in batches of one size."
+    if twins:
+        notes += (
+            " Twins: share of captions that score their own clip above its twin, which shows the same frames in "
+            "another order; what one frame shows cannot decide it. One frame at best: the R@1 that a model which sees "
+            "one frame of each clip reaches on average if it errs between twins only."
+        )
+    return Section("Retrieval", [*blocks, Text(notes)])
+
+
+def _chance_rows(run: RunData, direction: str, with_twins: bool) -> list[list[str]]:
+    """What a constant similarity would score on each set with one caption a clip, and one frame at best."""
+    rows = []
+    for source in dict.fromkeys(row["source"] for row in run.evaluations):
+        row = next(row for row in run.evaluations if row["source"] == source)
+        if direction == "v2t" and row["num_queries"] != row["num_videos"]:
+            continue
+        size = row["num_videos"]
+        recalls = [min(100.0, 100.0 * k / size) for k in (1, 5, 10, 50)]
+        geometric = (recalls[0] * recalls[1] * recalls[2]) ** (1 / 3)
+        cells = ["chance", source, "", "", "", "", count(size), *(number(value) for value in recalls)]
+        cells += [number((size + 1) / 2), number((size + 1) / 2), number(geometric)]
+        rows.append(cells + (["50.0"] if with_twins else []))
+        ceiling = row["metrics"].get("one_frame_ceiling")
+        if with_twins and ceiling is not None:
+            rows.append(["one frame at best", *cells[1:7], number(ceiling), *[""] * 6, "50.0"])
+    return rows
+
+
+def _after(run: RunData, row: dict[str, Any]) -> str:
+    """When an evaluation was made: after a stage, or after which step of it where there are several."""
+    best = " (best)" if row["step"] == run.best_step else ""
+    inside = f", step {count(row['step'])}" if run.evaluates_inside_stages() else ""
+    return f"stage {row['stage'] + 1}{inside}{best}"
+
+
+def _epochs_table(run: RunData) -> Table:
+    """One line an evaluation: its loss, and text to video."""
+    shown = ("R@1", "R@5", "R@10", "MdR")
+    rows = [
+        [
+            _after(run, row), row["source"], row["protocol"], number(row.get("loss"), 3),
+            *(number(row["metrics"].get(f"t2v/{name}")) for name in shown),
+        ]
+        for row in run.evaluations
+        if row["protocol"] != "v2t_max_over_captions"
+    ]  # fmt: skip
+    return Table(["After", "Set", "Protocol", "Loss", *shown], rows, words=3)

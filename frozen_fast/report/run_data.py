@@ -1,0 +1,244 @@
+"""What a report knows: the files of a run folder, and the stages' totals computed again from steps.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from frozen_fast.common.files import read_json_lines
+from frozen_fast.errors import UserError
+from frozen_fast.records.checkpoint import best_checkpoint
+
+Row = dict[str, Any]
+
+# stages.json may differ from the sums of steps.jsonl by this share: rounding, and time between two steps.
+AGREEMENT = 0.02
+# Differences below this many seconds are no disagreement, whatever their share.
+AGREEMENT_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class StageTotals:
+    """One stage summed up from steps.jsonl; `timed` leaves the warm-up steps out."""
+
+    stage: int
+    frames: int
+    steps: int
+    clips: int
+    seconds: float
+    stall_seconds: float
+    warmup_seconds: float
+    timed_clips: int
+    timed_seconds: float
+    bad_clips: int
+    last_loss: float
+
+    @property
+    def clips_per_second(self) -> float | None:
+        """Clips over training and stall after warm-up."""
+        return self.timed_clips / self.timed_seconds if self.timed_seconds > 0 else None
+
+    @property
+    def stall_share(self) -> float | None:
+        """Stall over training and stall after warm-up."""
+        return self.stall_seconds / self.timed_seconds if self.timed_seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder's content.
+
+    `best_step` is the step of the checkpoint that checkpoints/best names; `missing` names files that are not there or
+    cannot be read, with what that means.
+    """
+
+    folder: Path
+    config: Row
+    config_text: str
+    environment: Row
+    status: Row
+    steps: list[Row]
+    stages: list[Row]
+    evaluations: list[Row]
+    bad_clips: list[Row]
+    kernels: list[Row]
+    batch_sizes: Row
+    best_step: int | None = None
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The experiment's name."""
+        return str(self.config.get("name") or self.folder.name)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the stages ran on CUDA devices."""
+        return any(row.get("device") == "cuda" for row in self.stages)
+
+    def totals(self) -> list[StageTotals]:
+        """Stages that have a step, from steps.jsonl."""
+        by_stage: dict[int, list[Row]] = {}
+        for row in self.steps:
+            by_stage.setdefault(int(row["stage"]), []).append(row)
+        return [_total(stage, rows) for stage, rows in sorted(by_stage.items())]
+
+    def stage_row(self, stage: int) -> Row | None:
+        """A stage's entry of stages.json, if it has one."""
+        return next((row for row in self.stages if row.get("stage") == stage), None)
+
+    def stage_evaluations(self) -> list[Row]:
+        """The last evaluation of each set in each stage, and those of the best checkpoint, in their order."""
+        last = {(row["stage"], row["source"], row["protocol"]): row["step"] for row in self.evaluations}
+        return [
+            row
+            for row in self.evaluations
+            if row["step"] in (last[row["stage"], row["source"], row["protocol"]], self.best_step)
+        ]
+
+    def evaluates_inside_stages(self) -> bool:
+        """Whether a stage has evaluations at more than one step."""
+        evaluated = {(row["stage"], row["step"]) for row in self.evaluations}
+        return len(evaluated) > len({stage for stage, _ in evaluated})
+
+    def disagreements(self) -> list[str]:
+        """Where stages.json and the sums of steps.jsonl differ; empty: nowhere."""
+        totals = {total.stage: total for total in self.totals()}
+        found = []
+        for row in self.stages:
+            total = totals.get(row["stage"])
+            if total is None:
+                found.append(f"stage {row['stage'] + 1}: stages.json has it, steps.jsonl has no step of it")
+                continue
+            charged = row["training_seconds"] + row["stall_seconds"] + row["warmup_seconds"]
+            allowed_seconds = AGREEMENT * max(charged, total.seconds) + AGREEMENT_SECONDS
+            pairs = [
+                ("steps", row["steps"], total.steps, 0.0),
+                ("clips", row["clips"], total.clips, 0.0),
+                ("seconds of steps", charged, total.seconds, allowed_seconds),
+                ("stall seconds", row["stall_seconds"], total.stall_seconds, allowed_seconds),
+            ]
+            for what, stated, summed, allowed in pairs:
+                if abs(stated - summed) > allowed:
+                    found.append(
+                        f"stage {row['stage'] + 1}: {what} {stated:g} in stages.json, {summed:g} in steps.jsonl"
+                    )
+        return found
+
+    def bad_clip_counts(self) -> list[tuple[str, str, int]]:
+        """(source, cause, how many) of unreadable clips, most first."""
+        counts = Counter((str(row.get("source")), str(row.get("cause"))) for row in self.bad_clips)
+        return [(source, cause, count) for (source, cause), count in counts.most_common()]
+
+
+def read_run(folder: str | Path) -> RunData:
+    """Read a run folder, whatever state it is in.
+
+    Raises:
+        UserError: it holds neither config.yaml nor steps.jsonl.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file() and not (folder / "steps.jsonl").is_file():
+        raise UserError(f"run folder: got {str(folder)!r}; allowed: a folder with config.yaml or steps.jsonl of a run")
+    reader = _Reader(folder)
+    config_text = reader.read("config.yaml", str, "", "the settings are unknown")
+    config = reader.parse_yaml(config_text)
+    evaluates = _evaluates(config) or (folder / "metrics.json").exists()
+    metrics = reader.read("metrics.json", json.loads, {}, "no evaluation has finished") if evaluates else {}
+    return RunData(
+        folder=folder,
+        config=config,
+        config_text=config_text,
+        environment=reader.read("environment.json", json.loads, {}, "versions and devices are unknown"),
+        status=reader.read("status.json", json.loads, {}, "how the run ended is unknown"),
+        steps=reader.read_lines("steps.jsonl", "no step has finished"),
+        stages=reader.read("stages.json", json.loads, [], "no stage has finished; figures are from steps.jsonl"),
+        evaluations=list(metrics.get("evaluations", [])),
+        bad_clips=reader.read_lines("bad_clips.jsonl", None),
+        kernels=[
+            table
+            for path in sorted(folder.glob("traces/*.kernels.json"))
+            if (table := reader.read(f"traces/{path.name}", json.loads, None, None))
+        ],
+        batch_sizes=reader.read("batch_sizes.json", json.loads, {}, None),
+        best_step=_best_step(folder),
+        missing=reader.missing,
+    )
+
+
+class _Reader:
+    """Reads files of a folder and remembers which ones it could not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.missing: list[str] = []
+
+    def read(self, name: str, parse: Callable[[str], Any], default: Any, means: str | None) -> Any:
+        """A file's content; with `means` None its absence is normal."""
+        path = self.folder / name
+        if not path.is_file():
+            if means is not None:
+                self.missing.append(f"{name} is missing: {means}")
+            return default
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            self.missing.append(f"{name} cannot be read ({error}): {means or 'it is left out'}")
+            return default
+
+    def read_lines(self, name: str, means: str | None) -> list[Row]:
+        """Rows of a JSON-lines file; with `means` None its absence is normal."""
+        path = self.folder / name
+        if not path.is_file():
+            if means is not None:
+                self.missing.append(f"{name} is missing: {means}")
+            return []
+        try:
+            return read_json_lines(path)
+        except ValueError as error:
+            self.missing.append(f"{name} cannot be read ({error}): {means or 'its rows are left out'}")
+            return []
+
+    def parse_yaml(self, text: str) -> Row:
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
+            self.missing.append(f"config.yaml cannot be read ({why}): the settings are unknown")
+            return {}
+        return values if isinstance(values, dict) else {}
+
+
+def _best_step(folder: Path) -> int | None:
+    """The step of the checkpoint that checkpoints/best names; None where there is none."""
+    best = best_checkpoint(folder / "checkpoints")
+    return None if best is None else int(best.name.removeprefix("step_"))
+
+
+def _evaluates(config: Row) -> bool:
+    """Whether a run with this config evaluates at all; yes where the config does not say."""
+    evaluation = config.get("evaluation")
+    return not isinstance(evaluation, dict) or (bool(evaluation.get("sources")) and evaluation.get("every") != "never")
+
+
+def _total(stage: int, rows: list[Row]) -> StageTotals:
+    timed = [row for row in rows if not row["warmup"]]
+    return StageTotals(
+        stage=stage,
+        frames=max(int(row["frames"]) for row in rows),
+        steps=len(rows),
+        clips=sum(int(row["clips"]) for row in rows),
+        seconds=sum(row["seconds"] for row in rows),
+        stall_seconds=sum(row["stall_seconds"] for row in timed),
+        warmup_seconds=sum(row["seconds"] for row in rows if row["warmup"]),
+        timed_clips=sum(int(row["clips"]) for row in timed),
+        timed_seconds=sum(row["seconds"] for row in timed),
+        bad_clips=sum(int(row.get("bad_clips") or 0) for row in rows),
+        last_loss=float(rows[-1]["loss"]),
+    )

@@ -1,0 +1,217 @@
+"""From a config to the parts of a run: sources, decoders, loaders, model."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frozen_fast.config import ExperimentConfig
+from frozen_fast.config.schema import DecodeConfig
+from frozen_fast.data import EvaluationLoader, Source, TrainingLoader, read_sources
+from frozen_fast.data.decode import Decoder
+from frozen_fast.data.load.reading import build_decoder
+from frozen_fast.errors import UserError
+from frozen_fast.models import DualEncoder, build_dual_encoder
+from frozen_fast.profiling.flops import TextShape, clip_flops
+
+log = logging.getLogger(__name__)
+
+# evaluation.resize is given for this resolution.
+_RESIZE_RESOLUTION = 224
+
+
+def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: Path | None = None) -> DualEncoder:
+    """The model on its device, in train mode; weights are drawn from config.seed where they are random.
+
+    Args:
+        config: the experiment.
+        device: where it runs.
+        resume_from: this run's checkpoint; its architecture, weights and tokenizer replace what the config names, so
+            that no hub and no earlier file is needed to go on.
+
+    Raises:
+        UserError: a name, file or size is wrong, or the attention backend cannot run here.
+    """
+    stages = config.curriculum.stages
+    max_frames = max([stage.frames for stage in stages] + [config.evaluation.frames or 1])
+    section = config.model
+    if resume_from is not None:
+        text = replace(section.text, tokenizer=None)
+        section = replace(section, checkpoint=str(resume_from), text=text)
+    augmentation = config.data.augmentation
+    torch.manual_seed(config.seed)
+    try:
+        model = build_dual_encoder(
+            section,
+            max_frames=max_frames,
+            first_frames=stages[0].frames,
+            mean=augmentation.mean,
+            std=augmentation.std,
+        )
+    except UserError:
+        raise
+    except ValueError as error:  # the kernel library knows nothing of UserError
+        raise UserError(f"model: {' '.join(str(error).split())}") from error
+    _check_normalisation(model, config)
+    model.video_model.check_attention(device)
+    return model.to(device).train()
+
+
+def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device) -> DualEncoder:
+    """A checkpoint's model for evaluation, in eval mode.
+
+    Args:
+        config: evaluation.frames expands or cuts the temporal embeddings (none: those the checkpoint learned), by
+            model.expansion; model.video.attention runs it; model.text.tokenizer (for a released file, which carries
+            none, else model.text.name) reads the captions.
+        checkpoint: a frozen_fast folder or a released .pth/.pth.tar file.
+        device: where it runs.
+
+    Raises:
+        UserError: the checkpoint or the tokenizer cannot be read, or it was trained on other pixel statistics.
+    """
+    text = config.model.text
+    model = DualEncoder.from_pretrained(
+        checkpoint.expanduser(),
+        config.evaluation.frames,
+        config.model.expansion,
+        text.tokenizer or (None if checkpoint.is_dir() else text.name),
+        video_options={"attention": config.model.video.attention, "fused_ops": config.model.video.fused_ops},
+    )
+    _check_normalisation(model, config)
+    model.video_model.check_attention(device)
+    return model.to(device).eval()
+
+
+def build_training_loader(
+    config: ExperimentConfig, sources: Mapping[str, Source], model: DualEncoder, device: torch.device
+) -> TrainingLoader:
+    """The loader of training batches for the model's resolution and tokenizer."""
+    tokenizer = model.text_model.tokenizer
+    assert tokenizer is not None, "build_model refuses a tower without a tokenizer"
+    return TrainingLoader(
+        sources,
+        decoder_factory(config, model, device),
+        tokenizer,
+        augmentation=config.data.augmentation,
+        decode=config.data.decode,
+        device=device,
+    )
+
+
+def build_evaluation_loader(
+    config: ExperimentConfig,
+    source: Source,
+    model: DualEncoder,
+    device: torch.device,
+    *,
+    frames: int,
+    rank: int,
+    world_size: int,
+) -> EvaluationLoader:
+    """The loader of one evaluation source's test windows."""
+    evaluation = config.evaluation
+    return EvaluationLoader(
+        source,
+        decoder_factory(config, model, device),
+        decode=config.data.decode,
+        frames=frames,
+        stride_seconds=evaluation.stride_seconds,
+        max_windows=evaluation.max_windows,
+        batch_size=evaluation.batch_size,
+        resize=max(1, round(evaluation.resize * model.video_model.size.resolution / _RESIZE_RESOLUTION)),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+
+
+def decoder_factory(config: ExperimentConfig, model: DualEncoder, device: torch.device) -> Callable[[], Decoder]:
+    """What makes a decoder in the thread or process that will use it; picklable.
+
+    Loader processes decode on the CPU; the background thread decodes on the training device where the backend can.
+    """
+    decode: DecodeConfig = config.data.decode
+    augmentation = config.data.augmentation
+    return partial(
+        build_decoder,
+        decode.backend,
+        device=torch.device("cpu") if decode.workers else device,
+        resolution=model.video_model.size.resolution,
+        mean=augmentation.mean,
+        std=augmentation.std,
+        threads=decode.threads,
+        max_pixels=decode.max_image_pixels,
+    )
+
+
+def flops_counter(model: DualEncoder) -> Callable[[int, int, int], float | None]:
+    """What counts a clip's model FLOPs from (frames, text tokens, clips of a global batch).
+
+    What nothing reads of the last block is not computed, and not counted unless model.video.full_last_block asks for
+    it. A text tower whose sizes are not known gives None: no FLOPs, no MFU.
+    """
+    tower = model.video_model
+    try:
+        text_model = model.text_model
+        text = TextShape.from_config(
+            text_model.config, pooler=text_model.pooling == "pooler", frozen_layers=text_model.frozen_layers
+        )
+    except UserError as error:
+        log.warning("no FLOPs and no MFU: %s", error)
+        return lambda frames, tokens, clips: None
+
+    def training_flops(frames: int, tokens: int, clips: int) -> float | None:
+        return clip_flops(
+            tower.size,
+            text,
+            frames=frames,
+            text_tokens=tokens,
+            global_batch_size=clips,
+            embedding_width=model.embedding_width,
+            executed=not tower.full_last_block,
+            skip_time_attention_at_one_frame=tower.skip_time_attention_at_one_frame,
+        ).training
+
+    return training_flops
+
+
+def read_training_sources(config: ExperimentConfig) -> dict[str, Source]:
+    """data.sources, by name."""
+    return read_sources(config.data.sources)
+
+
+def read_evaluation_sources(config: ExperimentConfig) -> dict[str, Source]:
+    """evaluation.sources, by name."""
+    return read_sources(config.evaluation.sources, "evaluation.sources")
+
+
+def described_sources(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+    """For environment.json: how many clips each source has, of which kind, and which rows were left out and why."""
+    return {
+        name: {"clips": len(source), "kind": source.kind, "drops": dict(source.drops)}
+        for name, source in sources.items()
+    }
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of a source's clip ids in their order: what a data position means depends on it."""
+    digest = hashlib.sha256()
+    for clip in source.clips:
+        digest.update(clip.id.encode("utf-8", "surrogatepass") + b"\0")
+    return f"{len(source.clips)} clips, {digest.hexdigest()[:16]}"
+
+
+def _check_normalisation(model: DualEncoder, config: ExperimentConfig) -> None:
+    augmentation = config.data.augmentation
+    for key, ours, theirs in (("mean", augmentation.mean, model.mean), ("std", augmentation.std, model.std)):
+        if any(abs(a - b) > 1e-6 for a, b in zip(ours, theirs, strict=True)):
+            allowed = f"{list(theirs)}, what the checkpoint was trained with"
+            raise UserError(f"data.augmentation.{key}: got {list(ours)}; allowed: {allowed}")

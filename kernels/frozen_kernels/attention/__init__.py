@@ -1,0 +1,1 @@
+"""Divided attention: the entry point (api), one file per backend, and the choice between backends (selection)."""

@@ -1,0 +1,261 @@
+"""`auto`: the measured choice of an attention backend per device, dtype and shape, kept on disk.
+
+The first use of a shape times the backends that can run there, forward and backward, on random data of that
+shape; the choice is written to a JSON file in the user's cache folder (FROZEN_FAST_CACHE, by default
+~/.cache/frozen_fast), so a resumed run computes what the run computed; other kernels are measured anew. Where the
+folder cannot be written, nothing is measured and the default is taken. Of two processes that measure at once, the
+first to write decides.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frozen_kernels.attention.qkv_layout import Layout
+from frozen_kernels.availability import unavailable_backends
+from frozen_kernels.cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+CACHE_FILE = "attention_choices.json"
+CANDIDATES = {"cpu": ("batched", "native", "sdpa"), "cuda": ("xformers", "triton", "sdpa")}
+"""Per device, the default first: another one must beat it by MARGIN."""
+MARGIN = 0.05
+TOKENS_MEASURED = {"cpu": 2048, "cuda": 32_768}
+"""The batch of a measurement is cut to about so many tokens."""
+REPEATS = 3
+
+Compute = Callable[[str, Tensor, int, str], Tensor]
+"""(backend, qkv_BS3ND, num_frames, axis) -> out_BSE."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a choice depends on."""
+
+    device: str
+    dtype: str
+    axis: str
+    batch: int
+    frames: int
+    patches: int
+    heads: int
+    head_width: int
+    threads: int
+    torch: str
+    candidates: str
+    sources: str
+
+    @property
+    def key(self) -> str:
+        """The case as one line, the key in the cache file."""
+        return "|".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+_chosen: dict[Case, dict[str, Any]] = {}
+
+
+def chosen_backends() -> list[dict[str, Any]]:
+    """What `auto` chose in this process, for the report: one row per case, in order of first use.
+
+    Each row holds the case, "backend", "milliseconds" (forward + backward, by backend; empty where nothing was
+    measured) and "how": measured, cached or default.
+    """
+    return [{**asdict(case), **choice} for case, choice in _chosen.items()]
+
+
+def forget_choices() -> None:
+    """Forget this process's choices; the file on disk stays."""
+    _chosen.clear()
+
+
+def default_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What runs where nothing has been measured: xformers on CUDA if it can, batched on a CPU."""
+    return available_candidates(device, dtype)[0]
+
+
+def available_candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends that `auto` weighs on a device, the default first."""
+    missing = unavailable_backends(device, dtype)
+    return [name for name in CANDIDATES.get(device.type, ("sdpa",)) if name not in missing]
+
+
+def choose_backend(qkv_BS3ND: Tensor, layout: Layout, axis: str, compute: Compute) -> str:
+    """The backend for a tensor: remembered, read from disk, or measured now.
+
+    Args:
+        qkv_BS3ND: the tensor about to be computed; only its device and dtype are read.
+        layout: its sizes.
+        axis: "time" or "space".
+        compute: runs a named backend.
+    """
+    device, dtype = qkv_BS3ND.device, qkv_BS3ND.dtype
+    case = _case_of(device, dtype, layout, axis)
+    choice = _chosen.get(case)
+    if choice is None:
+        candidates = available_candidates(device, dtype)
+        choice = _decide(case, candidates, lambda: _measure(candidates, device, dtype, case, compute))
+        _chosen[case] = choice
+        logger.info("attention auto: %s over %s, %s", choice["backend"], case.key, choice["how"])
+    return str(choice["backend"])
+
+
+def _case_of(device: torch.device, dtype: torch.dtype, layout: Layout, axis: str) -> Case:
+    """The case of a tensor; batches are rounded up to powers of two and cut to what is measured."""
+    largest = max(1, TOKENS_MEASURED.get(device.type, 2048) // layout.tokens)
+    return Case(
+        device=_device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        axis=axis,
+        batch=min(1 << (layout.batch - 1).bit_length(), largest),
+        frames=layout.frames,
+        patches=layout.patches,
+        heads=layout.heads,
+        head_width=layout.head_width,
+        threads=torch.get_num_threads() if device.type == "cpu" else 0,
+        torch=torch.__version__,
+        candidates=",".join(available_candidates(device, dtype)),
+        sources=_sources_hash(),
+    )
+
+
+@lru_cache(maxsize=1)
+def _sources_hash() -> str:
+    """Of all that the backends are made of: a time measured with other kernels says nothing of these."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*")):
+        if path.suffix in (".py", ".c", ".h"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _decide(case: Case, candidates: list[str], measure: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """A choice with how it came about; the first choice on disk for a case stays."""
+    default = {"backend": candidates[0], "milliseconds": {}, "how": "default"}
+    if len(candidates) == 1:
+        return default
+    path = cache_folder() / CACHE_FILE
+    stored = _read_choices(path).get(case.key)
+    if stored and stored["backend"] in candidates:
+        return {**stored, "how": "cached"}
+    if not _writable(path.parent):
+        logger.warning("attention auto: %s cannot be written, so nothing is measured", path.parent)
+        return default
+    milliseconds = measure()
+    fastest = min(milliseconds, key=lambda name: milliseconds[name], default=candidates[0])
+    standing = milliseconds.get(candidates[0])
+    if standing is not None and milliseconds[fastest] > (1 - MARGIN) * standing:
+        fastest = candidates[0]
+    return _store(path, case, {"backend": fastest, "milliseconds": milliseconds}, candidates)
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _read_choices(path: Path) -> dict[str, Any]:
+    """The file's choices; none where there is no file, or with a warning where it is damaged."""
+    try:
+        choices = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("attention auto: %s is not readable (%s), measuring anew", path, error)
+        return {}
+    return choices if isinstance(choices, dict) else {}
+
+
+def _store(path: Path, case: Case, choice: dict[str, Any], candidates: list[str]) -> dict[str, Any]:
+    """Add a choice to the file under a lock, unless another process was first: then its choice holds."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        choices = _read_choices(path)
+        first = choices.get(case.key)
+        if first and first["backend"] in candidates:
+            return {**first, "how": "cached"}
+        choices[case.key] = choice
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(choices, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return {**choice, "how": "measured"}
+
+
+def _measure(
+    candidates: list[str], device: torch.device, dtype: torch.dtype, case: Case, compute: Compute
+) -> dict[str, float]:
+    """Milliseconds of forward and backward by backend, the shortest of a few runs after one to warm up.
+
+    The backends take turns, so that other load on the machine falls on all of them; one that fails is left out
+    with a warning.
+
+    It runs in a thread of its own: autocast, gradient mode and the hooks of activation checkpointing belong to
+    the calling thread and stay out of it, and the random state is a private generator's.
+    """
+    milliseconds: dict[str, float] = {}
+
+    def work() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        generator = torch.Generator().manual_seed(0)
+        tokens = 1 + case.frames * case.patches
+        shape = (case.batch, tokens, 3, case.heads, case.head_width)
+        qkv = torch.randn(shape, generator=generator).to(device=device, dtype=dtype).requires_grad_()
+        grad = torch.ones(case.batch, tokens, case.heads * case.head_width, dtype=dtype, device=device)
+        steps = {name: partial(_step, compute, name, qkv, grad, case) for name in candidates}
+        for repeat in range(1 + REPEATS):
+            for name, step in list(steps.items()):
+                try:
+                    seconds = _time(step, device)
+                except (RuntimeError, ValueError) as error:
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    logger.warning("attention auto: %s fails on %s: %s", name, case.key, reason)
+                    del steps[name]
+                    milliseconds.pop(name, None)
+                    continue
+                if repeat:
+                    milliseconds[name] = min(1e3 * seconds, milliseconds.get(name, float("inf")))
+
+    thread = Thread(target=work, name="attention-measurement")
+    thread.start()
+    thread.join()
+    return milliseconds
+
+
+def _step(compute: Compute, name: str, qkv: Tensor, grad: Tensor, case: Case) -> None:
+    torch.autograd.grad(compute(name, qkv, case.frames, case.axis), qkv, grad)
+
+
+def _time(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one run, the device idle at both ends."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,79 @@
+"""Bias and exact GELU in one pass, the bias's gradient reduced in the pass that computes the input's.
+
+The plain form is `bias_gelu_reference`; the others are triton_bias_gelu and native_bias_gelu. It saves
+passes over the widest activations of a block. Legend: R rows (all axes but the last), D width.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from frozen_kernels.fused.forms import fused_form
+
+
+def bias_gelu_reference(x: Tensor, bias_D: Tensor) -> Tensor:
+    """gelu(x + bias) in x's dtype; the sum and the GELU in fp32."""
+    return gelu(x.float() + bias_D.float()).to(x.dtype)
+
+
+def _kernels(form: str) -> ModuleType:
+    """The module of a form."""
+    return import_module(f"frozen_kernels.fused.{form}_bias_gelu")
+
+
+@torch.library.custom_op("frozen_kernels::bias_gelu", mutates_args=())
+def _forward(x: Tensor, bias: Tensor, form: str) -> Tensor:
+    return _kernels(form).launch_forward(x, bias)
+
+
+@_forward.register_fake
+def _(x: Tensor, bias: Tensor, form: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("frozen_kernels::bias_gelu_backward", mutates_args=())
+def _backward(grad_out: Tensor, x: Tensor, bias: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    return _kernels(form).launch_backward(grad_out, x, bias)
+
+
+@_backward.register_fake
+def _(grad_out: Tensor, x: Tensor, bias: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    x, bias, ctx.form = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_backward(grad_out, *ctx.saved_tensors, ctx.form), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def bias_gelu(x: Tensor, bias_D: Tensor, *, backend: str = "auto") -> Tensor:
+    """gelu(x + bias), the exact GELU of the released model.
+
+    Args:
+        x: [..., D], fp32, bf16 or fp16: a matrix product without its bias.
+        bias_D: the bias, in any of these dtypes.
+        backend: auto (Triton on CUDA, C on a CPU), plain, triton, or native.
+
+    Returns:
+        [..., D] in x's dtype; differentiable in both.
+
+    Raises:
+        ValueError: for a bias of another width or a backend that cannot run here.
+    """
+    if bias_D.shape != x.shape[-1:]:
+        raise ValueError(f"bias: got shape {tuple(bias_D.shape)}; allowed: [{x.shape[-1]}]")
+    form = fused_form(backend, x.device, x.dtype)
+    return bias_gelu_reference(x, bias_D) if form == "plain" else _forward(x, bias_D, form)

@@ -1,0 +1,37 @@
+"""C form of frozen_kernels.fused.bias_gelu, for CPUs."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from frozen_kernels.native.library import KINDS, in_parallel, load_native
+
+TASKS = 32
+"""Parts of the rows in the backward pass, each with its own sum of the bias's gradient."""
+
+
+def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x + bias)."""
+    library = load_native("bias_gelu.c", {"KIND": KINDS[x.dtype]})
+    width = x.shape[-1]
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    in_parallel(library.bias_gelu_forward, x.numel() // width, ctypes.c_long(width), x, bias.float().contiguous(), out)
+    return out
+
+
+def launch_backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and the bias; the bias's is added over the parts in a fixed order."""
+    library = load_native("bias_gelu.c", {"KIND": KINDS[x.dtype]})
+    width = x.shape[-1]
+    rows = x.numel() // width
+    x, grad_out = x.contiguous(), grad_out.contiguous()
+    grad = torch.empty_like(x)
+    tasks = max(1, min(TASKS, rows))
+    parts = torch.empty(tasks, width)
+    sizes = [ctypes.c_long(size) for size in (rows, width)]
+    in_parallel(library.bias_gelu_backward, tasks, *sizes, grad_out, x, bias.float().contiguous(), grad, parts)
+    return grad, parts.sum(dim=0).to(bias.dtype)

@@ -1,0 +1,1 @@
+"""C kernels for CPUs and the library that compiles and loads them."""

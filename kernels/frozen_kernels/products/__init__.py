@@ -1,0 +1,1 @@
+"""Matrix products of bfloat16 activations on CPUs without bfloat16 units."""

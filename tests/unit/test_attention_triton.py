@@ -76,7 +76,7 @@ def test_compiles_for_hopper(module, kernel, dtype, constants):
 
     if triton.INTERPRETED:
         pytest.skip("the kernels are interpreted in this process (TRITON_INTERPRET=1)")
-    function = getattr(import_module(f"frozen_kernels.{module}"), kernel)
+    function = getattr(import_module(f"frozen_kernels.attention.{module}"), kernel)
     compiled = compile_for_hopper(function, dtype, constants, warps=4)
     assert ".target sm_90" in compiled.asm["ptx"]
     if module == "triton_space" and dtype == "bf16":

@@ -80,7 +80,7 @@ def test_compiles_for_hopper(module, kernel, dtype, constants):
     pytest.importorskip("triton")
     from importlib import import_module
 
-    compiled = compile_for_hopper(getattr(import_module(f"frozen_kernels.{module}"), kernel), dtype, constants, 4)
+    compiled = compile_for_hopper(getattr(import_module(f"frozen_kernels.fused.{module}"), kernel), dtype, constants, 4)
     assert ".target sm_90" in compiled.asm["ptx"]
 
 

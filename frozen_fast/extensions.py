@@ -1,0 +1,97 @@
+"""Every kind of exchangeable part in one place: which names a config may use, and the code behind each name.
+
+To add a part, write a file and add a line to its table here. A package outside this tree adds parts through the entry
+point group `frozen_fast.plugins`; an entry's name is the table and the part's name with a dot between them:
+
+    [project.entry-points."frozen_fast.plugins"]
+    "video_towers.my_tower" = "my_package.towers:MyTower"
+
+A part is imported when it is asked for, so the tables may name any package and importing this file costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from frozen_fast.errors import UserError, reason, unknown_name
+
+PLUGIN_GROUP = "frozen_fast.plugins"
+
+
+class ExtensionPoint:
+    """The parts of one kind, by name.
+
+    Attributes:
+        kind: the table's name, the first half of a plugin's entry point name.
+        key: the config key that chooses a part, for messages.
+    """
+
+    def __init__(self, kind: str, key: str, built_in: Mapping[str, str]) -> None:
+        """Hold the table.
+
+        Args:
+            kind: the table's name.
+            key: the config key that chooses a part.
+            built_in: name -> "module:attribute".
+        """
+        self.kind = kind
+        self.key = key
+        self._built_in = dict(built_in)
+
+    def names(self) -> tuple[str, ...]:
+        """Every name that the config key takes: built-in parts, then plugins."""
+        return (*self._built_in, *sorted(set(_plugins(self.kind)) - set(self._built_in)))
+
+    def check(self, name: str, key: str | None = None) -> None:
+        """Refuse an unknown name without importing anything.
+
+        Args:
+            name: what the config says.
+            key: the config key, where the part is chosen at several places.
+
+        Raises:
+            UserError: naming the key and the allowed names.
+        """
+        if name not in self.names():
+            raise unknown_name(key or self.key, name, self.names())
+
+    def load(self, name: str, key: str | None = None) -> Any:
+        """Import a part.
+
+        Raises:
+            UserError: for an unknown name, or a plugin that cannot be imported.
+        """
+        self.check(name, key)
+        if name in self._built_in:
+            module, _, attribute = self._built_in[name].partition(":")
+            return getattr(import_module(module), attribute)
+        entry = _plugins(self.kind)[name]
+        try:
+            return entry.load()
+        except Exception as error:  # a plugin is foreign code: whatever it raises is told in one line
+            got = f"got {name!r}, a plugin that cannot be loaded ({reason(error)})"
+            raise UserError(f"{key or self.key}: {got}; allowed: {', '.join(self.names())}") from error
+
+
+@lru_cache
+def _all_plugins() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=PLUGIN_GROUP))
+
+
+def _plugins(kind: str) -> dict[str, EntryPoint]:
+    prefix = f"{kind}."
+    return {entry.name.removeprefix(prefix): entry for entry in _all_plugins() if entry.name.startswith(prefix)}
+
+
+models = ExtensionPoint(
+    "models",
+    "model.kind",
+    {
+        "frozen": "frozen_fast.models.dual_encoder:DualEncoder",
+    },
+)
+"""frozen_fast.models.retrieval_model.RetrievalModel classes."""

@@ -1,0 +1,121 @@
+"""What every model of this project offers: features of captions and of clips, and their similarity.
+
+A model encodes each side on its own into features (a dict of tensors whose first axis is the caption or the clip), and
+compares two sets of features. Training, evaluation and search only use this interface: for a dual encoder the features
+are one embedding and the similarity is a dot product; other models keep several tensors per clip and compare them in
+another way.
+
+Axis letters: Q captions, V clips, K similarities of a pair (one loss each), D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from frozen_fast.models.text.tokenizer import Tokenizer
+
+Features = dict[str, Tensor]
+"""Name -> tensor; the first axis of every tensor is the caption or the clip."""
+
+TextInput = Sequence[str] | Mapping[str, Tensor]
+"""Strings, or what the model's tokenizer makes of them."""
+
+VideoInput = Tensor | Mapping[str, Tensor]
+"""Frames [V, T, 3, H, W], or a dict of tensors for models that read pre-computed features."""
+
+
+class RetrievalModel(nn.Module, ABC):
+    """A model that ranks clips by a caption and captions by a clip.
+
+    Attributes:
+        kind: its name in frozen_fast.extensions.models, written to config.json.
+        learned_frames: most frames per clip that the model takes now.
+        tokenizer: turns captions into what text_features takes; None: only ready tensors are taken.
+    """
+
+    kind: str
+    learned_frames: int
+    tokenizer: Tokenizer | None
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @abstractmethod
+    def text_features(self, text: TextInput) -> Features:
+        """Encode captions, before any normalisation; differentiable, follows train() and eval().
+
+        Args:
+            text: Q captions.
+
+        Returns:
+            Tensors with first axis Q.
+        """
+
+    @abstractmethod
+    def video_features(self, video: VideoInput) -> Features:
+        """Encode clips, before any normalisation; differentiable, follows train() and eval().
+
+        Args:
+            video: V clips.
+
+        Returns:
+            Tensors with first axis V.
+        """
+
+    @abstractmethod
+    def pair_similarities(self, text: Features, video: Features) -> Tensor:
+        """Compare every caption with every clip.
+
+        Args:
+            text: features of Q captions.
+            video: features of V clips.
+
+        Returns:
+            sim_KQV in fp32. The model ranks by the mean over K; training takes the loss of each of the K and averages
+            (CLIP2Video has K = 2, the others K = 1).
+        """
+
+    @abstractmethod
+    def architecture(self) -> dict[str, Any]:
+        """What config.json holds: all that from_pretrained needs beside weights and tokenizer, as JSON-able data."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write weights, config.json and tokenizer; `state` replaces the model's own weights (gathered from shards)."""
+
+    def forward(self, video: VideoInput, text: TextInput) -> tuple[Features, Features, Features]:
+        """Features of both sides, and the loss's own parameters, through the module that a strategy wraps.
+
+        Returns:
+            (text features, video features, loss parameters: "logit_scale" and "logit_bias" where they are learned).
+        """
+        return self.text_features(text), self.video_features(video), self.loss_parameters()
+
+    def loss_parameters(self) -> Features:
+        """Scalars that the loss learns with the model; none unless a model has them."""
+        return {}
+
+    def similarity(self, text: TextInput, video: VideoInput, **options: Any) -> Tensor:
+        """The number that ranks, for every caption and clip.
+
+        Args:
+            text: Q captions.
+            video: V clips.
+            options: what else a model needs of a clip, such as frame_mask=[V, T].
+
+        Returns:
+            sim_QV, fp32.
+        """
+        return self.pair_similarities(self.text_features(text), self.video_features(video, **options)).mean(0)
+
+    def merge_windows(self, windows: Sequence[Features]) -> Features:
+        """One clip's features from those of its test windows, each with first axis 1: the mean of every tensor."""
+        return {name: torch.stack([window[name] for window in windows]).mean(0) for name in windows[0]}

@@ -34,7 +34,7 @@ class RetrievalModel(nn.Module, ABC):
     """A model that ranks clips by a caption and captions by a clip.
 
     Attributes:
-        kind: its name in frozen_fast.extensions.models, written to config.json.
+        kind: its name in frozen_fast.config.extensions.models, written to config.json.
         learned_frames: most frames per clip that the model takes now.
         tokenizer: turns captions into what text_features takes; None: only ready tensors are taken.
     """

@@ -6,25 +6,20 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from frozen_fast.config import ExperimentConfig
-from frozen_fast.config.schema import DecodeConfig
 from frozen_fast.data import EvaluationLoader, Source, TrainingLoader, read_sources
-from frozen_fast.data.decode import Decoder
-from frozen_fast.data.load.reading import build_decoder
+from frozen_fast.data.load.for_model import FrameFormat, decoder_factory
+from frozen_fast.data.load.for_model import build_evaluation_loader as loader_for_model
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder, build_dual_encoder
 from frozen_fast.profiling.flops import TextShape, clip_flops
 
 log = logging.getLogger(__name__)
-
-# evaluation.resize is given for this resolution.
-_RESIZE_RESOLUTION = 224
 
 
 def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: Path | None = None) -> DualEncoder:
@@ -98,7 +93,7 @@ def build_training_loader(
     assert tokenizer is not None, "build_model refuses a tower without a tokenizer"
     return TrainingLoader(
         sources,
-        decoder_factory(config, model, device),
+        decoder_factory(config.data.decode, frame_format(config, model), device),
         tokenizer,
         augmentation=config.data.augmentation,
         decode=config.data.decode,
@@ -117,39 +112,22 @@ def build_evaluation_loader(
     world_size: int,
 ) -> EvaluationLoader:
     """The loader of one evaluation source's test windows."""
-    evaluation = config.evaluation
-    return EvaluationLoader(
+    return loader_for_model(
         source,
-        decoder_factory(config, model, device),
+        frame_format(config, model),
+        evaluation=config.evaluation,
         decode=config.data.decode,
+        device=device,
         frames=frames,
-        stride_seconds=evaluation.stride_seconds,
-        max_windows=evaluation.max_windows,
-        batch_size=evaluation.batch_size,
-        resize=max(1, round(evaluation.resize * model.video_model.size.resolution / _RESIZE_RESOLUTION)),
         rank=rank,
         world_size=world_size,
-        device=device,
     )
 
 
-def decoder_factory(config: ExperimentConfig, model: DualEncoder, device: torch.device) -> Callable[[], Decoder]:
-    """What makes a decoder in the thread or process that will use it; picklable.
-
-    Loader processes decode on the CPU; the background thread decodes on the training device where the backend can.
-    """
-    decode: DecodeConfig = config.data.decode
+def frame_format(config: ExperimentConfig, model: DualEncoder) -> FrameFormat:
+    """The frames that the model takes."""
     augmentation = config.data.augmentation
-    return partial(
-        build_decoder,
-        decode.backend,
-        device=torch.device("cpu") if decode.workers else device,
-        resolution=model.video_model.size.resolution,
-        mean=augmentation.mean,
-        std=augmentation.std,
-        threads=decode.threads,
-        max_pixels=decode.max_image_pixels,
-    )
+    return FrameFormat(model.video_model.size.resolution, augmentation.mean, augmentation.std)
 
 
 def flops_counter(model: DualEncoder) -> Callable[[int, int, int], float | None]:

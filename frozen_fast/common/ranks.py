@@ -58,6 +58,17 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
     return [int(value) for value in counts.tolist()]
 
 
+def refuse_other_counts(count: int, device: torch.device) -> None:
+    """Compare the ranks' counts on the device, without waiting for the result: a difference stops the device.
+
+    Every rank exchanges its count in every call, so that a rank whose count has changed meets the others.
+    """
+    own = torch.tensor([count], dtype=torch.int64).to(device, non_blocking=True)
+    counts = torch.empty(world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, own)
+    torch._assert_async((counts == own).all(), "clips per rank: got different numbers; allowed: the same on each rank")
+
+
 class _GatherRows(torch.autograd.Function):
     """All ranks' rows; the backward pass sums what every rank holds for this rank's rows."""
 

@@ -95,3 +95,23 @@ models = ExtensionPoint(
     },
 )
 """frozen_fast.models.retrieval_model.RetrievalModel classes."""
+
+losses = ExtensionPoint(
+    "losses",
+    "loss.name",
+    {
+        "infonce": "frozen_fast.losses.contrastive:InfoNCE",
+        "sigmoid": "frozen_fast.losses.sigmoid:SigmoidLoss",
+        "max_margin": "frozen_fast.losses.max_margin:MaxMarginLoss",
+    },
+)
+"""frozen_fast.losses.retrieval_loss.RetrievalLoss classes."""
+
+metrics = ExtensionPoint(
+    "metrics",
+    "evaluation.metrics",
+    {
+        "retrieval": "frozen_fast.evaluation.metric_table:RETRIEVAL",
+    },
+)
+"""frozen_fast.evaluation.metric_table.MetricFamily objects."""

@@ -160,9 +160,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Symmetric InfoNCE, both directions summed."""
+    """What training minimises."""
 
-    temperature: float = key(0.05, "divides the cosine similarities")
+    name: str = key("infonce", "infonce: cross-entropy in both directions; sigmoid: SigLIP's; max_margin: Collaborative Experts'; or a plugin's")
+    temperature: float = key(0.05, "infonce and sigmoid: divides the similarities; the start value where it is learned")
+    learnable_temperature: bool = key(False, "learn the temperature with the model, as CLIP does (and the bias of sigmoid)")
+    max_logit_scale: float = key(100.0, "ceiling of 1 / temperature where it is learned")
+    sigmoid_bias: float = key(-10.0, "sigmoid: added to the scaled similarities; the start value where it is learned")
+    average_directions: bool = key(False, "infonce: the mean of both directions (CLIP) in place of their sum (the paper)")
+    margin: float = key(0.2, "max_margin: by how much a true pair's similarity should exceed a wrong pair's")
     local: bool = key(True, "each rank computes the rows of its own clips only (same value and gradient)")
     chunk_rows: int = key(0, "compute logits in chunks of so many rows, 0: at once")
 
@@ -193,7 +199,8 @@ class EvaluationConfig:
 
     sources: tuple[SourceConfig, ...] = key((), "what to evaluate; none: no evaluation")
     every: Literal["epoch", "stage", "end", "never"] = key("stage", "after each epoch (data.epoch_ends) of a stage and at its end, after each stage, after the last, or not at all")
-    keep_best: Literal["none", "validation_loss", "t2v/R@1"] = key("none", "keep the checkpoint whose evaluation of the first of evaluation.sources has the lowest validation loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or the highest text-to-video R@1, as checkpoints/best")
+    metrics: tuple[str, ...] = key(("retrieval",), "families of metrics to compute: retrieval (recall, ranks), or a plugin's")
+    keep_best: str = key("none", "keep the checkpoint with the best value on the first of evaluation.sources as checkpoints/best: validation_loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or any metric such as t2v/R@1; none: keep none")
     protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
     frames: int | None = key(None, "frames per window, but no more than the model has learned by then; none: those of the stage")
     stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle")

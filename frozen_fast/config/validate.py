@@ -56,6 +56,8 @@ _RANGES: dict[str, _Rule] = {
     "optimizer.gradient_clip_norm": _NOT_NEGATIVE,
     "optimizer.warmup_steps": _NOT_NEGATIVE,
     "loss.temperature": _POSITIVE,
+    "loss.max_logit_scale": _POSITIVE,
+    "loss.margin": _NOT_NEGATIVE,
     "loss.chunk_rows": _NOT_NEGATIVE,
     "training.log_every_steps": _AT_LEAST_ONE,
     "training.profile_steps": _NOT_NEGATIVE,

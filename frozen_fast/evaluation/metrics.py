@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from frozen_fast.common.similarity import cosine_similarities
 from frozen_fast.errors import UserError
 
 RECALL_AT = (1, 5, 10, 50)
@@ -32,8 +32,7 @@ def similarity(text_QD: Tensor, video_VD: Tensor) -> Tensor:
     if text_QD.ndim != 2 or video_VD.ndim != 2 or text_QD.shape[1] != video_VD.shape[1]:
         got = f"{list(text_QD.shape)} and {list(video_VD.shape)}"
         raise UserError(f"embeddings: got shapes {got}; allowed: [Q, D] and [V, D] of one width")
-    dtype = torch.float64 if text_QD.dtype == video_VD.dtype == torch.float64 else torch.float32
-    return F.normalize(text_QD.to(dtype), dim=-1) @ F.normalize(video_VD.to(dtype), dim=-1).T
+    return cosine_similarities(text_QD, video_VD)
 
 
 def retrieval_metrics(sim_QV: Similarities, video_of_query: Assignment | None = None) -> dict[str, float]:

@@ -1,5 +1,19 @@
-"""Losses: symmetric InfoNCE, on one process or gathered over ranks."""
+"""Losses over a batch of pairs, on one process or over many."""
 
-from frozen_fast.losses.contrastive import contrastive_loss, gathered_contrastive_loss
+from frozen_fast.losses.contrastive import InfoNCE, contrastive_loss, gathered_contrastive_loss
+from frozen_fast.losses.gathered import batch_loss, gathered_loss
+from frozen_fast.losses.max_margin import MaxMarginLoss
+from frozen_fast.losses.retrieval_loss import RetrievalLoss, build_loss
+from frozen_fast.losses.sigmoid import SigmoidLoss
 
-__all__ = ["contrastive_loss", "gathered_contrastive_loss"]
+__all__ = [
+    "InfoNCE",
+    "MaxMarginLoss",
+    "RetrievalLoss",
+    "SigmoidLoss",
+    "batch_loss",
+    "build_loss",
+    "contrastive_loss",
+    "gathered_contrastive_loss",
+    "gathered_loss",
+]

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from frozen_fast.common.similarity import cosine_similarities
 from frozen_fast.errors import UserError
+from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.linear import Linear
 from frozen_fast.models.pretrained import DEFAULT_MAX_TOKENS, TEMPORAL, load_weights, read_model, write_model
+from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
+from frozen_fast.models.text.tokenizer import Tokenizer
 from frozen_fast.models.text.tower import TextTower
 from frozen_fast.models.video.space_time import INIT_STD, SpaceTimeTransformer
 from frozen_fast.models.video.temporal import expand_temporal_embedding
@@ -30,13 +34,15 @@ NORM_EPS = 1e-8
 """Smallest norm that a raw embedding is divided by (the released code's)."""
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(RetrievalModel):
     """Video and captions -> one common space. State dict names are those of the released checkpoints.
 
     Attributes:
         learned_frames: rows of the video tower's temporal_embed that hold learned values (or are being learned).
         mean, std: RGB normalisation of the training data, in [0, 1]; encode_video applies it to uint8 clips.
     """
+
+    kind = "frozen"
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class DualEncoder(nn.Module):
         learned_frames: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        loss_scale: LearnedScale | None = None,
     ) -> None:
         """Join two towers.
 
@@ -59,8 +66,10 @@ class DualEncoder(nn.Module):
             learned_frames: None: all rows of temporal_embed.
             mean: of the training data's pixels, RGB in [0, 1].
             std: likewise.
+            loss_scale: the scale that the loss learns with the model; None: a fixed temperature.
         """
         super().__init__()
+        self.loss_scale = loss_scale
         if embedding_width < 1:
             raise UserError(f"model.embedding_width: got {embedding_width}; allowed: 1 or more")
         if text_activation not in ("relu", "none"):
@@ -89,18 +98,29 @@ class DualEncoder(nn.Module):
         """Where the weights lie."""
         return self.video_model.cls_token.device
 
-    def forward(self, video_BTCHW: Tensor, text: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Raw embeddings of clips and captions, for a loss that normalises them.
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The text tower's tokenizer."""
+        return self.text_model.tokenizer
 
-        Args:
-            video_BTCHW: as for encode_video.
-            text: {"input_ids", "attention_mask"}, int64 [B, L].
+    @property
+    def resolution(self) -> int:
+        """R: frames are R x R pixels."""
+        return self.video_model.size.resolution
 
-        Returns:
-            (video_BD, text_BD), not normalised.
-        """
-        text_BD = self.encode_text(text, normalize=False)
-        return self.encode_video(video_BTCHW, normalize=False), text_BD
+    def text_features(self, text: TextInput) -> Features:
+        """{"embedding": [Q, D]}, not normalised; see encode_text."""
+        return {"embedding": self.encode_text(text, normalize=False)}
+
+    def video_features(self, video: VideoInput) -> Features:
+        """{"embedding": [V, D]}, not normalised; see encode_video."""
+        if not isinstance(video, Tensor):
+            raise ValueError(f"video: got {type(video).__name__}; allowed: a tensor [B, T, 3, H, W]")
+        return {"embedding": self.encode_video(video, normalize=False)}
+
+    def pair_similarities(self, text: Features, video: Features) -> Tensor:
+        """Cosine similarities [1, Q, V]."""
+        return cosine_similarities(text["embedding"], video["embedding"])[None]
 
     def encode_video(self, video_BTCHW: Tensor, normalize: bool = True) -> Tensor:
         """Embed clips; follows train() and eval(), differentiable.
@@ -218,6 +238,7 @@ class DualEncoder(nn.Module):
             "learned_frames": self.learned_frames,
             "mean": list(self.mean),
             "std": list(self.std),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.settings()}),
         }
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from frozen_fast.common.files import write_json
 from frozen_fast.errors import UserError, some
+from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.released.frozen import read_released, shape_of, text_config, video_size
 from frozen_fast.models.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from frozen_fast.models.text.tower import TextTower, config_from_dict, load_tokenizer, model_from_config
@@ -121,6 +122,8 @@ def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None)
         tokenizer = _folder_tokenizer(path, tokenizer_name, max_tokens or text["max_tokens"])
         tower = TextTower(model_from_config(config_from_dict(text["config"])), tokenizer, text["pooling"])
         options = {key: config[key] for key in ("embedding_width", "text_activation", "mean", "std")}
+        if "loss_scale" in config:
+            options["loss_scale"] = LearnedScale.from_settings(config["loss_scale"])
         return StoredModel(state, size, video, tower, options, int(config["learned_frames"]))
     except (KeyError, TypeError) as error:
         raise UserError(f"checkpoint: got {path / CONFIG_FILE}, which is incomplete ({error})") from error

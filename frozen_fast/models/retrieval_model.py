@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.text.tokenizer import Tokenizer
 
-Features = dict[str, Tensor]
+Features = Mapping[str, Tensor]
 """Name -> tensor; the first axis of every tensor is the caption or the clip."""
 
 TextInput = Sequence[str] | Mapping[str, Tensor]
@@ -36,17 +37,27 @@ class RetrievalModel(nn.Module, ABC):
     Attributes:
         kind: its name in frozen_fast.config.extensions.models, written to config.json.
         learned_frames: most frames per clip that the model takes now.
-        tokenizer: turns captions into what text_features takes; None: only ready tensors are taken.
+        loss_scale: the scale of similarities that the loss learns with the model; None: a fixed temperature.
     """
 
     kind: str
     learned_frames: int
-    tokenizer: Tokenizer | None
+    loss_scale: LearnedScale | None = None
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """Turns captions into what text_features takes; None: only ready tensors are taken."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where the weights are."""
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the frames that the model takes; models that take none do not have it."""
+        raise NotImplementedError(f"{type(self).__name__} takes no frames")
 
     @abstractmethod
     def text_features(self, text: TextInput) -> Features:
@@ -74,9 +85,12 @@ class RetrievalModel(nn.Module, ABC):
     def pair_similarities(self, text: Features, video: Features) -> Tensor:
         """Compare every caption with every clip.
 
+        It reads features only, no parameters: sharding strategies gather parameters in forward() alone. What the
+        similarity needs of a parameter (a logit scale, mixture weights) is part of the features.
+
         Args:
-            text: features of Q captions.
-            video: features of V clips.
+            text: features of Q captions, floating tensors.
+            video: features of V clips, floating tensors (masks as 0 and 1).
 
         Returns:
             sim_KQV in fp32. The model ranks by the mean over K; training takes the loss of each of the K and averages
@@ -101,7 +115,7 @@ class RetrievalModel(nn.Module, ABC):
 
     def loss_parameters(self) -> Features:
         """Scalars that the loss learns with the model; none unless a model has them."""
-        return {}
+        return {} if self.loss_scale is None else self.loss_scale()
 
     def similarity(self, text: TextInput, video: VideoInput, **options: Any) -> Tensor:
         """The number that ranks, for every caption and clip.

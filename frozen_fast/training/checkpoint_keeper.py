@@ -11,6 +11,7 @@ from typing import Any
 from frozen_fast.config import ExperimentConfig, to_plain
 from frozen_fast.data import DataPosition
 from frozen_fast.errors import UserError
+from frozen_fast.evaluation.metric_table import VALIDATION_LOSS, check_metric, is_better
 from frozen_fast.models import DualEncoder
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.records.checkpoint import (
@@ -49,11 +50,14 @@ class CheckpointKeeper:
         self._config, self._parallel, self._folder = config, parallel, folder
         self._model, self._fingerprints = model, fingerprints
         self._metric = config.evaluation.keep_best
+        check_metric(self._metric, config.evaluation.metrics)
         # A run that goes on from another folder's checkpoint has a best of its own.
         self._last = state if state is not None and self._is_here(state.step) else None
         self.best = None if self._last is None else self._last.best
         if self.best is not None and self._metric not in ("none", self.best["metric"]):
-            log.warning("evaluation.keep_best: %s from now on; the best %s is let go", self._metric, self.best)
+            log.warning(
+                "evaluation.keep_best: metric changed to %s; discarding the previous best %s", self._metric, self.best
+            )
             self.best = None
         with parallel.together():
             if parallel.is_main:
@@ -115,7 +119,10 @@ class CheckpointKeeper:
             rows: of metrics.json; the first one's source and protocol decide.
         """
         value = selection_value(self._metric, rows[0])
-        better = value is not None and is_better(self._metric, value, self.best)
+        best = None if self.best is None else float(self.best["value"])
+        better = False
+        if self._metric != "none" and value is not None:
+            better = is_better(self._metric, value, best, self._config.evaluation.metrics)
         if better:
             self.best = {"step": step, "metric": self._metric, "value": value}
         if self._last is None or not self.is_saved(step):
@@ -149,11 +156,4 @@ def selection_value(metric: str, row: Mapping[str, Any]) -> float | None:
     """The number of an evaluation that evaluation.keep_best looks at; None for "none"."""
     if metric == "none":
         return None
-    return float(row["loss"] if metric == "validation_loss" else row["metrics"][metric])
-
-
-def is_better(metric: str, value: float, best: Mapping[str, Any] | None) -> bool:
-    """Whether a value beats the best so far: a lower loss, a higher recall. Of equal ones the earlier stays."""
-    if best is None:
-        return True
-    return value < best["value"] if metric == "validation_loss" else value > best["value"]
+    return float(row["loss"] if metric == VALIDATION_LOSS else row["metrics"][metric])

@@ -16,7 +16,9 @@ import torch
 
 from frozen_fast.config import ExperimentConfig, StagePlan, loss_batch_size
 from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, TrainingLoader, plan_steps, twin_pairs
+from frozen_fast.losses import RetrievalLoss
 from frozen_fast.models import DualEncoder
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.parallel.base import Parallel, seed_step
 from frozen_fast.profiling.energy import EnergyMeter
 from frozen_fast.profiling.meter import StageMeter, StepTime
@@ -44,6 +46,7 @@ class RunParts:
 
     Attributes:
         model: on its device and wrapped by `parallel`.
+        loss: what training minimises.
         sources: training sources by name.
         evaluation_sources: likewise.
         fingerprints: name -> what identifies a training source's clips.
@@ -56,6 +59,7 @@ class RunParts:
     """
 
     model: DualEncoder
+    loss: RetrievalLoss
     sources: Mapping[str, Source]
     evaluation_sources: Mapping[str, Source]
     fingerprints: Mapping[str, str]
@@ -238,13 +242,14 @@ class Engine:
                 bad_clips += bad
                 total += forward_backward(
                     parallel,
-                    batch.video_BTCHW,
+                    batch.video,
                     batch.text,
+                    self._parts.loss,
                     config.loss,
                     accumulation=plan.accumulation,
                     last=pass_index == plan.accumulation - 1,
                 )
-                clips, tokens = plan.batch_sizes[batch.source], batch.text["input_ids"].shape[1]
+                clips, tokens = plan.batch_sizes[batch.source], batch.text_tokens
                 timing.count(clips, batch.frames, self._parts.flops_per_clip(batch.frames, tokens, clips))
             norm = update(parallel, config.optimizer.gradient_clip_norm)
         self._position = batch.spec.after
@@ -357,7 +362,7 @@ class Engine:
         batch_size = loss_batch_size(self._config)
         eager = compiling.eager() if self._config.training.compile else nullcontext()
         with eager, self._parallel.whole_model() as whole:
-            model = cast(DualEncoder, whole)
+            model = cast(RetrievalModel, whole)
             for source in self._parts.evaluation_sources.values():
                 found = evaluate_with(
                     self._config, model, source, self._parallel,

@@ -1,6 +1,6 @@
-"""Retrieval on held-out clips: embed their windows, average per clip, rank. Exact on any number of processes.
+"""Retrieval on held-out clips: encode their windows, merge them per clip, rank. Exact on any number of processes.
 
-Axis letters: N windows, T frames, C channels, H and W pixels, D width, Q text queries, V gallery videos.
+Axis letters: Q text queries, V gallery videos.
 """
 
 from __future__ import annotations
@@ -15,16 +15,10 @@ from torch import Tensor
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source
-from frozen_fast.evaluation import (
-    one_frame_ceiling,
-    queries,
-    retrieval_metrics,
-    similarity,
-    twin_accuracy,
-    v2t_max_over_captions,
-)
-from frozen_fast.losses import contrastive_loss
-from frozen_fast.models import DualEncoder
+from frozen_fast.evaluation import one_frame_ceiling, queries, twin_accuracy, v2t_max_over_captions
+from frozen_fast.evaluation.metric_table import compute_metrics
+from frozen_fast.losses import RetrievalLoss, batch_loss, build_loss
+from frozen_fast.models.retrieval_model import Features, RetrievalModel
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.training.parts import build_evaluation_loader
 from frozen_fast.training.signals import StopRequest, stop_explains
@@ -47,7 +41,7 @@ class Evaluation:
 
 def evaluate_with(
     config: ExperimentConfig,
-    model: DualEncoder,
+    model: RetrievalModel,
     source: Source,
     parallel: Parallel,
     *,
@@ -83,9 +77,10 @@ def evaluate_with(
         parallel,
         frames=frames,
         protocol=config.evaluation.protocol,
+        metrics=config.evaluation.metrics,
         batch_size=config.evaluation.batch_size,
+        loss=build_loss(config.loss),
         loss_batch_size=loss_batch_size,
-        temperature=config.loss.temperature,
         stop_asked=lambda: stop.asked,
     )
     if result is not None:
@@ -97,19 +92,20 @@ def evaluate_with(
 
 @torch.no_grad()
 def evaluate_source(
-    model: DualEncoder,
+    model: RetrievalModel,
     source: Source,
     loader: EvaluationLoader,
     parallel: Parallel,
     *,
     frames: int,
     protocol: str = "auto",
+    metrics: Sequence[str] = ("retrieval",),
     batch_size: int = 32,
+    loss: RetrievalLoss | None = None,
     loss_batch_size: int = 32,
-    temperature: float = 0.05,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Evaluate on one source; every rank embeds its own clips and captions, then all hold the same result.
+    """Evaluate on one source; every rank encodes its own clips and captions, then all hold the same result.
 
     Args:
         model: on its device; put into eval mode and back.
@@ -118,9 +114,10 @@ def evaluate_source(
         parallel: ranks and autocast.
         frames: frames per window, for the record.
         protocol: evaluation.protocol of the config.
+        metrics: names in the table of metrics.
         batch_size: windows per forward pass, for the captions.
+        loss: of the validation loss; None: no validation loss.
         loss_batch_size: clips over which the validation loss is taken.
-        temperature: of the validation loss.
         stop_asked: tells that this process was told to stop.
 
     Returns:
@@ -134,28 +131,32 @@ def evaluate_source(
     model.eval()
     try:
         with parallel.together():
-            sums, counts = _embed_windows(model, loader, parallel, stop_asked)
+            windows = _encode_windows(model, loader, parallel, stop_asked)
         stopped, _ = parallel.agree(stop=stop_asked())
         if stopped:
             return None
-        clips, bad_clips = _gather_clips(sums, counts, loader.dropped, parallel)
+        num_windows = sum(parallel.gather_objects(sum(map(len, windows.values()))))
+        own = {index: model.merge_windows(parts) for index, parts in windows.items() if index not in loader.dropped}
+        clips, bad_clips = _gather_clips(own, loader.dropped, parallel)
         with parallel.together():
             kept = sorted(clips)
-            video_VD = torch.stack([clips[index] for index in kept]) if kept else torch.empty(0, 1)
             texts, video_of_query, name = _queries(source, kept, protocol)
-            own_rows = _embed_texts(model, texts[parallel.rank :: parallel.world_size], parallel, batch_size)
-        text_QD = _interleave(parallel.gather_objects(own_rows), len(texts))
+            own_texts = _encode_texts(model, texts[parallel.rank :: parallel.world_size], parallel, batch_size)
+        text = _interleave(parallel.gather_objects(own_texts), len(texts))
         rows: list[Row] = []
         with parallel.together():
             if parallel.is_main:
-                rows = _rows(text_QD, video_VD, video_of_query, _twins(source, kept), name)
-                loss = validation_loss(text_QD, video_VD, video_of_query, loss_batch_size, temperature)
-                rows = [{**row, "loss": loss, "loss_batch_size": loss_batch_size} for row in rows]
+                video = stack_features([clips[index] for index in kept])
+                sim_QV = similarity_in_blocks(model, text, video)
+                rows = _rows(sim_QV, video_of_query, _twins(source, kept), name, metrics)
+                if loss is not None:
+                    value = validation_loss(model, loss, text, video, video_of_query, loss_batch_size)
+                    rows = [{**row, "loss": value, "loss_batch_size": loss_batch_size} for row in rows]
         rows = parallel.gather_objects(rows)[0]
         base = {
             "frames": frames,
             "source": source.name,
-            "windows": sum(parallel.gather_objects(sum(counts.values()))),
+            "windows": num_windows,
             "num_queries": len(texts),
             "num_videos": len(kept),
             "bad_clips": len(bad_clips),
@@ -166,38 +167,67 @@ def evaluate_source(
         model.train(training)
 
 
-def _embed_windows(
-    model: DualEncoder, loader: EvaluationLoader, parallel: Parallel, stop_asked: Callable[[], bool]
-) -> tuple[dict[int, Tensor], dict[int, int]]:
-    """Sums of this rank's window embeddings per clip (not normalised, fp32, CPU), and how many windows each has."""
-    sums: dict[int, Tensor] = {}
-    counts: dict[int, int] = {}
+def stack_features(parts: Sequence[Features]) -> Features:
+    """Concatenate the features of several captions or clips along their first axis."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+def similarity_in_blocks(model: RetrievalModel, text: Features, video: Features, *, block: int = 1024) -> Tensor:
+    """The number that ranks for every caption and clip, a block of both at a time on the model's device.
+
+    Args:
+        model: in eval mode.
+        text: features of Q captions, on any device.
+        video: features of V clips, on any device.
+        block: captions and clips of one block.
+
+    Returns:
+        sim_QV, fp32, on the CPU: 4 * Q * V bytes, beside a block's on the device.
+    """
+    captions, clips = len(next(iter(text.values()))), len(next(iter(video.values()), ()))
+    sim_QV = torch.empty(captions, clips)
+    columns = range(0, clips, block)
+    for row in range(0, captions, block):
+        rows = {name: tensor[row : row + block].to(model.device) for name, tensor in text.items()}
+        for column in columns:
+            part = {name: tensor[column : column + block].to(model.device) for name, tensor in video.items()}
+            sim_QV[row : row + block, column : column + block] = model.pair_similarities(rows, part).mean(0).float()
+    return sim_QV
+
+
+def _encode_windows(
+    model: RetrievalModel, loader: EvaluationLoader, parallel: Parallel, stop_asked: Callable[[], bool]
+) -> dict[int, list[Features]]:
+    """The features of this rank's windows per clip, each with first axis 1, fp32 on the CPU."""
+    windows: dict[int, list[Features]] = {}
     try:
         for batch in loader.batches():
             if stop_asked():
                 break
             with parallel.autocast():
-                rows_ND = model.encode_video(batch.windows_NTCHW, normalize=False)
-            for index, row_D in zip(batch.clip_indices, rows_ND.float().cpu(), strict=True):
-                sums[index] = sums[index] + row_D if index in sums else row_D
-                counts[index] = counts.get(index, 0) + 1
+                features = _on_cpu(model.video_features(batch.windows))
+            for row, index in enumerate(batch.clip_indices):
+                windows.setdefault(index, []).append({name: x[row : row + 1] for name, x in features.items()})
     except Exception as error:
         if not stop_explains(error, stop_asked):
             raise
     finally:
         loader.close()
-    return sums, counts
+    return windows
+
+
+def _on_cpu(features: Features) -> Features:
+    return {name: tensor.float().cpu() for name, tensor in features.items()}
 
 
 def _gather_clips(
-    sums: dict[int, Tensor], counts: dict[int, int], dropped: dict[int, BadClip], parallel: Parallel
-) -> tuple[dict[int, Tensor], list[BadClip]]:
-    """Mean embedding per clip of all ranks, without the dropped clips, and the dropped ones in order."""
-    own = {index: total / counts[index] for index, total in sums.items() if index not in dropped}
-    clips: dict[int, Tensor] = {}
+    own: dict[int, Features], dropped: dict[int, BadClip], parallel: Parallel
+) -> tuple[dict[int, Features], list[BadClip]]:
+    """Every rank's clips, and the dropped ones in order."""
+    clips: dict[int, Features] = {}
     bad: dict[int, BadClip] = {}
     for rank_clips, rank_bad in parallel.gather_objects((own, dict(dropped))):
-        assert not clips.keys() & rank_clips.keys(), "a clip was embedded on two ranks"
+        assert not clips.keys() & rank_clips.keys(), "a clip was encoded on two ranks"
         clips.update(rank_clips)
         bad.update(rank_bad)
     return clips, [bad[index] for index in sorted(bad)]
@@ -211,49 +241,59 @@ def _queries(source: Source, kept: Sequence[int], protocol: str) -> tuple[list[s
     return queries(captions, protocol)
 
 
-def _embed_texts(model: DualEncoder, texts: Sequence[str], parallel: Parallel, batch_size: int) -> Tensor:
-    """Embeddings of some captions (not normalised, fp32, CPU)."""
-    rows = []
+def _encode_texts(model: RetrievalModel, texts: Sequence[str], parallel: Parallel, batch_size: int) -> Features:
+    """Features of some captions, fp32 on the CPU; empty without captions."""
+    parts = []
     for first in range(0, len(texts), batch_size):
         with parallel.autocast():
-            rows.append(model.encode_text(list(texts[first : first + batch_size]), normalize=False).float().cpu())
-    return torch.cat(rows) if rows else torch.empty(0)
+            parts.append(_on_cpu(model.text_features(list(texts[first : first + batch_size]))))
+    return stack_features(parts)
 
 
-def _interleave(parts: Sequence[Tensor], count: int) -> Tensor:
-    """Put back together what was dealt out as texts[rank::world_size]."""
-    whole = torch.empty(count, parts[0].shape[-1])
+def _interleave(parts: Sequence[Features], count: int) -> Features:
+    """Put back together what was distributed as texts[rank::world_size]."""
+    whole = {name: tensor.new_empty(count, *tensor.shape[1:]) for name, tensor in parts[0].items()}
     for rank, part in enumerate(parts):
-        if len(part):
-            whole[rank :: len(parts)] = part
+        for name, tensor in part.items():
+            whole[name][rank :: len(parts)] = tensor
     return whole
 
 
 def validation_loss(
-    text_QD: Tensor, video_VD: Tensor, video_of_query: Sequence[int], batch_size: int, temperature: float
+    model: RetrievalModel,
+    loss: RetrievalLoss,
+    text: Features,
+    video: Features,
+    video_of_query: Sequence[int],
+    batch_size: int,
 ) -> float:
-    """The training loss on held-out clips: what the paper chooses epochs by.
+    """The training loss on held-out clips: the paper chooses epochs by it.
 
-    Each clip stands with the first of its captions, in batches of equal size, nearly batch_size, drawn once and for
-    all: neighbours in a list are often alike.
+    Each clip is paired with the first of its captions, in batches of equal size, nearly batch_size, drawn once for the
+    whole run: neighbours in a list are often alike.
 
     Args:
-        text_QD: caption embeddings.
-        video_VD: clip embeddings, the mean over a clip's windows.
+        model: compares features.
+        loss: as in training.
+        text: caption features.
+        video: clip features, merged over a clip's windows.
         video_of_query: the clip of each caption; every clip has one.
         batch_size: clips whose captions are one another's negatives, as in training.
-        temperature: as in training.
 
     Returns:
-        The mean over clips of the symmetric loss, both directions summed.
+        The mean over clips.
     """
-    clips = len(video_VD)
+    clips = len(next(iter(video.values())))
     first_query = {video: query for query, video in reversed(list(enumerate(video_of_query)))}
     order = torch.randperm(clips, generator=torch.Generator().manual_seed(0))
+    parameters = {name: value.detach().cpu() for name, value in model.loss_parameters().items()}
     total = 0.0
     for batch in order.tensor_split(max(1, round(clips / batch_size))):
-        text_BD = text_QD[[first_query[video] for video in batch.tolist()]]
-        total += len(batch) * float(contrastive_loss(video_VD[batch], text_BD, temperature))
+        captions = [first_query[clip] for clip in batch.tolist()]
+        text_B = {name: tensor[captions] for name, tensor in text.items()}
+        video_B = {name: tensor[batch] for name, tensor in video.items()}
+        sim_KBB = model.pair_similarities(text_B, video_B)
+        total += len(batch) * float(batch_loss(loss, sim_KBB, parameters))
     return total / clips
 
 
@@ -265,11 +305,10 @@ def _twins(source: Source, kept: Sequence[int]) -> list[int]:
 
 
 def _rows(
-    text_QD: Tensor, video_VD: Tensor, video_of_query: list[int], twins: list[int], protocol: str
+    sim_QV: Tensor, video_of_query: list[int], twins: list[int], protocol: str, names: Sequence[str]
 ) -> list[Row]:
     """Metrics per protocol; several captions also under the protocol that takes the maximum over a video's captions."""
-    sim_QV = similarity(text_QD, video_VD)
-    metrics: dict[str, float] = dict(retrieval_metrics(sim_QV, video_of_query))
+    metrics = compute_metrics(names, sim_QV, video_of_query)
     if any(twin >= 0 for twin in twins):
         accuracy = twin_accuracy(sim_QV, twins, video_of_query)
         if accuracy is not None:

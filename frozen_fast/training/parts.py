@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from frozen_fast.config import ExperimentConfig
+from frozen_fast.config.schema import LossConfig
 from frozen_fast.data import EvaluationLoader, Source, TrainingLoader, read_sources
 from frozen_fast.data.load.for_model import FrameFormat, decoder_factory
 from frozen_fast.data.load.for_model import build_evaluation_loader as loader_for_model
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder, build_dual_encoder
+from frozen_fast.models.learned_scale import LearnedScale
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.profiling.flops import TextShape, clip_flops
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: 
     except ValueError as error:  # the kernel library knows nothing of UserError
         raise UserError(f"model: {' '.join(str(error).split())}") from error
     _check_normalisation(model, config)
+    _set_loss_scale(model, config.loss)
     model.video_model.check_attention(device)
     return model.to(device).train()
 
@@ -86,10 +90,10 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
 
 
 def build_training_loader(
-    config: ExperimentConfig, sources: Mapping[str, Source], model: DualEncoder, device: torch.device
+    config: ExperimentConfig, sources: Mapping[str, Source], model: RetrievalModel, device: torch.device
 ) -> TrainingLoader:
     """The loader of training batches for the model's resolution and tokenizer."""
-    tokenizer = model.text_model.tokenizer
+    tokenizer = model.tokenizer
     assert tokenizer is not None, "build_model refuses a tower without a tokenizer"
     return TrainingLoader(
         sources,
@@ -104,7 +108,7 @@ def build_training_loader(
 def build_evaluation_loader(
     config: ExperimentConfig,
     source: Source,
-    model: DualEncoder,
+    model: RetrievalModel,
     device: torch.device,
     *,
     frames: int,
@@ -124,10 +128,10 @@ def build_evaluation_loader(
     )
 
 
-def frame_format(config: ExperimentConfig, model: DualEncoder) -> FrameFormat:
+def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat:
     """The frames that the model takes."""
     augmentation = config.data.augmentation
-    return FrameFormat(model.video_model.size.resolution, augmentation.mean, augmentation.std)
+    return FrameFormat(model.resolution, augmentation.mean, augmentation.std)
 
 
 def flops_counter(model: DualEncoder) -> Callable[[int, int, int], float | None]:
@@ -185,6 +189,15 @@ def fingerprint(source: Source) -> str:
     for clip in source.clips:
         digest.update(clip.id.encode("utf-8", "surrogatepass") + b"\0")
     return f"{len(source.clips)} clips, {digest.hexdigest()[:16]}"
+
+
+def _set_loss_scale(model: RetrievalModel, loss: LossConfig) -> None:
+    """Give the model what the loss learns with it, or take it away; a checkpoint's learned value stays."""
+    if not loss.learnable_temperature:
+        model.loss_scale = None
+    elif model.loss_scale is None:
+        bias = loss.sigmoid_bias if loss.name == "sigmoid" else None
+        model.loss_scale = LearnedScale(1.0 / loss.temperature, max_scale=loss.max_logit_scale, bias=bias)
 
 
 def _check_normalisation(model: DualEncoder, config: ExperimentConfig) -> None:

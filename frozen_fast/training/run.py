@@ -11,6 +11,7 @@ from frozen_fast.common.logs import set_up_logging
 from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import ExperimentConfig, dump_yaml, loss_batch_size, resolve_stages, to_plain
 from frozen_fast.errors import UserError
+from frozen_fast.losses import build_loss
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.energy import energy_meter
 from frozen_fast.profiling.peak import device_peak
@@ -271,6 +272,7 @@ class _Run:
                 self._folder.update_environment(energy=reason)
         return RunParts(
             model=model,
+            loss=build_loss(config.loss),
             sources=sources,
             evaluation_sources=evaluation_sources,
             fingerprints=fingerprints,

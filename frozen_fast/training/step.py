@@ -1,35 +1,36 @@
-"""What an optimizer step computes: the same lines in training and in the throughput benchmark.
-
-Axis letters: B clips of one forward pass on this rank, T frames, C channels, H and W pixels, D width.
-"""
+"""What an optimizer step computes: the same lines in training and in the throughput benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor
 
 from frozen_fast.config.schema import LossConfig
-from frozen_fast.losses import gathered_contrastive_loss
+from frozen_fast.losses import RetrievalLoss, gathered_loss
+from frozen_fast.models.retrieval_model import RetrievalModel, VideoInput
 from frozen_fast.parallel.base import Parallel
 
 
 def forward_backward(
     parallel: Parallel,
-    video_BTCHW: Tensor,
+    video: VideoInput,
     text: Mapping[str, Tensor],
-    loss: LossConfig,
+    loss: RetrievalLoss,
+    settings: LossConfig,
     *,
     accumulation: int = 1,
     last: bool = True,
 ) -> Tensor:
-    """One forward and backward pass: embeddings, loss over all ranks' clips, gradients added to the parameters'.
+    """One forward and backward pass: features, loss over all ranks' clips, gradients added to the parameters'.
 
     Args:
         parallel: holds the model.
-        video_BTCHW: this rank's clips.
-        text: their captions, input_ids and attention_mask [B, L].
-        loss: temperature and how the loss is computed.
+        video: this rank's clips.
+        text: their captions as tensors.
+        loss: what is minimised.
+        settings: how it is computed (local, chunk_rows).
         accumulation: passes of this optimizer step, over which the gradient is averaged.
         last: gradients are exchanged between ranks in this pass.
 
@@ -37,10 +38,11 @@ def forward_backward(
         This pass's share of the step's loss, equal on all ranks, detached.
     """
     with parallel.accumulate(last=last):
-        video_BD, text_BD = parallel.forward(video_BTCHW, text)
-        to_minimise, value = gathered_contrastive_loss(
-            video_BD, text_BD, loss.temperature, local=loss.local, chunk_rows=loss.chunk_rows
-        )
+        text_features, video_features, parameters = parallel.forward(video, text)
+        to_minimise, value = gathered_loss(
+            cast(RetrievalModel, parallel.model).pair_similarities, loss, text_features, video_features, parameters,
+            local=settings.local, chunk_rows=settings.chunk_rows,
+        )  # fmt: skip
         parallel.backward(to_minimise / accumulation)
     return value / accumulation
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from frozen_fast.common.files import write_json
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.errors import UserError
+from frozen_fast.losses import build_loss
 from frozen_fast.models import DualEncoder
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling import peak_memory_bytes
@@ -69,11 +70,12 @@ def run_steps(config: ExperimentConfig, memory_bytes: int | None) -> dict[str, A
             compiling.begin_stage(model, sizes, device=parallel.device, precision=parallel.precision)
         side = model.video_model.size.resolution
         video_BTCHW = torch.randn(batch_size, stage.frames, 3, side, side, device=parallel.device)
+        loss = build_loss(config.loss)
         text = _longest_captions(config, model, batch_size, parallel.device)
         for _ in range(STEPS):
             parallel.synchronize()
             started = time.perf_counter()
-            forward_backward(parallel, video_BTCHW, text, config.loss)
+            forward_backward(parallel, video_BTCHW, text, loss, config.loss)
             update(parallel, config.optimizer.gradient_clip_norm)
         parallel.synchronize()
         return {

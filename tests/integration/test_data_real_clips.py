@@ -94,10 +94,10 @@ def test_broken_clips_are_replaced_and_every_frame_is_real(
     )
     named, drawn = set(), set()
     for batch in loader.batches(plan(source)):
-        assert batch.video_BTCHW.shape == (4, 4, 3, RESOLUTION, RESOLUTION)
+        assert batch.video.shape == (4, 4, 3, RESOLUTION, RESOLUTION)
         assert batch.backends == {backend: 4}
         named |= {clip.clip_id for clip in batch.bad_clips}
-        for identity, caption, frames in zip(batch.clip_ids, batch.captions, batch.video_BTCHW, strict=True):
+        for identity, caption, frames in zip(batch.clip_ids, batch.captions, batch.video, strict=True):
             number = int(identity.removeprefix("good"))
             seen = [code - 16 * number for code in codes(frames)]
             assert caption == f"clip {number}"
@@ -116,7 +116,7 @@ def test_evaluation_windows_are_the_frames_they_should_be(good_and_broken: tuple
     )
     windows = defaultdict(list)
     for batch in loader.batches():
-        for index, frames in zip(batch.clip_indices, batch.windows_NTCHW, strict=True):
+        for index, frames in zip(batch.clip_indices, batch.windows, strict=True):
             windows[source.clips[index].id].append(codes(frames))
     assert {source.clips[index].id for index in loader.dropped} == bad
     expected = windows_of(FRAMES, 2, stride_frames=3)
@@ -136,7 +136,7 @@ def test_videos_and_pictures_alternate(tmp_path: Path) -> None:
     )
     loader = TrainingLoader(sources, factory("pyav"), fake_tokenizer, augmentation=WHOLE, decode=DecodeConfig())
     batches = list(loader.batches(specs))
-    assert [(batch.source, *batch.video_BTCHW.shape[:2]) for batch in batches] == [("web", 2, 4), ("cc3m", 5, 1)] * 2
-    seen = [codes(frames)[0] for frames in batches[1].video_BTCHW]
+    assert [(batch.source, *batch.video.shape[:2]) for batch in batches] == [("web", 2, 4), ("cc3m", 5, 1)] * 2
+    seen = [codes(frames)[0] for frames in batches[1].video]
     assert sorted(seen) == [1, 2, 3, 4, 5]
     assert batches[1].captions == [f"a picture, number {code - 1}" for code in seen]

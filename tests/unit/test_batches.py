@@ -53,7 +53,7 @@ def make_loader(source: Source, **decode: Any) -> TrainingLoader:
 
 def same(left: Batch, right: Batch) -> bool:
     names = ("captions", "clip_ids", "source", "frames", "bad_clips", "backends", "spec")
-    tensors = [(left.video_BTCHW, right.video_BTCHW), (left.text["input_ids"], right.text["input_ids"])]
+    tensors = [(left.video, right.video), (left.text["input_ids"], right.text["input_ids"])]
     return all(getattr(left, name) == getattr(right, name) for name in names) and all(
         torch.equal(a, b) for a, b in tensors
     )
@@ -63,18 +63,18 @@ def test_a_batch_holds_what_the_spec_says() -> None:
     source = make_source(30)
     for spec in make_specs(source):
         batch = make_reader(source).read(spec)
-        assert batch.video_BTCHW.shape == (8, 4, 3, SIZE, SIZE) and batch.video_BTCHW.dtype == torch.float32
+        assert batch.video.shape == (8, 4, 3, SIZE, SIZE) and batch.video.dtype == torch.float32
         assert batch.clip_ids == [f"c{index}" for index in spec.clip_indices]
         assert batch.frames == 4 and batch.source == "web" and batch.spec == spec
         assert batch.backends == {"fake": 8} and batch.bad_clips == []
         assert batch.text["input_ids"].shape[0] == 8
         for row, index in enumerate(spec.clip_indices):
-            pixels = batch.video_BTCHW[row, :, :, 0, 0]
+            pixels = batch.video[row, :, :, 0, 0]
             assert (pixels[:, 0] == clip_code(f"/x/c{index}.mp4")).all()
             assert (pixels[:, 1] // 5).tolist() == [0, 1, 2, 3], "one frame of each segment of 20 frames"
             assert len(set(pixels[:, 2].tolist())) == 1, "one view for all frames"
             assert batch.captions[row] in (f"one {index}", f"two {index}")
-        assert len(set(batch.video_BTCHW[:, 0, 2, 0, 0].tolist())) == 8, "a view for each clip"
+        assert len(set(batch.video[:, 0, 2, 0, 0].tolist())) == 8, "a view for each clip"
 
 
 def test_draws_depend_on_seed_source_and_position_only() -> None:
@@ -87,12 +87,12 @@ def test_draws_depend_on_seed_source_and_position_only() -> None:
         ]
         for number, batch in enumerate(whole):
             parts = [batches[number] for batches in ranks]
-            assert torch.equal(torch.cat([part.video_BTCHW for part in parts]), batch.video_BTCHW)
+            assert torch.equal(torch.cat([part.video for part in parts]), batch.video)
             assert sum([part.captions for part in parts], []) == batch.captions
     other = make_reader(source).read(make_specs(source, seed=1)[0])
-    assert not torch.equal(other.video_BTCHW, whole[0].video_BTCHW)
+    assert not torch.equal(other.video, whole[0].video)
     again = [make_reader(source).read(spec) for spec in make_specs(source, batch=4, steps=8)]
-    assert torch.equal(torch.cat([again[0].video_BTCHW, again[1].video_BTCHW]), whole[0].video_BTCHW)
+    assert torch.equal(torch.cat([again[0].video, again[1].video]), whole[0].video)
     later = make_reader(source).read(make_specs(source, start=whole[1].spec.after, steps=1)[0])
     assert same(later, whole[2])
 
@@ -101,22 +101,22 @@ def test_a_clip_seen_again_is_drawn_anew() -> None:
     source = make_source(4)
     batches = [make_reader(source).read(spec) for spec in make_specs(source, batch=4, steps=2)]
     assert sorted(batches[0].clip_ids) == sorted(batches[1].clip_ids)
-    views = [set(batch.video_BTCHW[:, 0, 2, 0, 0].tolist()) for batch in batches]
+    views = [set(batch.video[:, 0, 2, 0, 0].tolist()) for batch in batches]
     assert not views[0] & views[1]
 
 
 def test_pictures_give_one_frame() -> None:
     source = make_source(10, kind="image")
     batch = make_reader(source).read(make_specs(source, frames=8)[0])
-    assert batch.video_BTCHW.shape == (8, 1, 3, SIZE, SIZE) and batch.frames == 1
+    assert batch.video.shape == (8, 1, 3, SIZE, SIZE) and batch.frames == 1
 
 
 def test_pictures_among_videos_repeat_their_frame() -> None:
     clips = [Clip(f"c{n}", f"/x/c{n}.mp4", ("one",), kind="image" if n % 2 else "video") for n in range(8)]
     source = Source("web", "manifest", PackedClips(clips), "video", CaptionRule())
     batch = make_reader(source).read(make_specs(source)[0])
-    assert batch.video_BTCHW.shape == (8, 4, 3, SIZE, SIZE) and batch.frames == 4
-    for identity, frames in zip(batch.clip_ids, batch.video_BTCHW[:, :, 1, 0, 0].tolist(), strict=True):
+    assert batch.video.shape == (8, 4, 3, SIZE, SIZE) and batch.frames == 4
+    for identity, frames in zip(batch.clip_ids, batch.video[:, :, 1, 0, 0].tolist(), strict=True):
         assert (len(set(frames)) == 1) == (int(identity[1:]) % 2 == 1)
 
 
@@ -124,7 +124,7 @@ def test_start_and_end_choose_the_frames() -> None:
     source = make_source(10, start_seconds=0.5, end_seconds=1.3)
     seen = set()
     for spec in make_specs(source, steps=30):
-        seen |= set(make_reader(source).read(spec).video_BTCHW[:, :, 1].flatten().tolist())
+        seen |= set(make_reader(source).read(spec).video[:, :, 1].flatten().tolist())
     assert seen == set(range(5, 13))
 
 
@@ -137,7 +137,7 @@ def test_a_clip_that_begins_after_its_end_is_bad() -> None:
 def test_short_clips_repeat_frames() -> None:
     source = make_source(10, bad=dict.fromkeys(range(10), "short"))
     batch = make_reader(source).read(make_specs(source)[0])
-    assert batch.video_BTCHW[:, :, 1, 0, 0].tolist() == [[0, 0, 1, 1]] * 8
+    assert batch.video[:, :, 1, 0, 0].tolist() == [[0, 0, 1, 1]] * 8
 
 
 @pytest.mark.parametrize("word", ["missing", "truncated"])
@@ -152,10 +152,10 @@ def test_a_bad_clip_is_replaced_counted_and_named(word: str) -> None:
             if index in (3, 17):
                 assert batch.clip_ids[row] not in whole.clip_ids, "no clip of the batch is taken twice"
                 own = clip_code(f"/x/{batch.clip_ids[row]}.mp4")
-                assert (batch.video_BTCHW[row, :, 0] == own).all()
+                assert (batch.video[row, :, 0] == own).all()
                 assert batch.captions[row].split()[1] == batch.clip_ids[row][1:]
             else:
-                assert torch.equal(batch.video_BTCHW[row], whole.video_BTCHW[row]), "neighbours are not disturbed"
+                assert torch.equal(batch.video[row], whole.video[row]), "neighbours are not disturbed"
         named += batch.bad_clips
     assert {bad.clip_id for bad in named} == {"c3", "c17"}
     assert all(bad.cause == word and bad.source == "web" and word in bad.path and bad.replaced_by for bad in named)
@@ -209,7 +209,7 @@ def test_the_loader_serves_stage_after_stage() -> None:
     first = list(loader.batches(make_specs(source, frames=1, steps=2)))
     position = first[-1].spec.after
     second = loader.batches(make_specs(source, frames=4, batch=4, steps=50, start=position))
-    assert next(second).video_BTCHW.shape[:2] == (4, 4)
+    assert next(second).video.shape[:2] == (4, 4)
     third = loader.batches(make_specs(source, frames=2, steps=1))
     assert [batch.frames for batch in third] == [2]
     assert list(second) == [], "an iterator that was replaced ends"

@@ -37,7 +37,8 @@ def embeddings(model: DualEncoder, batch: int, frames: int, tokens: int) -> tupl
     ids = torch.randint(5, 40, (batch, tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, tokens // 2 :] = 0
-    video_BD, text_BD = model(video, {"input_ids": ids, "attention_mask": mask})
+    text, clips, _ = model(video, {"input_ids": ids, "attention_mask": mask})
+    video_BD, text_BD = clips["embedding"], text["embedding"]
     (video_BD.square().sum() + text_BD.square().sum()).backward()
     return video_BD.detach(), text_BD.detach()
 

@@ -94,7 +94,8 @@ def test_every_experiment_loads_and_builds(name: str, text_tower: Path) -> None:
     for stage in config.curriculum.stages:
         if stage.frames > model.learned_frames:
             model.expand_frames(stage.frames, config.model.expansion)
-        video_BD, text_BD = model(torch.rand(1, stage.frames, 3, 32, 32), text)
+        captions, clips, _ = model(torch.rand(1, stage.frames, 3, 32, 32), text)
+        video_BD, text_BD = clips["embedding"], captions["embedding"]
         assert video_BD.shape == text_BD.shape == (1, config.model.embedding_width)
 
 

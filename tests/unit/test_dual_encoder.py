@@ -50,7 +50,9 @@ def test_embeddings_are_unit_rows_and_raw_on_request(tower_folder: Path) -> None
         assert unit.shape == raw.shape == (3, 256)
         torch.testing.assert_close(unit.norm(dim=-1), torch.ones(3))
         torch.testing.assert_close(unit, raw / raw.norm(dim=-1, keepdim=True))
-    forward_video, forward_text = model(video, model.text_model.tokenize(CAPTIONS))
+    text, clips, parameters = model(video, model.text_model.tokenize(CAPTIONS))
+    forward_text, forward_video = text["embedding"], clips["embedding"]
+    assert parameters == {}
     assert torch.equal(forward_video, model.encode_video(video, normalize=False))
     assert torch.equal(forward_text, model.encode_text(CAPTIONS, normalize=False))
 
@@ -309,7 +311,10 @@ def test_the_loss_curve_equals_the_released_models() -> None:
         ids = torch.randint(5, 140, (4, 7))
         text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         for model, optimizer, curve in zip((plain, ours), optimizers, curves, strict=True):
-            video_BD, text_BD = (torch.nn.functional.normalize(rows, dim=-1) for rows in model(video, text))
+            raw = model(video, text)
+            if model is ours:
+                raw = raw[1]["embedding"], raw[0]["embedding"]
+            video_BD, text_BD = (torch.nn.functional.normalize(rows, dim=-1) for rows in raw)
             logits = video_BD @ text_BD.T / 0.05
             target = torch.arange(4)
             loss = torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(

@@ -20,7 +20,9 @@ from frozen_fast.data.load.bad_clips import BadClip
 from frozen_fast.data.sources import CaptionRule, Clip, Source
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation import retrieval_metrics, similarity
-from frozen_fast.losses import contrastive_loss
+from frozen_fast.evaluation.metric_table import is_better
+from frozen_fast.losses import InfoNCE, contrastive_loss
+from frozen_fast.models.retrieval_model import Features, RetrievalModel
 from frozen_fast.models.video.temporal import expand_temporal_embedding
 from frozen_fast.parallel import precision
 from frozen_fast.parallel.base import Parallel, check_world, seed_step
@@ -29,7 +31,7 @@ from frozen_fast.profiling.meter import StageMeter
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training import journal as journal_module
 from frozen_fast.training import signals
-from frozen_fast.training.checkpoint_keeper import is_better, selection_value
+from frozen_fast.training.checkpoint_keeper import selection_value
 from frozen_fast.training.evaluate import evaluate_source, validation_loss
 from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
 from frozen_fast.training.optimizer import build_optimizer
@@ -290,21 +292,32 @@ def test_without_a_terminal_there_are_plain_lines(
 # Evaluation
 
 
-class TableModel(nn.Module):
-    """Embeds a window as its first pixel values and a caption as the row of a table."""
+class TableModel(RetrievalModel):
+    """Encodes a window as its first pixel values and a caption as the row of a table; a model outside the tree."""
+
+    tokenizer = None
+    device = torch.device("cpu")
 
     def __init__(self, captions: dict[str, Tensor]) -> None:
         super().__init__()
         self.captions = captions
         self.modes: list[bool] = []
 
-    def encode_video(self, windows: Tensor, normalize: bool) -> Tensor:
-        assert not normalize
+    def video_features(self, video: Any) -> Features:
         self.modes.append(self.training)
-        return windows[:, 0, 0, 0]
+        return {"embedding": video[:, 0, 0, 0]}
 
-    def encode_text(self, texts: list[str], normalize: bool) -> Tensor:
-        return torch.stack([self.captions[text] for text in texts])
+    def text_features(self, text: Any) -> Features:
+        return {"embedding": torch.stack([self.captions[caption] for caption in text])}
+
+    def pair_similarities(self, text: Features, video: Features) -> Tensor:
+        return similarity(text["embedding"], video["embedding"])[None]
+
+    def architecture(self) -> dict[str, Any]:
+        return {}
+
+    def save_pretrained(self, folder: Any, state: Any = None) -> None:
+        raise NotImplementedError
 
 
 class WindowLoader:
@@ -319,7 +332,7 @@ class WindowLoader:
         for indices, rows_ND in self._batches:
             windows = torch.zeros(len(indices), 2, 3, 4, rows_ND.shape[1])
             windows[:, 0, 0, 0] = rows_ND
-            yield SimpleNamespace(windows_NTCHW=windows, clip_indices=indices)
+            yield SimpleNamespace(windows=windows, clip_indices=indices)
 
     def close(self) -> None:
         self.closed = True
@@ -367,14 +380,20 @@ def test_the_validation_loss_is_the_training_loss_of_equal_batches() -> None:
     torch.manual_seed(5)
     video, text = torch.randn(7, 5), torch.randn(8, 5)
     video_of_query = [0, 1, 2, 3, 4, 5, 6, 6]
-    whole = validation_loss(text, video, video_of_query, 7, 0.1)
+    model, loss = TableModel({}), InfoNCE(0.1)
+
+    def over(batch_size: int) -> float:
+        features = ({"embedding": text}, {"embedding": video})
+        return validation_loss(model, loss, *features, video_of_query, batch_size)
+
+    whole = over(7)
     assert whole == pytest.approx(float(contrastive_loss(video, text[:7], 0.1)), rel=1e-6)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
     expected = sum(
         len(part) * float(contrastive_loss(video[part], text[part], 0.1)) for part in (order[:4], order[4:])
     ) / 7
-    assert validation_loss(text, video, video_of_query, 3, 0.1) == pytest.approx(expected, rel=1e-6) != whole
-    assert validation_loss(text, video, video_of_query, 100, 0.1) == whole
+    assert over(3) == pytest.approx(expected, rel=1e-6) != whole
+    assert over(100) == whole
 
 
 @pytest.mark.parametrize(
@@ -387,14 +406,16 @@ def test_the_validation_loss_is_the_training_loss_of_equal_batches() -> None:
         ("t2v/R@1", 9.0, 8.0, True),
         ("t2v/R@1", 8.0, 8.0, False),
         ("t2v/R@1", 7.0, 8.0, False),
+        ("t2v/MdR", 7.0, 8.0, True),
+        ("v2t/Geom", 7.0, 8.0, False),
     ],
 )
 def test_a_lower_loss_and_a_higher_recall_are_better(
     metric: str, value: float, best: float | None, better: bool
 ) -> None:
-    row = {"loss": value, "metrics": {"t2v/R@1": value}}
+    row = {"loss": value, "metrics": {metric: value}}
     found = selection_value(metric, row)
-    assert found is not None and is_better(metric, found, None if best is None else {"value": best}) is better
+    assert found is not None and is_better(metric, found, best, ["retrieval"]) is better
     assert selection_value("none", row) is None
 
 

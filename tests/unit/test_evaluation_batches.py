@@ -31,8 +31,8 @@ def collect(loader: EvaluationLoader) -> dict[int, list[list[int]]]:
     """clip -> its windows as frame indices; checks clip, view and shape of each."""
     windows: dict[int, list[list[int]]] = defaultdict(list)
     for batch in loader.batches():
-        assert 1 <= len(batch.windows_NTCHW) == len(batch.clip_indices) <= 5
-        for index, window in zip(batch.clip_indices, batch.windows_NTCHW, strict=True):
+        assert 1 <= len(batch.windows) == len(batch.clip_indices) <= 5
+        for index, window in zip(batch.clip_indices, batch.windows, strict=True):
             assert window.shape[1:] == (3, SIZE, SIZE)
             clip = loader._source.clips[index]
             assert (window[:, 0] == clip_code(clip.path)).all() and (window[:, 2] == 256).all()
@@ -141,6 +141,6 @@ def test_a_hanging_read_is_an_error() -> None:
 
 def test_windows_go_to_the_device() -> None:
     batch = next(iter(make_loader(make_source(3), device="meta").batches()))
-    assert batch.windows_NTCHW.device == torch.device("meta")
+    assert batch.windows.device == torch.device("meta")
     with pytest.raises(UserError, match="batch_size: got 0"):
         make_loader(make_source(3), batch_size=0)

@@ -84,8 +84,8 @@ def test_training_reads_the_same_clips_and_captions(frames: int, both: tuple[Sou
         assert got.clip_ids == wanted.clip_ids and got.captions == wanted.captions
         assert got.spec == wanted.spec and got.frames == frames and got.bad_clips == []
         assert got.backends == {"jpeg": 4} and wanted.backends == {"pyav": 4}
-        assert got.video_BTCHW.shape == wanted.video_BTCHW.shape and got.video_BTCHW.dtype == torch.float32
-        for clip in got.video_BTCHW:
+        assert got.video.shape == wanted.video.shape and got.video.dtype == torch.float32
+        for clip in got.video:
             numbers = packing.codes(clip)
             assert set(numbers) <= {2, 7, 12, 17} and numbers == sorted(numbers)
             if frames <= 4:
@@ -102,16 +102,16 @@ def test_a_picture_among_videos_is_packed_as_a_video_of_one_frame(tmp_path: Path
     assert mixed.kind == packed.kind == "video" and {clip.kind for clip in packed.clips} == {"video"}
     for wanted, got in zip(batches_of(mixed, 4), batches_of(packed, 4), strict=True):
         place = wanted.clip_ids.index("c2")
-        assert got.clip_ids == wanted.clip_ids and got.video_BTCHW.shape == wanted.video_BTCHW.shape
+        assert got.clip_ids == wanted.clip_ids and got.video.shape == wanted.video.shape
         for batch in (wanted, got):
-            still = batch.video_BTCHW[place]
+            still = batch.video[place]
             assert (still == still[0]).all(), "one frame, repeated"
-            assert len(set(packing.codes(batch.video_BTCHW[place - 1]))) == 4, "a video beside it moves"
-        assert (got.video_BTCHW[place] - wanted.video_BTCHW[place]).abs().mean() < 3, "JPEG's loss, of 255"
+            assert len(set(packing.codes(batch.video[place - 1]))) == 4, "a video beside it moves"
+        assert (got.video[place] - wanted.video[place]).abs().mean() < 3, "JPEG's loss, of 255"
 
 
 def test_every_stored_frame_is_drawn(both: tuple[Source, Source]) -> None:
-    drawn = {number for batch in batches_of(both[1], 2) for clip in batch.video_BTCHW for number in packing.codes(clip)}
+    drawn = {number for batch in batches_of(both[1], 2) for clip in batch.video for number in packing.codes(clip)}
     assert drawn == {2, 7, 12, 17}
 
 
@@ -128,7 +128,7 @@ def test_augmented_views_match_those_of_the_video(both: tuple[Source, Source]) -
 def test_processes_read_the_same(both: tuple[Source, Source]) -> None:
     ours = batches_of(both[1], 2)
     for wanted, got in zip(ours, batches_of(both[1], 2, workers=2), strict=True):
-        assert torch.equal(wanted.video_BTCHW, got.video_BTCHW) and wanted.captions == got.captions
+        assert torch.equal(wanted.video, got.video) and wanted.captions == got.captions
 
 
 @pytest.mark.parametrize("stride_seconds", [0.0, 0.2])
@@ -142,7 +142,7 @@ def test_evaluation_windows_are_of_the_stored_frames(stride_seconds: float, both
     expected = [[stored[i] for i in window] for window in windows_of(4, 2, stride_frames=round(stride_seconds * 5))]
     windows: dict[int, list[list[int]]] = {}
     for batch in loader.batches():
-        for clip, window in zip(batch.clip_indices, batch.windows_NTCHW, strict=True):
+        for clip, window in zip(batch.clip_indices, batch.windows, strict=True):
             windows.setdefault(clip, []).append(packing.codes(window))
     assert windows == {clip: expected for clip in range(len(both[1]))}  # noqa: C420
 
@@ -294,7 +294,7 @@ def test_pictures_and_short_clips(tmp_path: Path) -> None:
     source = source_of(tmp_path / "packed")
     assert source.kind == "image" and len(source) == 3
     got = batches_of(source, 8)[0]
-    assert got.frames == 1 and got.video_BTCHW.shape == (4, 1, 3, RESOLUTION, RESOLUTION)
+    assert got.frames == 1 and got.video.shape == (4, 1, 3, RESOLUTION, RESOLUTION)
     requests = [DecodeRequest(clip.path, "image", (0,), TestView(64)) for clip in source.clips]
     outcomes = packing.decoder().decode(requests)
     numbers = [packing.codes(outcome.frames_TCHW) for outcome in outcomes if isinstance(outcome, Decoded)]
@@ -307,4 +307,4 @@ def test_pictures_and_short_clips(tmp_path: Path) -> None:
     pack(source_of(short), tmp_path / "short_packed")
     clip = source_of(tmp_path / "short_packed")
     assert probe(clip.clips[0].path, "video", max_pixels=10**6).num_frames == 3
-    assert packing.codes(batches_of(clip, 4)[0].video_BTCHW[0]) == [0, 1, 1, 2]
+    assert packing.codes(batches_of(clip, 4)[0].video[0]) == [0, 1, 1, 2]

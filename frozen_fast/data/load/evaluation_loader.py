@@ -34,18 +34,18 @@ class EvaluationBatch:
     """Some windows; those of one clip may span batches.
 
     Attributes:
-        windows_NTCHW: float32, normalised; N is at most the batch size.
+        windows: float32, normalised; N is at most the batch size.
         clip_indices: the clip of each window, as an index into source.clips.
         clip_windows: for each window, how many windows its clip has.
     """
 
-    windows_NTCHW: Tensor
+    windows: Tensor
     clip_indices: list[int]
     clip_windows: list[int]
 
     def pin_memory(self) -> EvaluationBatch:
         """Itself in page-locked memory."""
-        return self if self.windows_NTCHW.is_cuda else replace(self, windows_NTCHW=self.windows_NTCHW.pin_memory())
+        return self if self.windows.is_cuda else replace(self, windows=self.windows.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class EvaluationLoader:
                 if isinstance(item, _Dropped):
                     self.dropped[item.index] = item.bad_clip
                 else:
-                    yield replace(item, windows_NTCHW=item.windows_NTCHW.to(self._device, non_blocking=True))
+                    yield replace(item, windows=item.windows.to(self._device, non_blocking=True))
         finally:
             prefetcher.close()
 

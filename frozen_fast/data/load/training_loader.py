@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class Batch:
     """The clips of one forward pass on one rank.
 
     Attributes:
-        video_BTCHW: float32, normalised, [B, T, 3, resolution, resolution].
+        video: float32, normalised, [B, T, 3, resolution, resolution]; for a model that reads several tensors per clip,
+            a dict of tensors with first axis B.
         text: the tokenizer's tensors, input_ids and attention_mask, [B, L] each.
         captions: the captions as drawn.
         clip_ids: the clips as read (a replacement carries its own id).
@@ -51,7 +52,7 @@ class Batch:
         spec: what was asked for.
     """
 
-    video_BTCHW: Tensor
+    video: Tensor | dict[str, Tensor]
     text: dict[str, Tensor]
     captions: list[str]
     clip_ids: list[str]
@@ -63,13 +64,22 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Itself with CPU tensors in page-locked memory, so that copies to the device can overlap."""
-        text = {name: _pinned(tensor) for name, tensor in self.text.items()}
-        return replace(self, video_BTCHW=_pinned(self.video_BTCHW), text=text)
+        return replace(self, video=_map(_pinned, self.video), text=_map(_pinned, self.text))
 
     def to(self, device: torch.device) -> Batch:
         """Itself on a device; copies from page-locked memory do not wait."""
-        text = {name: tensor.to(device, non_blocking=True) for name, tensor in self.text.items()}
-        return replace(self, video_BTCHW=self.video_BTCHW.to(device, non_blocking=True), text=text)
+        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        return replace(self, video=_map(move, self.video), text=_map(move, self.text))
+
+    @property
+    def text_tokens(self) -> int:
+        """L, tokens of the longest caption."""
+        return next(iter(self.text.values())).shape[1]
+
+
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A function of every tensor of a tensor or of a dict of tensors."""
+    return {name: function(tensor) for name, tensor in value.items()} if isinstance(value, dict) else function(value)
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -156,7 +166,7 @@ class ClipReader:
         decoded = [slot.decoded for slot in slots if slot.decoded is not None]
         captions = [slot.caption for slot in slots]
         return Batch(
-            video_BTCHW=torch.stack([item.frames_TCHW for item in decoded]),
+            video=torch.stack([item.frames_TCHW for item in decoded]),
             text=self.tokenizer(captions),
             captions=captions,
             clip_ids=[slot.clip.id for slot in slots],

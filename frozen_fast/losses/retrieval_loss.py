@@ -1,0 +1,63 @@
+"""What a loss is to training: a sum over anchors, each compared with every candidate of the other side.
+
+An anchor is a caption that looks for its clip, or a clip that looks for its caption. A loss that is a sum over anchors
+can be computed on each rank for the rank's own anchors, and in chunks of anchors.
+
+Axis letters: K similarities of a pair, A anchors of one call, G candidates (the whole batch over all ranks).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from frozen_fast.config import extensions
+from frozen_fast.config.schema import LossConfig
+
+Direction = Literal["t2v", "v2t"]
+
+
+class RetrievalLoss(ABC):
+    """A loss of a batch in which caption i belongs to clip i.
+
+    Attributes:
+        directions: which anchors the loss sums over: captions ("t2v"), clips ("v2t") or both.
+    """
+
+    directions: tuple[Direction, ...] = ("t2v", "v2t")
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: LossConfig) -> RetrievalLoss:
+        """Build the loss from the config's loss section.
+
+        Raises:
+            UserError: naming the key.
+        """
+
+    @abstractmethod
+    def anchor_loss(self, sim_AG: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The share of some anchors in the loss of a batch of G pairs.
+
+        Args:
+            sim_AG: similarities of the anchors with all candidates, fp32 or fp64; the model's own, before any
+                temperature.
+            first: anchor i belongs to candidate first + i.
+            parameters: what the model learns for the loss (RetrievalModel.loss_parameters), empty for most.
+
+        Returns:
+            Scalar. Summed over all anchors of both directions it is the loss of the batch.
+        """
+
+
+def build_loss(config: LossConfig) -> RetrievalLoss:
+    """The loss that loss.name chooses.
+
+    Raises:
+        UserError: an unknown name or a wrong setting.
+    """
+    loss: RetrievalLoss = extensions.losses.load(config.name).from_config(config)
+    return loss

@@ -44,7 +44,13 @@ STORAGE_DTYPES: dict[str, torch.dtype] = {
 
 
 class Inert:
-    """Stand-in for an object of a class outside the table: it takes whatever pickle gives it and does nothing."""
+    """Stand-in for an object of a class outside the table: it takes whatever pickle gives it and does nothing.
+
+    Attributes:
+        state: what the file says that the object holds, read by the same rules; None where it says nothing.
+    """
+
+    state: Any = None
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Inert:
         """Ignore the arguments."""
@@ -57,8 +63,9 @@ class Inert:
         """Called by a file: another stand-in."""
         return Inert()
 
-    def __setstate__(self, _state: Any) -> None:
-        """Ignore the state."""
+    def __setstate__(self, state: Any) -> None:
+        """Keep the state as data."""
+        self.state = state
 
     def __setitem__(self, _key: Any, _value: Any) -> None:
         """Ignore an entry."""

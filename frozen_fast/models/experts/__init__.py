@@ -1,0 +1,1 @@
+"""Models that read pre-computed expert features: Collaborative Experts, Mixture of Embedding Experts, concatenation."""

@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from frozen_fast.models import DualEncoder
+    from frozen_fast.models.load_model import load_model
 
 __version__ = "0.1.0"
-__all__ = ["DualEncoder", "__version__"]
+__all__ = ["DualEncoder", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the model on first use, so that the command line's --help does not wait for torch."""
+    """Import models on first use, so that the command line's --help does not wait for torch."""
     if name == "DualEncoder":
         from frozen_fast.models import DualEncoder
 
         return DualEncoder
+    if name == "load_model":
+        from frozen_fast.models.load_model import load_model
+
+        return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -92,6 +92,9 @@ models = ExtensionPoint(
     "model.kind",
     {
         "frozen": "frozen_fast.models.dual_encoder:DualEncoder",
+        "collaborative_experts": "frozen_fast.models.experts.expert_model:CollaborativeExperts",
+        "moee": "frozen_fast.models.experts.expert_model:MixtureOfExperts",
+        "concatenated_experts": "frozen_fast.models.experts.expert_model:ConcatenatedExperts",
     },
 )
 """frozen_fast.models.retrieval_model.RetrievalModel classes."""

@@ -34,7 +34,7 @@ FLOORS = {
 }
 """Package -> floor. Packages of one floor do not import each other."""
 
-PUBLIC_NAMES = {"DualEncoder": "frozen_fast.models"}
+PUBLIC_NAMES = {"DualEncoder": "frozen_fast.models", "load_model": "frozen_fast.models.load_model"}
 """Names that frozen_fast/__init__.py imports on first use, and where from."""
 
 OURS = ("frozen_fast", "frozen_kernels", "train", "benchmarks", "launch")

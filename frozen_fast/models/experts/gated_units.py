@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -116,11 +117,12 @@ class CollaborativeGate(nn.Module):
 
     def _reason(self, hidden_BPD: Tensor, share_BMN: Tensor) -> Tensor:
         """The rest of G for P = M x N pairs, and its weighted mean over N: [B, M, D]."""
-        hidden = self.shared_linear[0](F.mish(self.pair_norms[0].grouped(hidden_BPD)))
-        hidden = F.mish(self.pair_norms[1].grouped(hidden))
+        first_norm, second_norm = (cast(BatchNorm, norm) for norm in self.pair_norms)
+        hidden = self.shared_linear[0](F.mish(first_norm.grouped(hidden_BPD)))
+        hidden = F.mish(second_norm.grouped(hidden))
         hidden_BMND = hidden.view(*share_BMN.shape, self.width)
         mean_BMD = torch.einsum("bmn,bmnd->bmd", share_BMN, hidden_BMND)
-        last = self.shared_linear[1]
+        last = cast(nn.Linear, self.shared_linear[1])
         return F.linear(mean_BMD, last.weight) + last.bias * share_BMN.sum(2, keepdim=True)
 
 

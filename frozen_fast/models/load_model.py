@@ -1,0 +1,60 @@
+"""Any model of this project from its checkpoint."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from frozen_fast.config.extensions import models
+from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.models.retrieval_model import RetrievalModel
+
+CONFIG_FILE = "config.json"
+KIND_OF_FORMAT = {"frozen_fast.dual_encoder": "frozen"}
+"""Folders written before config.json named the kind."""
+
+
+def load_model(path: str | Path, kind: str | None = None, **options: Any) -> RetrievalModel:
+    """Load a model, in eval mode.
+
+    Args:
+        path: a frozen_fast checkpoint folder, or a file that another project released.
+        kind: its name in frozen_fast.config.extensions.models; None: a folder's config.json says it. A released file
+            needs it.
+        options: keywords of the model's from_pretrained.
+
+    Raises:
+        UserError: no kind, an unknown one or another than the folder's; an unknown option; a damaged checkpoint.
+    """
+    path = Path(path).expanduser()
+    if kind is not None:
+        models.check(kind, "kind")
+    if path.is_dir():
+        stored = _stored_kind(path)
+        if kind not in (None, stored):
+            raise UserError(f"kind: got {kind!r} for {path}, which holds a {stored}; allowed: {stored}, or none")
+        kind = stored
+    elif kind is None:
+        raise UserError(f"kind: got none for the file {path}; allowed: {', '.join(models.names())}")
+    build = models.load(kind, "kind").from_pretrained
+    parameters = list(inspect.signature(build).parameters.values())[1:]
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+        names = [one.name for one in parameters]
+        for name in options:
+            if name not in names:
+                raise unknown_name("load_model option", name, names)
+    return build(path, **options)
+
+
+def _stored_kind(folder: Path) -> str:
+    """The kind that a folder's config.json names."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint: got {folder}, whose {CONFIG_FILE} cannot be read ({error})") from error
+    kind = config.get("kind", KIND_OF_FORMAT.get(str(config.get("format")))) if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(f"checkpoint: got {folder}; allowed: a folder that frozen_fast wrote, or a released file")
+    return kind

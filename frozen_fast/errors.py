@@ -17,12 +17,25 @@ class UserError(ValueError):
     """
 
 
+class UserErrors(UserError):
+    """Several mistakes found together, each a line of its own."""
+
+    def __str__(self) -> str:
+        """Every mistake on a line."""
+        return "\n".join(str(mistake) for mistake in self.args)
+
+
 def unknown_name(field: str, got: str, allowed: Iterable[str]) -> UserError:
     """Build the error for a name that is not in a table, with the nearest valid name."""
+    return UserError(f"{field}: {unknown_value(got, allowed)}")
+
+
+def unknown_value(got: str, allowed: Iterable[str]) -> str:
+    """Say that a name is not in a table, with the nearest valid name: "got ...; allowed: ..."."""
     names = sorted(allowed)
     near = get_close_matches(got, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return UserError(f"{field}: got {got!r}{hint}; allowed: {', '.join(names)}")
+    return f"got {got!r}{hint}; allowed: {', '.join(names)}"
 
 
 def some(names: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from frozen_fast import __version__
 from frozen_fast.cli import commands
 from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arguments
 from frozen_fast.cli.pack_command import pack, pack_arguments
-from frozen_fast.errors import UserError
+from frozen_fast.errors import UserError, UserErrors
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2
@@ -79,28 +79,30 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "frozen-fast"
 
 
 def run_and_report(function: Callable[[], int]) -> int:
-    """Call a function; turn a UserError into one line on stderr and exit code 2."""
+    """Call a function; turn a UserError into one line on stderr for each mistake, and exit code 2."""
     try:
         return function()
     except UserError as error:
-        _tell(" ".join(str(error).split()))
+        mistakes = error.args if isinstance(error, UserErrors) else (str(error),)
+        _tell([" ".join(str(mistake).split()) for mistake in mistakes])
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
 
-def _tell(message: str) -> None:
-    """Print the line on rank 0; other ranks only if rank 0 had nothing to say.
+def _tell(messages: Sequence[str]) -> None:
+    """Print a line for each message on rank 0; on other ranks only if rank 0 had nothing to say.
 
     A mistake is most often the same on every rank. The launcher ends all processes when the first one leaves, so the
     others wait: that lets rank 0 print before it is ended, and one who is still there afterwards is the only one
     who knows.
     """
     rank = os.environ.get("RANK", "0")
+    prefix = ""
     if rank != "0":
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
-        message = f"[rank {rank}] {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+        prefix = f"[rank {rank}] "
+    print("\n".join(f"error: {prefix}{message}" for message in messages), file=sys.stderr, flush=True)
 
 
 def console_script() -> NoReturn:

@@ -12,12 +12,11 @@ from frozen_fast.config.dump import docs_markdown, dump_yaml, help_text
 from frozen_fast.config.fields import to_plain
 from frozen_fast.config.load import config_from_mapping, load_config
 from frozen_fast.config.schema import ExperimentConfig
-from frozen_fast.config.validate import check, check_for_evaluation, check_for_training
+from frozen_fast.config.validate import check_for_evaluation, check_for_training
 
 __all__ = [
     "ExperimentConfig",
     "StagePlan",
-    "check",
     "check_for_evaluation",
     "check_for_training",
     "config_from_mapping",

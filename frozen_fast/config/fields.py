@@ -1,21 +1,27 @@
-"""What the schema's dataclasses say about themselves: names, types, defaults, meanings."""
+"""What the schema's sections say about themselves: names, types, defaults, meanings, what is allowed."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from frozen_fast.config.keys import OneOf
 
 
 @dataclass(frozen=True)
 class KeyInfo:
-    """One key of one dataclass of the schema."""
+    """One key of one section of the schema."""
 
     name: str
     type: Any
     default: Any
     meaning: str
+    limits: tuple[Any, ...]
 
     @property
     def is_section(self) -> bool:
@@ -24,32 +30,71 @@ class KeyInfo:
 
     @property
     def item_class(self) -> type | None:
-        """The dataclass of the key's list items, if it is a list of groups of keys."""
+        """The section of the key's list items, if it is a list of groups of keys."""
         item = list_item_type(self.type)
         return item if is_dataclass(item) else None  # type: ignore[return-value]
 
+    @property
+    def names(self) -> OneOf | None:
+        """The table that the value must be a name of, if there is one."""
+        return next((limit for limit in self.limits if isinstance(limit, OneOf)), None)
+
 
 def keys_of(cls: type) -> tuple[KeyInfo, ...]:
-    """The keys of a schema dataclass, in order."""
-    hints = get_type_hints(cls)
-    infos = []
-    for entry in fields(cls):
-        factory = entry.default_factory
-        default = entry.default if factory is MISSING else factory()
-        infos.append(KeyInfo(entry.name, hints[entry.name], default, entry.metadata["meaning"]))
-    return tuple(infos)
+    """The keys of a section, in order."""
+    known: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
+    return tuple(
+        KeyInfo(
+            name, info.annotation, info.get_default(call_default_factory=True), info.description or "",
+            tuple(info.metadata),
+        )
+        for name, info in known.items()
+    )  # fmt: skip
+
+
+def without_limits(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Split `Annotated[X, limits]` into X and the limits."""
+    if get_origin(hint) is not Annotated:
+        return hint, ()
+    inner, *marks = get_args(hint)
+    limits: list[Any] = []
+    for mark in marks:
+        limits += mark.metadata if isinstance(mark, FieldInfo) else [mark]
+    return inner, tuple(limits)
+
+
+def type_at(cls: type, steps: Sequence[str | int]) -> tuple[Any, tuple[Any, ...]]:
+    """The type and the limits of what stands at a path below a section; (Any, ()) where the schema has nothing."""
+    hint: Any = cls
+    limits: tuple[Any, ...] = ()
+    for step in steps:
+        inner = optional_type(hint) or hint
+        if is_dataclass(inner):
+            info = next((info for info in keys_of(inner) if info.name == step), None)  # type: ignore[arg-type]
+            if info is None:
+                return Any, ()
+            hint, limits = info.type, info.limits
+            continue
+        pair = get_args(inner)
+        item = mapping_value_type(inner) if isinstance(step, str) else list_item_type(inner)
+        if item is None and isinstance(step, int) and get_origin(inner) is tuple and step < len(pair):
+            item = pair[step]
+        if item is None:
+            return Any, ()
+        hint, limits = without_limits(item)
+    return hint, limits
 
 
 def list_item_type(hint: Any) -> Any | None:
     """X of `tuple[X, ...]`, None for any other type."""
-    arguments = get_args(hint)
-    if get_origin(hint) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
+    arguments = get_args(without_limits(hint)[0])
+    if get_origin(without_limits(hint)[0]) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         return arguments[0]
     return None
 
 
 def mapping_value_type(hint: Any) -> Any | None:
-    """X of `tuple[tuple[str, X], ...]`, which YAML writes as a mapping; None for any other type."""
+    """X of `Named[X]`, a tuple of pairs that YAML writes as a mapping; None for any other type."""
     item = list_item_type(hint)
     arguments = get_args(item)
     if get_origin(item) is tuple and len(arguments) == 2 and arguments[0] is str and arguments[1] is not Ellipsis:
@@ -66,9 +111,16 @@ def optional_type(hint: Any) -> Any | None:
     return inner[0]
 
 
+def is_text(hint: Any) -> bool:
+    """Whether a key of this type holds a text, a free one or one of several."""
+    hint = optional_type(hint) or hint
+    return hint is str or get_origin(hint) is Literal
+
+
 def type_in_words(hint: Any) -> str:
     """The type as a user reads it."""
-    simple = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    hint, _ = without_limits(hint)
+    simple = {int: "an integer", float: "a number", str: "text", bool: "true or false", Any: "a value"}
     if hint in simple:
         return simple[hint]
     if is_dataclass(hint):
@@ -85,13 +137,30 @@ def type_in_words(hint: Any) -> str:
     if item is not None:
         return f"a list of {_plural(item)}"
     arguments = get_args(hint)
-    assert get_origin(hint) is tuple, f"the schema holds a type that the loader does not know: {hint}"
+    assert get_origin(hint) is tuple, f"the schema holds a type without words for it: {hint}"
     return f"a list of {len(arguments)} {_plural(arguments[0])}"
 
 
 def _plural(hint: Any) -> str:
-    words = {int: "integers", float: "numbers", str: "texts", bool: "booleans"}
+    hint, _ = without_limits(hint)
+    words = {int: "integers", float: "numbers", str: "texts", bool: "booleans", Any: "values"}
     return words.get(hint) or ("mappings" if is_dataclass(hint) else type_in_words(hint))
+
+
+def range_in_words(limits: Sequence[Any]) -> str:
+    """The values that `key(ge=, gt=, le=, lt=)` allows, as a user reads it; "" without limits."""
+    words = []
+    least = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
+    most = next((limit.le for limit in limits if isinstance(limit, Le)), None)
+    above = next((limit.gt for limit in limits if isinstance(limit, Gt)), None)
+    below = next((limit.lt for limit in limits if isinstance(limit, Lt)), None)
+    if least is not None and most is not None:
+        return f"{least} to {most}"
+    words += [f"{least} or more"] if least is not None else []
+    words += [f"more than {above}"] if above is not None else []
+    words += [f"at most {most}"] if most is not None else []
+    words += [f"below {below}"] if below is not None else []
+    return ", ".join(words)
 
 
 def walk_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, KeyInfo]]:
@@ -108,7 +177,11 @@ def walk_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, KeyInfo]]:
 def to_plain(value: Any) -> Any:
     """A config, or a part of one, as mappings, lists and scalars: what YAML and JSON can hold."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {info.name: _mapping_or_plain(info.type, getattr(value, info.name)) for info in keys_of(type(value))}
+        hints = value.__pydantic_fields__  # type: ignore[attr-defined]
+        return {
+            entry.name: _mapping_or_plain(hints[entry.name].annotation, getattr(value, entry.name))
+            for entry in fields(value)
+        }
     if isinstance(value, tuple):
         return [to_plain(item) for item in value]
     return value

@@ -12,7 +12,6 @@ from frozen_fast.config.convert import build
 from frozen_fast.config.fields import to_plain
 from frozen_fast.config.overrides import apply_overrides, copy_tree, merge
 from frozen_fast.config.schema import DataConfig, EvaluationConfig, ExperimentConfig, SourceConfig
-from frozen_fast.config.validate import check
 from frozen_fast.config.yaml_text import Origins
 from frozen_fast.errors import UserError
 
@@ -45,10 +44,8 @@ def config_from_mapping(
     origins = dict(origins or {})
     if overrides:
         tree = merge(to_plain(ExperimentConfig()), tree)
-        apply_overrides(tree, overrides, origins)
-    config = name_sources(build(ExperimentConfig, tree, origins=origins))
-    check(config)
-    return config
+        apply_overrides(tree, overrides, origins, ExperimentConfig)
+    return name_sources(build(ExperimentConfig, tree, origins=origins))
 
 
 def name_sources(config: ExperimentConfig) -> ExperimentConfig:

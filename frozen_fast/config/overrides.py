@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from frozen_fast.config.convert import CommandLineScalar
+from frozen_fast.config.fields import is_text, optional_type, type_at
 from frozen_fast.config.yaml_text import Origins, join_path, parse_scalar_or_flow
 from frozen_fast.errors import UserError
 
@@ -26,13 +26,14 @@ def split_path(path: str) -> tuple[str | int, ...]:
     return tuple(int(index) if index else name for index, name in _STEP.findall(path))
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origins: Origins) -> None:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origins: Origins, cls: type) -> None:
     """Set values in the plain tree, in order; the index one past a list's end appends.
 
     Args:
         tree: the whole config as plain values, defaults included; changed in place.
         overrides: texts `key.path=value`; the value is YAML.
         origins: gets an entry for each path that was set.
+        cls: the schema's class of the tree: where it wants text, a number or a boolean is taken as it was typed.
 
     Raises:
         UserError: for text without `=`, a path that leads through a scalar, or an index past the end.
@@ -42,7 +43,13 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origins: Ori
         if not equals:
             raise UserError(f"override: got {text!r}; allowed: key.path=value")
         path = path.strip()
-        _set(tree, split_path(path), _typed(parse_scalar_or_flow(written, path), written), path)
+        steps = split_path(path)
+        value = parse_scalar_or_flow(written, path)
+        hint, _ = type_at(cls, steps)
+        nothing = not written.strip() and optional_type(hint) is None
+        if is_text(hint) and (nothing or isinstance(value, (bool, int, float))):
+            value = written.strip()
+        _set(tree, steps, value, path)
         for end in range(1, len(path) + 1):
             if end == len(path) or path[end] in ".[":
                 origins.setdefault(path[:end], "command line")
@@ -65,12 +72,6 @@ def copy_tree(value: Any) -> Any:
         return {name: copy_tree(item) for name, item in value.items()}
     if isinstance(value, list):
         return [copy_tree(item) for item in value]
-    return value
-
-
-def _typed(value: Any, written: str) -> Any:
-    if isinstance(value, (bool, int, float)) or not written.strip():
-        return CommandLineScalar(value, written.strip())
     return value
 
 

@@ -1,46 +1,57 @@
 """The experiment file's typed form: every key, its type, default and one-line meaning.
 
 Nothing here imports torch. `frozen_fast.config.load` reads YAML into these classes; unknown keys,
-wrong types and values outside what is allowed are UserErrors that name the key's path.
+wrong types and values outside what is allowed are UserErrors that name the key's path, all of them at once.
+
+A key is a line: its type, default, meaning, and the values that are allowed (keys.key). Keys that must agree are
+checked by their section's validators. A mapping is Named[type of its values].
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from frozen_fast.config import extensions
+from frozen_fast.config.keys import Count, Named, OneOf, dataclass, key, refuse, section
+from frozen_fast.config.video_sizes import VIDEO_SIZES
+from frozen_fast.errors import unknown_value
 
 Expansion = Literal["zero", "nearest", "bilinear"]
 Attention = Literal["auto", "reference", "sdpa", "batched", "native", "xformers", "triton"]
 SourceFormat = Literal["manifest", "webvid", "cc3m", "msrvtt", "msrvtt_clip4clip", "shards"]
 DecodeBackend = Literal["auto", "dali", "torchcodec", "decord", "pyav"]
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Spread = Annotated[float, Field(gt=0)]
 
-def key(default: Any, meaning: str) -> Any:
-    """A config key with its default and one-line meaning (shown by --help-config and in docs)."""
-    if isinstance(default, (list, dict)):
-        raise TypeError("use a tuple or a dataclass instance as a default")
-    return field(default=default, metadata={"meaning": meaning})
-
-
-def section(cls: type, meaning: str) -> Any:
-    """A nested group of keys, filled with its own defaults."""
-    return field(default_factory=cls, metadata={"meaning": meaning})
+CUTS: dict[str, tuple[str, ...]] = {
+    "webvid": ("2M", "10M"),
+    "msrvtt": ("1k-A", "1k-B", "full"),
+    "msrvtt_clip4clip": ("1k-A", "1k-A-7k", "full"),
+}
+"""Formats whose splits come in several versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoTowerConfig:
     """The space-time transformer."""
 
-    size: str = key("base_patch16_224", "named size: width, depth, heads, patch and resolution (models.space_time.VIDEO_SIZES)")
-    weights: str = key("none", "initial ViT weights: none, timm:NAME, or a local .pth/.safetensors file")
+    size: str = key("base_patch16_224", "named size: width, depth, heads, patch and resolution (frozen_fast/config/video_sizes.py)", names=VIDEO_SIZES)
+    weights: str = key("none", "initial ViT weights: none, timm:NAME, or a local .pth/.safetensors file", not_blank=True)
     block: Literal["frozen_in_time", "timesformer"] = key("frozen_in_time", "where the space residual adds: the block's input, or TimeSformer's divided block")
     attention: Attention = key("auto", "attention backend of frozen_kernels")
     fused_ops: Literal["auto", "plain"] = key("auto", "residual norms and bias + GELU: frozen_kernels' fastest form for the device (Triton, C), or PyTorch's own operators")
     time_init: Literal["zero_output", "released", "random"] = key("zero_output", "how time attention starts: output projection 0; qkv 0 and projection 1 as released at more than one frame (its queries and keys then never learn); or random as released at one frame")
-    position_init_std: float = key(0.02, "spread of the position embeddings' start; a tower from scratch on little data needs 1 to see where things are")
-    temporal_init_std: float = key(0.0, "spread of the temporal embeddings' start, added to what the first expansion makes of one frame's row; 0: as in the paper")
+    position_init_std: float = key(0.02, "spread of the position embeddings' start; a tower from scratch on little data needs 1 to see where things are", ge=0)
+    temporal_init_std: float = key(0.0, "spread of the temporal embeddings' start, added to what the first expansion makes of one frame's row; 0: as in the paper", ge=0)
     skip_time_attention_at_one_frame: bool = key(False, "leave temporal attention out in stages of one frame (changes the model)")
-    checkpointed_blocks: int = key(0, "number of blocks whose activations are recomputed in the backward pass")
+    checkpointed_blocks: int = key(0, "number of blocks whose activations are recomputed in the backward pass", ge=0)
     full_last_block: bool = key(False, "compute the last block's patch outputs too, which nothing reads (for timing comparisons)")
 
 
@@ -48,11 +59,11 @@ class VideoTowerConfig:
 class TextTowerConfig:
     """The caption encoder."""
 
-    name: str = key("distilbert-base-uncased", "transformers name, local folder, or package:MODULE/FOLDER inside an installed package")
+    name: str = key("distilbert-base-uncased", "transformers name, local folder, or package:MODULE/FOLDER inside an installed package", not_blank=True)
     weights: Literal["pretrained", "random"] = key("pretrained", "random keeps the architecture and draws the weights")
     tokenizer: str | None = key(None, "tokenizer name or folder; none: the tower's own")
-    max_tokens: int = key(77, "captions are cut to this many tokens")
-    frozen_layers: int = key(0, "the token embeddings and the first so many layers keep their weights; 0: all of the tower learns")
+    max_tokens: int = key(77, "captions are cut to this many tokens; 3: the start, one word, the end", ge=3)
+    frozen_layers: int = key(0, "the token embeddings and the first so many layers keep their weights; 0: all of the tower learns", ge=0)
     pooling: Literal["auto", "cls", "mean", "pooler"] = key("auto", "auto: BERT's pooler where there is one, otherwise token 0")
 
 
@@ -63,7 +74,7 @@ class ModelConfig:
     checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder or released .pth/.pth.tar file")
     video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
     text: TextTowerConfig = section(TextTowerConfig, "text tower")
-    embedding_width: int = key(256, "width of the common space")
+    embedding_width: int = key(256, "width of the common space", ge=1)
     text_activation: Literal["relu", "none"] = key("relu", "before the text projection: relu as released, none as in the paper")
     expansion: Expansion = key("zero", "how temporal embeddings for m frames become embeddings for M > m")
 
@@ -78,10 +89,30 @@ class SourceConfig:
     split: str = key("train", "train, val or test (a manifest's own values; empty: every line of a manifest, every clip of shards)")
     cut: str = key("", "webvid: 2M or 10M; msrvtt: 1k-A, 1k-B or full; msrvtt_clip4clip: 1k-A, 1k-A-7k or full")
     captions: Literal["random", "first", "paragraph", "all"] = key("random", "training draws one, takes the first, or joins a random number; evaluation reads all or joins all")
-    max_caption_characters: int = key(350, "captions are cut to this length, 0: never")
+    max_caption_characters: int = key(350, "captions are cut to this length, 0: never", ge=0)
     twins_together: bool = key(False, "training takes a clip and its twin (a manifest's field) in turn, so that an even batch holds both: negatives that one frame cannot tell apart")
-    weight: float = key(1.0, "relative share of optimizer steps among the sources")
-    max_clips: int = key(0, "use the first so many clips only, 0: all")
+    weight: float = key(1.0, "relative share of optimizer steps among the sources", ge=0)
+    max_clips: int = key(0, "use the first so many clips only, 0: all", ge=0)
+
+
+def check_sources(sources: tuple[SourceConfig, ...]) -> None:
+    """Refuse sources without a path, with a split version that their format does not have, or of one name."""
+    found = []
+    for index, source in enumerate(sources):
+        here, cuts = f"sources[{index}]", CUTS.get(source.format, ())
+        if not source.path.strip():
+            found.append((f"{here}.path", f"got {source.path!r}; allowed: text that is not empty"))
+        if source.format not in ("manifest", "shards") and not source.split.strip():
+            found.append((f"{here}.split", f"got {source.split!r}; allowed: text that is not empty"))
+        if not cuts and source.cut:
+            found.append((f"{here}.cut", f"got {source.cut!r}; allowed: nothing, format {source.format} has no cuts"))
+        if cuts and source.cut not in cuts:
+            found.append((f"{here}.cut", unknown_value(source.cut, cuts)))
+    for name, count in Counter(source.name or source.format for source in sources).items():
+        if count > 1:
+            what = f"got {count} sources called {name!r}; allowed: one of each name (set their name)"
+            found.append(("sources", what))
+    refuse(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +121,21 @@ class AugmentationConfig:
 
     crop_scale: tuple[float, float] = key((0.5, 1.0), "RandomResizedCrop: smallest and largest share of the area")
     crop_ratio: tuple[float, float] = key((0.75, 1.3333333333333333), "RandomResizedCrop: smallest and largest aspect ratio")
-    horizontal_flip: float = key(0.5, "probability of a mirror image; 0 for captions that speak of left and right")
+    horizontal_flip: float = key(0.5, "probability of a mirror image; 0 for captions that speak of left and right", ge=0, le=1)
     mean: tuple[float, float, float] = key((0.485, 0.456, 0.406), "normalisation mean, RGB in [0, 1]")
-    std: tuple[float, float, float] = key((0.229, 0.224, 0.225), "normalisation standard deviation")
+    std: tuple[Spread, Spread, Spread] = key((0.229, 0.224, 0.225), "normalisation standard deviation")
+
+    @model_validator(mode="after")
+    def _smallest_first(self) -> Self:
+        found = []
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            found.append(("crop_scale", f"got [{low}, {high}]; allowed: 0 < smallest <= largest <= 1"))
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            found.append(("crop_ratio", f"got [{low}, {high}]; allowed: 0 < smallest <= largest"))
+        refuse(found)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +143,13 @@ class DecodeConfig:
     """How clips become frames."""
 
     backend: DecodeBackend = key("auto", "decoder; auto takes the fastest that reads the codec on this device")
-    threads: int = key(2, "decoding threads of one loader")
-    workers: int = key(0, "loader processes (torchcodec, decord, pyav); 0: a background thread")
-    prefetch_batches: int = key(2, "batches decoded ahead")
+    threads: int = key(2, "decoding threads of one loader", ge=1)
+    workers: int = key(0, "loader processes (torchcodec, decord, pyav); 0: a background thread", ge=0)
+    prefetch_batches: int = key(2, "batches decoded ahead", ge=1)
     on_bad_clip: Literal["auto", "error", "skip"] = key("auto", "auto: skip in training, error in evaluation")
-    max_bad_share: float = key(0.05, "a run fails past this share of unreadable clips")
-    max_image_pixels: int = key(50_000_000, "a picture or frame with more pixels is a bad clip")
-    read_timeout_seconds: float = key(120.0, "a batch that takes longer is an error, not a hang")
+    max_bad_share: float = key(0.05, "a run fails past this share of unreadable clips", ge=0, le=1)
+    max_image_pixels: int = key(50_000_000, "a picture or frame with more pixels is a bad clip", ge=1)
+    read_timeout_seconds: float = key(120.0, "a batch that takes longer is an error, not a hang", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +162,29 @@ class DataConfig:
     decode: DecodeConfig = section(DecodeConfig, "decoding")
     augmentation: AugmentationConfig = section(AugmentationConfig, "augmentation")
 
+    @model_validator(mode="after")
+    def _sources_are_sound(self) -> Self:
+        check_sources(self.sources)
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One step of the curriculum."""
 
-    frames: int = key(1, "frames per video clip (images are always one frame)")
-    global_batch_size: int = key(96, "clips per forward pass over all ranks, for sources without an entry in batch_sizes")
-    batch_sizes: tuple[tuple[str, int], ...] = key((), "per source name: clips per forward pass over all ranks (a mapping in YAML)")
-    share: float | None = key(None, "share of the curriculum's budget in clips; exactly one of share, steps")
-    steps: int | None = key(None, "optimizer steps of this stage; exactly one of share, steps")
-    learning_rate_scale: float = key(1.0, "factor on optimizer.learning_rate in this stage")
+    frames: int = key(1, "frames per video clip (images are always one frame)", ge=1)
+    global_batch_size: int = key(96, "clips per forward pass over all ranks, for sources without an entry in batch_sizes", ge=1)
+    batch_sizes: Named[Count] = key((), "per source name: clips per forward pass over all ranks (a mapping in YAML)")
+    share: float | None = key(None, "share of the curriculum's budget in clips; exactly one of share, steps", gt=0, le=1)
+    steps: int | None = key(None, "optimizer steps of this stage; exactly one of share, steps", ge=1)
+    learning_rate_scale: float = key(1.0, "factor on optimizer.learning_rate in this stage", ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.share is None) == (self.steps is None):
+            got = "neither share nor steps" if self.share is None else f"share {self.share} and steps {self.steps}"
+            refuse([("", f"got {got}; allowed: exactly one of share, steps (set the other to null)")])
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,24 +192,50 @@ class CurriculumConfig:
     """The stages, and the budget that they share."""
 
     stages: tuple[StageConfig, ...] = key((StageConfig(steps=100),), "stages in order; frames may not fall")
-    budget_clips: int | None = key(None, "clips of the whole run; one of budget_clips, budget_epochs where stages name shares")
-    budget_epochs: float | None = key(None, "epochs of the whole run")
-    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step; a clip meets the negatives of its own pass only, so that four passes of 24 clips are not one of 96")
+    budget_clips: int | None = key(None, "clips of the whole run; one of budget_clips, budget_epochs where stages name shares", ge=1)
+    budget_epochs: float | None = key(None, "epochs of the whole run", gt=0)
+    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step; a clip meets the negatives of its own pass only, so that four passes of 24 clips are not one of 96", ge=1)
+
+    @model_validator(mode="after")
+    def _frames_do_not_fall(self) -> Self:
+        found = [] if self.stages else [("stages", "got none; allowed: one or more stages")]
+        for index, (before, stage) in enumerate(pairwise(self.stages), start=1):
+            if stage.frames < before.frames:
+                allowed = f"{before.frames} or more, as in the stage before"
+                found.append((f"stages[{index}].frames", f"got {stage.frames}; allowed: {allowed}"))
+        refuse(found)
+        return self
+
+    @model_validator(mode="after")
+    def _budget_goes_with_shares(self) -> Self:
+        shares = [stage.share for stage in self.stages if stage.share is not None]
+        budgets = [name for name in ("budget_clips", "budget_epochs") if getattr(self, name) is not None]
+        found = []
+        if budgets and not shares:
+            got = f"got {getattr(self, budgets[0])}, but no stage has a share"
+            found.append((budgets[0], f"{got}; allowed: a budget with shares, or steps without a budget"))
+        if shares and len(budgets) != 1:
+            got = f"got {'both' if budgets else 'neither'} of budget_clips, budget_epochs"
+            found.append(("", f"{got}; allowed: exactly one of them where stages name shares"))
+        if shares and not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            found.append(("stages", f"got shares that sum to {sum(shares):.6g}; allowed: a sum of 1"))
+        refuse(found)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float = key(3e-5, "peak learning rate")
-    betas: tuple[float, float] = key((0.9, 0.999), "AdamW betas")
-    eps: float = key(1e-6, "AdamW epsilon")
-    weight_decay: float = key(0.0, "AdamW weight decay (biases, norms and embeddings of position exempt)")
-    text_learning_rate_scale: float = key(1.0, "factor on the learning rate of the text tower")
-    position_learning_rate_scale: float = key(1.0, "factor on the learning rate of the video tower's CLS token, position and temporal embeddings; a tower from scratch learns order sooner with 10 to 30")
-    gradient_clip_norm: float = key(0.0, "largest gradient norm, 0: no clipping")
+    learning_rate: float = key(3e-5, "peak learning rate", gt=0)
+    betas: tuple[Beta, Beta] = key((0.9, 0.999), "AdamW betas")
+    eps: float = key(1e-6, "AdamW epsilon", gt=0)
+    weight_decay: float = key(0.0, "AdamW weight decay (biases, norms and embeddings of position exempt)", ge=0)
+    text_learning_rate_scale: float = key(1.0, "factor on the learning rate of the text tower", ge=0)
+    position_learning_rate_scale: float = key(1.0, "factor on the learning rate of the video tower's CLS token, position and temporal embeddings; a tower from scratch learns order sooner with 10 to 30", ge=0)
+    gradient_clip_norm: float = key(0.0, "largest gradient norm, 0: no clipping", ge=0)
     schedule: Literal["constant", "cosine"] = key("constant", "after warm-up")
-    warmup_steps: int = key(0, "linear warm-up, optimizer steps")
+    warmup_steps: int = key(0, "linear warm-up, optimizer steps", ge=0)
     fused: Literal["auto", "on", "off"] = key("auto", "fused AdamW kernel where there is one")
 
 
@@ -162,15 +243,15 @@ class OptimizerConfig:
 class LossConfig:
     """What training minimises."""
 
-    name: str = key("infonce", "infonce: cross-entropy in both directions; sigmoid: SigLIP's; max_margin: Collaborative Experts'; or a plugin's")
-    temperature: float = key(0.05, "infonce and sigmoid: divides the similarities; the start value where it is learned")
+    name: str = key("infonce", "infonce: cross-entropy in both directions; sigmoid: SigLIP's; max_margin: Collaborative Experts'; or a plugin's", names=extensions.losses)
+    temperature: float = key(0.05, "infonce and sigmoid: divides the similarities; the start value where it is learned", gt=0)
     learnable_temperature: bool = key(False, "learn the temperature with the model, as CLIP does (and the bias of sigmoid)")
-    max_logit_scale: float = key(100.0, "ceiling of 1 / temperature where it is learned")
+    max_logit_scale: float = key(100.0, "ceiling of 1 / temperature where it is learned", gt=0)
     sigmoid_bias: float = key(-10.0, "sigmoid: added to the scaled similarities; the start value where it is learned")
     average_directions: bool = key(False, "infonce: the mean of both directions (CLIP) in place of their sum (the paper)")
-    margin: float = key(0.2, "max_margin: by how much a true pair's similarity should exceed a wrong pair's")
+    margin: float = key(0.2, "max_margin: by how much a true pair's similarity should exceed a wrong pair's", ge=0)
     local: bool = key(True, "each rank computes the rows of its own clips only (same value and gradient)")
-    chunk_rows: int = key(0, "compute logits in chunks of so many rows, 0: at once")
+    chunk_rows: int = key(0, "compute logits in chunks of so many rows, 0: at once", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +261,17 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = key("auto", "bf16: autocast over fp32 weights; auto: bf16 where the device computes it in hardware, otherwise fp32, said once and reported (bf16 on a CPU without it: bf16 activations, fp32 products)")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is one")
     compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
-    expected_world_size: int | None = key(None, "refuse to run with another number of processes")
-    log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)")
-    profile_steps: int = key(0, "trace so many steps of each stage with torch.profiler: a Chrome trace in traces/, the most expensive kernels in the report")
+    expected_world_size: int | None = key(None, "refuse to run with another number of processes", ge=1)
+    log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)", ge=1)
+    profile_steps: int = key(0, "trace so many steps of each stage with torch.profiler: a Chrome trace in traces/, the most expensive kernels in the report", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What is saved and when."""
 
-    every_steps: int = key(500, "optimizer steps between checkpoints, 0: only at stage ends")
-    keep: int = key(2, "newest so many are kept, beside the best (evaluation.keep_best)")
+    every_steps: int = key(500, "optimizer steps between checkpoints, 0: only at stage ends", ge=0)
+    keep: int = key(2, "newest so many are kept, beside the best (evaluation.keep_best)", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,14 +280,26 @@ class EvaluationConfig:
 
     sources: tuple[SourceConfig, ...] = key((), "what to evaluate; none: no evaluation")
     every: Literal["epoch", "stage", "end", "never"] = key("stage", "after each epoch (data.epoch_ends) of a stage and at its end, after each stage, after the last, or not at all")
-    metrics: tuple[str, ...] = key(("retrieval",), "families of metrics to compute: retrieval (recall, ranks), or a plugin's")
+    metrics: tuple[Annotated[str, OneOf(extensions.metrics)], ...] = key(("retrieval",), "families of metrics to compute: retrieval (recall, ranks), or a plugin's")
     keep_best: str = key("none", "keep the checkpoint with the best value on the first of evaluation.sources as checkpoints/best: validation_loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or any metric such as t2v/R@1; none: keep none")
     protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
-    frames: int | None = key(None, "frames per window, but no more than the model has learned by then; none: those of the stage")
-    stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle")
-    max_windows: int = key(0, "at most so many windows a clip, evenly spread, 0: all")
-    batch_size: int = key(32, "windows per forward pass on a rank")
-    resize: int = key(256, "short side before the centre crop, for a 224 model; scaled with the resolution")
+    frames: int | None = key(None, "frames per window, but no more than the model has learned by then; none: those of the stage", ge=1)
+    stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle", ge=0)
+    max_windows: int = key(0, "at most so many windows a clip, evenly spread, 0: all", ge=0)
+    batch_size: int = key(32, "windows per forward pass on a rank", ge=1)
+    resize: int = key(256, "short side before the centre crop, for a 224 model; scaled with the resolution", ge=1)
+
+    @model_validator(mode="after")
+    def _sources_are_sound(self) -> Self:
+        check_sources(self.sources)
+        return self
+
+    @model_validator(mode="after")
+    def _best_needs_evaluations(self) -> Self:
+        if self.keep_best != "none" and (not self.sources or self.every == "never"):
+            why = "no evaluation.sources" if not self.sources else "evaluation.every: never"
+            refuse([("keep_best", f"got {self.keep_best!r} with {why}; allowed: none, or something to evaluate")])
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +315,9 @@ class WandbConfig:
 class ExperimentConfig:
     """One experiment: what to train, on what, for how long."""
 
-    name: str = key("experiment", "name in reports")
-    seed: int = key(0, "seed of weights, sampling, augmentation and order")
-    run_folder: str = key("runs/{name}", "where results go; {name} is the experiment's name")
+    name: str = key("experiment", "name in reports", not_blank=True)
+    seed: int = key(0, "seed of weights, sampling, augmentation and order", ge=0, le=2**32 - 1)
+    run_folder: str = key("runs/{name}", "where results go; {name} is the experiment's name", not_blank=True)
     paper_row: Literal["none", "1", "4", "1=>4", "8", "1=>4=>8"] = key("none", "row of the paper's Table 4 that this experiment follows")
     model: ModelConfig = section(ModelConfig, "model")
     data: DataConfig = section(DataConfig, "training data")
@@ -235,3 +328,23 @@ class ExperimentConfig:
     checkpoints: CheckpointConfig = section(CheckpointConfig, "checkpoints")
     evaluation: EvaluationConfig = section(EvaluationConfig, "evaluation")
     wandb: WandbConfig = section(WandbConfig, "Weights & Biases")
+
+    @model_validator(mode="after")
+    def _batch_sizes_name_sources(self) -> Self:
+        names = [source.name or source.format for source in self.data.sources] or ["(no data.sources)"]
+        refuse(
+            (f"curriculum.stages[{index}].batch_sizes", unknown_value(name, names))
+            for index, stage in enumerate(self.curriculum.stages)
+            for name, _ in stage.batch_sizes
+            if name not in names
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _run_folder_is_a_pattern(self) -> Self:
+        try:
+            self.run_folder.format(name="x")
+        except (KeyError, IndexError, ValueError):
+            allowed = "a path in which {name} is the experiment's name"
+            refuse([("run_folder", f"got {self.run_folder!r}; allowed: {allowed}")])
+        return self

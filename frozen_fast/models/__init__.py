@@ -1,10 +1,11 @@
 """Video and text towers, the dual encoder that joins them, and its checkpoints."""
 
+from frozen_fast.config.video_sizes import VIDEO_SIZES, VideoSize
 from frozen_fast.models.dual_encoder import DualEncoder
 from frozen_fast.models.from_config import build_dual_encoder
 from frozen_fast.models.text.tokenizer import Tokenizer
 from frozen_fast.models.text.tower import TextTower
-from frozen_fast.models.video.space_time import VIDEO_SIZES, SpaceTimeTransformer, VideoSize
+from frozen_fast.models.video.space_time import SpaceTimeTransformer
 from frozen_fast.models.video.temporal import expand_temporal_embedding
 from frozen_fast.models.video.vit_weights import load_vit_weights
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from frozen_fast.config.schema import ModelConfig
+from frozen_fast.config.video_sizes import VIDEO_SIZES
 from frozen_fast.errors import UserError, unknown_name
 from frozen_fast.models.dual_encoder import IMAGENET_MEAN, IMAGENET_STD, DualEncoder
 from frozen_fast.models.text.tower import TextTower
-from frozen_fast.models.video.space_time import VIDEO_SIZES, SpaceTimeTransformer
+from frozen_fast.models.video.space_time import SpaceTimeTransformer
 from frozen_fast.models.video.vit_weights import load_vit_weights
 
 

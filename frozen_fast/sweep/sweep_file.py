@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from frozen_fast.config import yaml_text
 from frozen_fast.config.convert import build
+from frozen_fast.config.keys import Named, dataclass, key, section
 from frozen_fast.config.overrides import apply_overrides
-from frozen_fast.config.schema import key, section
 from frozen_fast.config.yaml_text import Origins
 from frozen_fast.errors import UserError
 from frozen_fast.sweep.space import ACCELERATE_AXIS, TOGETHER_PREFIX
@@ -33,12 +33,12 @@ class SweepConfig:
     experiment: str = key("", "experiment file that every trial starts from, relative to the sweep file")
     accelerate: str | None = key(None, "Accelerate config of trials that name none, relative to the sweep file")
     overrides: tuple[str, ...] = key((), "key.path=value for every trial's measurement (not part of the winner)")
-    environment: tuple[tuple[str, str], ...] = key((), "environment variables of every trial (a mapping in YAML)")
-    axes: tuple[tuple[str, tuple[Any, ...]], ...] = key(
+    environment: Named[str] = key((), "environment variables of every trial (a mapping in YAML)")
+    axes: Named[tuple[Any, ...]] = key(
         (),
         "config key, accelerate, environment.NAME or together.NAME -> values; the product is tried (YAML: a mapping)",
     )
-    trials: tuple[tuple[tuple[str, Any], ...], ...] = key(
+    trials: tuple[Named[Any], ...] = key(
         (), "single trials beside the product (a list of mappings in YAML)"
     )
     max_trials: int = key(0, "try so many of the product, drawn at random, 0: all; listed trials are always tried")
@@ -67,7 +67,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     tree, origins = yaml_text.read(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: got a {type(tree).__name__} at the top; allowed: a mapping of keys")
-    apply_overrides(tree, overrides, origins)
+    apply_overrides(tree, overrides, origins, SweepConfig)
     config = _with_whole_paths(build(SweepConfig, tree, origins=origins), path.parent, origins)
     check(config)
     return config

@@ -91,6 +91,19 @@ def test_a_mistake_as_a_user_sees_it(config_file: Path) -> None:
     )
 
 
+def test_several_mistakes_are_a_line_each_also_where_the_config_is_only_printed(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["model.video.size=garbage", "loss.temprature=1", "curriculum.stages[0].steps=0"]
+    assert main(["train", "--config", str(config_file), "--print-config", *wrong]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    fields = [line.split(":")[:2] for line in captured.err.splitlines()]
+    assert fields == [
+        ["error", " model.video.size"], ["error", " curriculum.stages[0].steps"], ["error", " loss.temprature"],
+    ]  # fmt: skip
+
+
 def test_other_ranks_let_rank_0_speak_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

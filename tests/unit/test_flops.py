@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, DistilBertConfig
 
+from frozen_fast.config.video_sizes import VIDEO_SIZES, VideoSize
 from frozen_fast.errors import UserError
-from frozen_fast.models.video.space_time import VIDEO_SIZES, SpaceTimeTransformer, VideoSize
+from frozen_fast.models.video.space_time import SpaceTimeTransformer
 from frozen_fast.profiling.flops import TextShape, clip_flops, text_forward_flops, video_forward_flops
 from support.towers import make_text_tower
 

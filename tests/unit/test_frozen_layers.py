@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from frozen_fast.config.video_sizes import VIDEO_SIZES
 from frozen_fast.errors import UserError
 from frozen_fast.models import TextTower
-from frozen_fast.models.video.space_time import VIDEO_SIZES
 from frozen_fast.profiling.flops import TextShape, clip_flops, text_layer_flops
 from support.towers import make_text_tower
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from frozen_fast.config.video_sizes import VIDEO_SIZES
 from frozen_fast.models.linear import Linear, replace_linear_layers
-from frozen_fast.models.video.space_time import VIDEO_SIZES, SpaceTimeTransformer
+from frozen_fast.models.video.space_time import SpaceTimeTransformer
 from frozen_kernels import linear
 from frozen_kernels.products import choice
 

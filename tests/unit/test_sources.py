@@ -278,7 +278,7 @@ def test_formats_are_those_of_the_schema() -> None:
     from frozen_fast.config.schema import SourceFormat
 
     assert set(FORMATS) == set(get_args(SourceFormat))
-    with pytest.raises(UserError, match="did you mean 'webvid'"):
+    with pytest.raises(ValueError, match="should be 'manifest', 'webvid'"):
         read("webvids", Path("x"))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from frozen_fast.config.schema import ModelConfig
 from frozen_fast.config.video_sizes import VIDEO_SIZES
-from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.errors import UserError
 from frozen_fast.models.dual_encoder import IMAGENET_MEAN, IMAGENET_STD, DualEncoder
 from frozen_fast.models.text.tower import TextTower
 from frozen_fast.models.video.space_time import SpaceTimeTransformer
@@ -47,8 +47,6 @@ def build_dual_encoder(
     }
     if config.checkpoint is not None:
         return _from_checkpoint(config, max_frames, first_frames, options)
-    if video.size not in VIDEO_SIZES:
-        raise unknown_name("model.video.size", video.size, VIDEO_SIZES)
     tower = SpaceTimeTransformer(
         VIDEO_SIZES[video.size],
         max_frames,

@@ -88,12 +88,6 @@ def test_a_released_checkpoint_needs_a_tokenizer_to_train(tower_folder: Path, tm
     assert model.text_model.tokenizer is not None and model.text_model.tokenizer.max_tokens == 16
 
 
-def test_an_unknown_size_names_the_nearest(tower_folder: Path) -> None:
-    config = ModelConfig(video=VideoTowerConfig(size="base_patch16"))
-    with pytest.raises(UserError, match="model.video.size: got 'base_patch16' .did you mean 'base_patch16_224'"):
-        build_dual_encoder(config, max_frames=1, first_frames=1)
-
-
 # ViT weights -----------------------------------------------------------------------------------------------------
 
 

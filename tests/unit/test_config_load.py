@@ -192,7 +192,7 @@ def test_dump_reads_back_as_the_same_config(tmp_path: Path, meanings: bool) -> N
     plain = yaml.safe_load(text)
     assert plain == to_plain(config), "other YAML readers must see the same values"
     if meanings:
-        assert "# divides the cosine similarities" in text
+        assert "# infonce and sigmoid: divides the similarities" in text
 
 
 def test_every_key_has_a_meaning_and_appears_in_help() -> None:

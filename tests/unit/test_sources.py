@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from frozen_fast.config.schema import SourceConfig
-from frozen_fast.data.sources import FORMATS, CaptionRule, Clip, PackedClips, Source, read_source, read_sources
+from frozen_fast.data.sources import CaptionRule, Clip, PackedClips, Source, read_source, read_sources
 from frozen_fast.data.sources.pickles import load_plain_pickle
 from frozen_fast.errors import UserError
 from support import datasets
@@ -23,16 +23,17 @@ def test_packed_clips_come_back_as_they_were() -> None:
     clips = [
         Clip("a", "x/é.mp4", ("one", "two")),
         Clip("b", "y.jpg", ("drei",), "image", 1.5, 2.25, "val", "a"),
+        Clip("l", "y.avi", ("run",), label="run", segments=((0.0, 5.0), (10.0, 15.0))),
         Clip("c\udc80", "z", ("",)),
     ]
     packed = PackedClips(clips)
-    assert list(packed) == clips and len(packed) == 3
+    assert list(packed) == clips and len(packed) == 4
     assert packed[-1] == clips[-1] and packed[0:3:2] == clips[0:3:2]
     assert list(pickle.loads(pickle.dumps(packed))) == clips
     assert list(packed) == clips, "still readable here after it was sent to a process"
     assert list(pickle.loads(pickle.dumps(PackedClips([])))) == []
     with pytest.raises(IndexError):
-        packed[3]
+        packed[4]
     assert len(PackedClips([])) == 0
 
 
@@ -272,13 +273,8 @@ def test_read_sources_wants_different_names(tmp_path: Path) -> None:
     assert list(read_sources([one, two])) == ["webvid", "again"]
 
 
-def test_formats_are_those_of_the_schema() -> None:
-    from typing import get_args
-
-    from frozen_fast.config.schema import SourceFormat
-
-    assert set(FORMATS) == set(get_args(SourceFormat))
-    with pytest.raises(ValueError, match="should be 'manifest', 'webvid'"):
+def test_an_unknown_layout_is_told_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="allowed: activitynet, cc3m, .*webvid"):
         read("webvids", Path("x"))
 
 

@@ -170,13 +170,13 @@ class _WindowReader:
         """The windows of one clip, as frame indices into its file."""
         clip = self.source.clips[index]
         try:
-            info, first, last = probe_clip(clip, self.prober, self.max_pixels)
+            info, numbers = probe_clip(clip, self.prober, self.max_pixels)
         except ClipError as error:
             return error
         frames = 1 if self.source.kind == "image" else self.frames
         stride = stride_in_frames(self.stride_seconds, info.frames_per_second)
-        windows = test_windows(last - first, frames, stride_frames=stride, max_windows=self.max_windows)
-        return clip, [[first + frame for frame in window] for window in windows]
+        windows = test_windows(len(numbers), frames, stride_frames=stride, max_windows=self.max_windows)
+        return clip, [[numbers[frame] for frame in window] for window in windows]
 
     def _dropped(self, index: int, clip: Clip, error: ClipError) -> _Dropped:
         if self.policy == "error":

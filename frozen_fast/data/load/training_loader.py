@@ -93,21 +93,23 @@ def resolve_policy(decode: DecodeConfig, *, training: bool) -> Policy:
     return decode.on_bad_clip
 
 
-def probe_clip(clip: Clip, prober: Prober, max_pixels: int) -> tuple[VideoInfo, int, int]:
-    """What a clip's file holds, and the clip's frames in it as (info, first, last_exclusive).
+def probe_clip(clip: Clip, prober: Prober, max_pixels: int) -> tuple[VideoInfo, Sequence[int]]:
+    """What a clip's file holds, and the numbers of the clip's frames in it, ascending.
 
     Raises:
         ClipError: the file cannot be read, or the clip begins after its end.
     """
     info = prober(clip.path, clip.kind, max_pixels=max_pixels)
     if clip.kind == "image":
-        return info, 0, 1
-    if clip.start_seconds is not None:
-        length = float(info.presentation_seconds[-1]) + 1 / info.frames_per_second
-        if clip.start_seconds >= length:
-            raise ClipError("no_frames", f"begins at {clip.start_seconds:g} s of {length:g} s", clip.path)
-    first, last = info.frame_range(clip.start_seconds, clip.end_seconds)
-    return info, first, last
+        return info, range(1)
+    length = float(info.presentation_seconds[-1]) + 1 / info.frames_per_second
+    start = clip.segments[0][0] if clip.segments else clip.start_seconds
+    if start is not None and start >= length:
+        raise ClipError("no_frames", f"begins at {start:g} s of {length:g} s", clip.path)
+    if not clip.segments:
+        return info, range(*info.frame_range(clip.start_seconds, clip.end_seconds))
+    inside = [info.frame_range(first, last) for first, last in clip.segments if first < length]
+    return info, sorted({number for first, last in inside for number in range(first, last)})
 
 
 @dataclass
@@ -204,10 +206,10 @@ class ClipReader:
         rng = keyed_rng(seed, "clip", source.name, slot.position, slot.attempt)
         slot.caption = source.caption_rule.training(clip.captions, rng)
         try:
-            info, first, last = probe_clip(clip, self.prober, self.max_pixels)
+            info, numbers = probe_clip(clip, self.prober, self.max_pixels)
         except ClipError as error:
             return error
-        indices = tuple(first + index for index in train_frames(last - first, frames, rng))
+        indices = tuple(numbers[index] for index in train_frames(len(numbers), frames, rng))
         view = draw_train_view(
             rng, info.height, info.width, scale=self.augmentation.crop_scale, ratio=self.augmentation.crop_ratio,
             flip_probability=self.augmentation.horizontal_flip,

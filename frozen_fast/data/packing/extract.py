@@ -92,15 +92,15 @@ def extract(clip: Clip, settings: PackSettings, max_pixels: int) -> StoredFrames
 
 
 def _extracted(clip: Clip, settings: PackSettings, max_pixels: int) -> StoredFrames:
-    info, first, last = probe_clip(clip, probe, max_pixels)
-    numbers = frames_to_store(last - first, settings.frames_per_clip)
+    info, available = probe_clip(clip, probe, max_pixels)
+    numbers = frames_to_store(len(available), settings.frames_per_clip)
     if clip.kind == "image":
         frames_NHWC = read_picture(clip.path, max_pixels=max_pixels)
     else:
         index = clip_index(clip.path, max_pixels=max_pixels)
-        frames_NHWC = read_frames(clip.path, index, [first + number for number in numbers], max_pixels)
+        frames_NHWC = read_frames(clip.path, index, [available[number] for number in numbers], max_pixels)
     frames_NHWC = shrink(frames_NHWC, settings.short_side)
-    times = info.presentation_seconds[first:last]
+    times = info.presentation_seconds[list(available)]
     seconds = (times[numbers] - times[0]).tolist()
     # The last frame is on screen for as long as a mean one.
     length_seconds = float(times[-1] - times[0]) + 1 / info.frames_per_second
@@ -110,7 +110,7 @@ def _extracted(clip: Clip, settings: PackSettings, max_pixels: int) -> StoredFra
         seconds=seconds,
         height=frames_NHWC.shape[1],
         width=frames_NHWC.shape[2],
-        original_frames=last - first,
+        original_frames=len(available),
         frames_per_second=len(numbers) / length_seconds,
     )
 

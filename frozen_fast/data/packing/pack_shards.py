@@ -178,7 +178,8 @@ def _fingerprint(source: Source) -> str:
 
 
 def _identity(clip: Clip) -> list[Any]:
-    return [clip.id, clip.captions, clip.kind, clip.start_seconds, clip.end_seconds, clip.split, clip.twin]
+    seen = [clip.id, clip.captions, clip.kind, clip.start_seconds, clip.end_seconds, clip.split, clip.twin]
+    return seen + [value for value in (clip.label, clip.segments) if value]  # absent in folders packed without them
 
 
 def _summary(folder: Path, index: dict[str, Any], *, reused: bool) -> PackSummary:

@@ -91,8 +91,7 @@ def _manifest_line(shard: int, row: dict[str, Any], packed_ids: set[str], kind: 
     """A clip's line; a picture among videos is a video of one frame once it is packed."""
     line = {"id": row["id"], "path": layout.address(shard, row["row"])}
     line |= {"captions": row["captions"], "kind": kind}
-    if "split" in row:
-        line["split"] = row["split"]
+    line |= {name: row[name] for name in ("split", "label") if name in row}
     if row.get("twin") in packed_ids:  # a twin that could not be read is no twin any more
         line["twin"] = row["twin"]
     return line

@@ -52,7 +52,8 @@ class ShardWriter:
         """Append a clip."""
         name = f"{self.packed:08d}"
         entry: dict[str, Any] = {"id": clip.id, "captions": list(clip.captions), "kind": clip.kind}
-        entry |= {key: value for key, value in (("split", clip.split), ("twin", clip.twin)) if value}
+        named = (("split", clip.split), ("twin", clip.twin), ("label", clip.label))
+        entry |= {key: value for key, value in named if value}
         about = {
             "frame_numbers": stored.numbers, "seconds": stored.seconds, "height": stored.height,
             "width": stored.width, "original_frames": stored.original_frames,

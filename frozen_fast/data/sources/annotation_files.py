@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,45 @@ DUPLICATE_ID = "duplicate id"
 NO_CAPTION = "no caption"
 
 
+class MissingFileError(UserError):
+    """A folder or annotation file of a data set is not there; read_source adds where to get it."""
+
+
 def require_folder(path: Path, key: str) -> Path:
-    """The path itself, or a UserError naming the config key where it is no folder."""
+    """The path itself, or a MissingFileError naming the config key where it is no folder."""
     if not path.is_dir():
-        raise UserError(f"{key}.path: got {str(path)!r}, which is no folder; allowed: the data set's root folder")
+        got = f"got {str(path)!r}, which is no folder"
+        raise MissingFileError(f"{key}.path: {got}; allowed: the data set's root folder")
     return path
 
 
 def require_file(path: Path, key: str) -> Path:
-    """The path itself, or a UserError naming the missing metadata file."""
+    """The path itself, or a MissingFileError naming the metadata file."""
     if not path.is_file():
-        raise UserError(f"{key}.path: the metadata file {str(path)!r} does not exist; allowed: a folder that holds it")
+        missing = f"the metadata file {str(path)!r} does not exist"
+        raise MissingFileError(f"{key}.path: {missing}; allowed: a folder that holds it")
     return path
+
+
+def folder_with(root: Path, folders: Iterable[str], holds: str, key: str) -> Path:
+    """The first of some folders below the root that holds a file or folder.
+
+    Args:
+        root: the data set's folder.
+        folders: relative to it, "." is the root itself.
+        holds: name of what the folder must hold; "." asks for the folder alone.
+        key: the source's config key.
+
+    Raises:
+        MissingFileError: none of them does; the message lists all.
+    """
+    require_folder(root, key)
+    places = [Path(folder) / holds for folder in folders]
+    for place in places:
+        if (root / place).exists():
+            return (root / place).parent if holds != "." else root / place
+    wanted = ", ".join(str(place) for place in places)
+    raise MissingFileError(f"{key}.path: got {str(root)!r}, which holds none of: {wanted}; allowed: a folder that does")
 
 
 def read_text(path: Path) -> str:
@@ -85,6 +112,24 @@ def read_table(path: Path, columns: Iterable[str]) -> Iterator[dict[str, str]]:
         raise UserError(f"{path}: not a comma-separated table ({error})") from None
 
 
+def records(data: Any, field: str, columns: Iterable[str], path: Path) -> list[dict[str, Any]]:
+    """data[field] (data itself where field is empty) as a list of objects with string columns.
+
+    Raises:
+        UserError: naming the file, the place and the value where a column is missing or no string.
+    """
+    rows = data if not field else data.get(field) if isinstance(data, dict) else None
+    if not isinstance(rows, list):
+        wanted = f"a list of objects with {', '.join(columns)}"
+        raise UserError(f"{path}: {field or 'top level'}: missing; allowed: {wanted}")
+    for number, row in enumerate(rows):
+        for column in columns:
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                got = row.get(column) if isinstance(row, dict) else row
+                raise UserError(f"{path}: {field}[{number}].{column}: got {got!r:.80}; allowed: a string")
+    return rows
+
+
 class FolderListings:
     """Does a file exist? One listing per folder instead of one call per file: millions of rows in seconds."""
 
@@ -113,10 +158,18 @@ def _file_of(clip: Clip) -> str:
 
 
 class ClipCollector:
-    """Takes candidate clips, keeps the good ones, counts the others by cause."""
+    """Takes candidate clips, keeps the good ones, counts the others by cause.
+
+    Attributes:
+        drops: cause -> rows left out.
+        listed: different clip ids that the annotation names, on disk or not.
+        classes: a reader of an action recognition data set puts the names of its class list here.
+    """
 
     def __init__(self) -> None:
         self.drops: Counter[str] = Counter()
+        self.listed = 0
+        self.classes: Sequence[str] = ()
         self._examples: dict[str, list[str]] = {}
         self._seen: set[str] = set()
         self._listings = FolderListings()
@@ -132,12 +185,14 @@ class ClipCollector:
         """Whether the clip may stay: its id is new, it has a caption, and its file is there. Else it is counted."""
         if clip.id in self._seen:
             self.drop(DUPLICATE_ID, clip.id)
-        elif not clip.captions:
+            return False
+        self._seen.add(clip.id)
+        self.listed += 1
+        if not clip.captions:
             self.drop(NO_CAPTION, clip.id)
         elif _file_of(clip) not in self._listings:
             self.drop(NOT_ON_DISK, clip.path)
         else:
-            self._seen.add(clip.id)
             return True
         return False
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data.sources.annotation_files import ClipCollector, read_table, require_file, require_folder
 from frozen_fast.data.sources.clip import Clip
-from frozen_fast.errors import unknown_name
+from frozen_fast.data.sources.data_set_layout import Layout
 
 # split -> (table, folder of pictures)
 SPLITS = {
@@ -20,8 +20,6 @@ SPLITS = {
 
 def read_cc3m(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
     """Pictures of a CC3M folder; the file of a row is training|validation/<crc32 of its address>, no extension."""
-    if config.split not in SPLITS:
-        raise unknown_name(f"{key}.split", config.split, SPLITS)
     root = require_folder(Path(config.path), key)
     table, folder = SPLITS[config.split]
     for row in read_table(require_file(root / table, key), ("thumbnailUrl", "caption")):
@@ -36,3 +34,11 @@ def read_cc3m(config: SourceConfig, key: str, collector: ClipCollector) -> Itera
             kind="image",
             split=config.split,
         )
+
+
+CC3M = Layout(
+    data_set="CC3M",
+    read=read_cc3m,
+    published={"": {"train": (), "val": ()}},  # how many pictures can still be downloaded differs from copy to copy
+    get_from="Conceptual Captions: addresses at ai.google.com/research/ConceptualCaptions, pictures by a downloader",
+)

@@ -27,6 +27,9 @@ class Clip:
         end_seconds: where it ends, exclusive; None: at the end.
         split: as the data set names it, such as train, val, test; empty where it names none.
         twin: id of a clip that one frame cannot tell apart from this one (its mirror in time), for evaluation.
+        label: class of an action recognition data set, as words ("brush hair"); None: the data set has no classes.
+        segments: parts of the file, (start, end) in seconds, in order and apart; the clip is these one after another.
+            Empty: the clip is start_seconds to end_seconds.
     """
 
     id: str
@@ -37,6 +40,8 @@ class Clip:
     end_seconds: float | None = None
     split: str = ""
     twin: str | None = None
+    label: str | None = None
+    segments: tuple[tuple[float, float], ...] = ()
 
 
 class PackedClips(Sequence[Clip]):
@@ -90,8 +95,10 @@ class PackedClips(Sequence[Clip]):
         place = index % len(self)
         packed = self._bytes_view[self._ends_view[place] : self._ends_view[place + 1]]
         text = packed.tobytes().decode("utf-8", "surrogatepass")
-        identity, path, captions, *rest = json.loads(text)
-        return Clip(identity, path, tuple(captions), *rest)
+        values = dict(zip(Clip.__slots__, json.loads(text), strict=True))
+        values["captions"] = tuple(values["captions"])
+        values["segments"] = tuple((start, end) for start, end in values["segments"])
+        return Clip(**values)
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class Source:
             has the stage's frames, and a picture among the videos repeats its one.
         caption_rule: how captions are chosen and cut.
         drops: cause -> number of rows left out, for the report.
+        classes: class names in the order of the data set's own list, else sorted; empty without classes.
+        published: number of clips that the data set's authors state for this split; None: not stated, or not checked.
     """
 
     name: str
@@ -114,6 +123,8 @@ class Source:
     kind: Kind = "video"
     caption_rule: CaptionRule = field(default_factory=CaptionRule)
     drops: dict[str, int] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    published: int | None = None
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -10,10 +10,11 @@ from typing import Any, TypeGuard
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data.sources.annotation_files import ClipCollector, read_text
 from frozen_fast.data.sources.clip import Clip
+from frozen_fast.data.sources.data_set_layout import Layout
 from frozen_fast.errors import UserError, unknown_name
 
 _KINDS = ("video", "image")
-_KEYS = ("id", "path", "captions", "kind", "start_seconds", "end_seconds", "split", "twin")
+_KEYS = ("id", "path", "captions", "kind", "start_seconds", "end_seconds", "split", "twin", "label")
 _SHOWN_CHARACTERS = 80
 _MOST_SECONDS = 1e9
 
@@ -101,6 +102,7 @@ def parse_line(line: str, where: str, folder: Path) -> Clip:
         end_seconds=end,
         split=_text(row, "split", where) if row.get("split") is not None else "",
         twin=_text(row, "twin", where) if row.get("twin") is not None else None,
+        label=_text(row, "label", where) if row.get("label") is not None else None,
     )
 
 
@@ -141,3 +143,6 @@ def _seconds(row: dict[str, Any], name: str, where: str) -> float | None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + ".."
+
+
+MANIFEST = Layout(data_set="a manifest", read=read_manifest)

@@ -9,15 +9,18 @@ from typing import Any
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data.sources.annotation_files import (
     ClipCollector,
+    folder_with,
     read_json,
     read_list,
     read_table,
+    records,
     require_file,
     require_folder,
 )
 from frozen_fast.data.sources.clip import Clip
+from frozen_fast.data.sources.data_set_layout import Layout
 from frozen_fast.data.sources.pickles import load_plain_pickle
-from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.errors import UserError
 
 # cut -> split -> list file. 1k-A is "jsfusion" in the released code, 1k-B "miech".
 RELEASED_LISTS = {
@@ -40,7 +43,7 @@ _VIDEO_FOLDERS = ("videos/all", "MSRVTT_Videos", "videos")
 
 def read_msrvtt(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
     """Clips of annotation/MSR_VTT.json, high-quality/structured-symlinks/*.txt and videos/all/<id>.mp4."""
-    name = _choose(RELEASED_LISTS, config, key)
+    name = RELEASED_LISTS[config.cut][config.split]
     root = require_folder(Path(config.path), key)
     lists = root / "high-quality" / "structured-symlinks"
     annotation = require_file(root / "annotation" / "MSR_VTT.json", key)
@@ -59,10 +62,10 @@ def read_msrvtt_clip4clip(config: SourceConfig, key: str, collector: ClipCollect
 
     Videos lie in videos/all, MSRVTT_Videos or videos, whichever there is first.
     """
-    name = _choose(CLIP4CLIP_TABLES, config, key)
+    name = CLIP4CLIP_TABLES[config.cut][config.split]
     root = require_folder(Path(config.path), key)
-    tables = _first_with(root, _TABLE_FOLDERS, "MSRVTT_data.json", key)
-    videos = _first_with(root, _VIDEO_FOLDERS, ".", key)
+    tables = folder_with(root, _TABLE_FOLDERS, "MSRVTT_data.json", key)
+    videos = folder_with(root, _VIDEO_FOLDERS, ".", key)
     if config.split == "test" and config.cut != "full":
         for row in read_table(require_file(tables / name, key), ("video_id", "sentence")):
             yield _clip(row["video_id"], [row["sentence"]] if row["sentence"] else [], videos, config.split)
@@ -71,7 +74,7 @@ def read_msrvtt_clip4clip(config: SourceConfig, key: str, collector: ClipCollect
     data = read_json(data_file)
     captions = _captions_by_video(data, "sentences", "video_id", data_file)
     if config.cut == "full":
-        rows = _records(data, "videos", ("video_id", "split"), data_file)
+        rows = records(data, "videos", ("video_id", "split"), data_file)
         ids = [row["video_id"] for row in rows if row["split"] == name]
     else:
         ids = [row["video_id"] for row in read_table(require_file(tables / name, key), ("video_id",))]
@@ -79,42 +82,13 @@ def read_msrvtt_clip4clip(config: SourceConfig, key: str, collector: ClipCollect
         yield _clip(video, captions.get(video, []), videos, config.split)
 
 
-def _choose(table: dict[str, dict[str, str]], config: SourceConfig, key: str) -> str:
-    if config.cut not in table:
-        raise unknown_name(f"{key}.cut", config.cut, table)
-    if config.split not in table[config.cut]:
-        raise unknown_name(f"{key}.split", config.split, table[config.cut])
-    return table[config.cut][config.split]
-
-
 def _clip(video: str, captions: list[str], videos: Path, split: str) -> Clip:
     return Clip(id=video, path=f"{videos}/{video}.mp4", captions=tuple(captions), split=split)
 
 
-def _first_with(root: Path, folders: tuple[str, ...], holds: str, key: str) -> Path:
-    for folder in folders:
-        if (root / folder / holds).exists():
-            return root / folder
-    wanted = ", ".join(str(Path(folder) / holds) for folder in folders)
-    raise UserError(f"{key}.path: got {str(root)!r}, which holds none of: {wanted}")
-
-
-def _records(data: Any, field: str, columns: tuple[str, ...], path: Path) -> list[dict[str, str]]:
-    """data[field] as a list of objects with string columns; a UserError names what is missing."""
-    rows = data.get(field) if isinstance(data, dict) else None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: {field}: missing; allowed: a list of objects with {', '.join(columns)}")
-    for number, row in enumerate(rows):
-        for column in columns:
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                got = row.get(column) if isinstance(row, dict) else row
-                raise UserError(f"{path}: {field}[{number}].{column}: got {got!r}; allowed: a string")
-    return rows
-
-
 def _captions_by_video(data: Any, field: str, id_column: str, path: Path) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
-    for row in _records(data, field, (id_column, "caption"), path):
+    for row in records(data, field, (id_column, "caption"), path):
         captions.setdefault(row[id_column], []).append(row["caption"].strip())
     return captions
 
@@ -130,3 +104,26 @@ def _pick(captions: list[str], index: int | None, video: str, path: Path) -> lis
     if index is None or not 0 <= index < len(captions):
         raise UserError(f"{path}: caption index of {video}: got {index}; allowed: 0 to {len(captions) - 1}")
     return [captions[index]]
+
+
+_FULL = {"train": (6513,), "val": (497,), "test": (2990,)}
+MSRVTT = Layout(
+    data_set="MSR-VTT",
+    read=read_msrvtt,
+    published={
+        "1k-A": {"train": (9000,), "test": (1000,)},
+        "1k-B": {"train": (6656,), "test": (1000,)},
+        "full": _FULL,
+    },
+    get_from="MSRVTT.zip of the Frozen-in-Time authors, robots.ox.ac.uk/~maxbain/frozen-in-time/data",
+)
+MSRVTT_CLIP4CLIP = Layout(
+    data_set="MSR-VTT",
+    read=read_msrvtt_clip4clip,
+    published={
+        "1k-A": {"train": (9000,), "test": (1000,)},
+        "1k-A-7k": {"train": (7010,), "test": (1000,)},
+        "full": _FULL,
+    },
+    get_from="msrvtt_data.zip of the releases of github.com/ArrowLuo/CLIP4Clip, videos of MSRVTT.zip",
+)

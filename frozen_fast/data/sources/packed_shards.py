@@ -12,6 +12,7 @@ from frozen_fast.data.shards import layout
 from frozen_fast.data.shards.shard_index import open_index
 from frozen_fast.data.sources.annotation_files import ClipCollector, require_folder
 from frozen_fast.data.sources.clip import Clip
+from frozen_fast.data.sources.data_set_layout import Layout
 from frozen_fast.errors import UserError, unknown_name
 
 COULD_NOT_BE_PACKED = "could not be packed"
@@ -54,13 +55,15 @@ def _clip(line: str, where: str, root: Path) -> Clip:
     try:
         row: dict[str, Any] = json.loads(line)
         captions, texts = row["captions"], [row["id"], row["path"], row["kind"], row.get("split", "")]
-        if row.get("twin") is not None:
-            texts.append(row["twin"])
+        texts += [row[name] for name in ("twin", "label") if row.get(name) is not None]
         if not isinstance(captions, list) or not captions or not all(isinstance(t, str) for t in [*texts, *captions]):
             raise TypeError
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: not a packed clip; allowed: what frozen-fast pack writes") from None
     return Clip(
         id=row["id"], path=str(root / row["path"]), captions=tuple(captions), kind=row["kind"],
-        split=row.get("split", ""), twin=row.get("twin"),
+        split=row.get("split", ""), twin=row.get("twin"), label=row.get("label"),
     )  # fmt: skip
+
+
+SHARDS = Layout(data_set="packed shards", read=read_shards)

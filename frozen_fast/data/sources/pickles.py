@@ -67,3 +67,23 @@ def load_plain_pickle(path: Path) -> Any:
     except Exception as error:  # noqa: BLE001  a broken pickle raises almost anything
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a pickle of plain values ({type(error).__name__}: {reason})") from None
+
+
+def load_word_captions(path: Path) -> dict[str, tuple[str, ...]]:
+    """A raw-captions.pkl, video -> list of captions as lists of words, with the words joined by spaces.
+
+    Raises:
+        UserError: as load_plain_pickle, or another structure, naming the first video at fault.
+    """
+    videos = load_plain_pickle(path)
+    if not isinstance(videos, dict):
+        raise UserError(f"{path}: got {type(videos).__name__}; allowed: a dict of video to lists of words")
+    captions = {}
+    for video, sentences in videos.items():
+        whole = isinstance(video, str) and isinstance(sentences, (list, tuple)) and all(
+            isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words) for words in sentences
+        )
+        if not whole:
+            raise UserError(f"{path}: {video!r:.80}: got {sentences!r:.80}; allowed: a list of lists of words")
+        captions[video] = tuple(text for text in (" ".join(words).strip() for words in sentences) if text)
+    return captions

@@ -1,35 +1,21 @@
-"""From a source's config to its clips: the table of formats, and the checks that all formats share."""
+"""From a source's config to its clips: the layout's reader, and the checks that all layouts share."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from frozen_fast.config.extensions import layouts
 from frozen_fast.config.schema import SourceConfig
-from frozen_fast.data.sources.annotation_files import ClipCollector
+from frozen_fast.data.sources.annotation_files import ClipCollector, MissingFileError
 from frozen_fast.data.sources.captions import CaptionRule
-from frozen_fast.data.sources.cc3m import read_cc3m
 from frozen_fast.data.sources.clip import Clip, Kind, PackedClips, Source
-from frozen_fast.data.sources.manifest import read_manifest
-from frozen_fast.data.sources.msrvtt import read_msrvtt, read_msrvtt_clip4clip
-from frozen_fast.data.sources.packed_shards import read_shards
-from frozen_fast.data.sources.webvid import read_webvid
-from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.data.sources.data_set_layout import Layout
+from frozen_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-Reader = Callable[[SourceConfig, str, ClipCollector], Iterator[Clip]]
-
-FORMATS: dict[str, Reader] = {
-    "manifest": read_manifest,
-    "webvid": read_webvid,
-    "cc3m": read_cc3m,
-    "msrvtt": read_msrvtt,
-    "msrvtt_clip4clip": read_msrvtt_clip4clip,
-    "shards": read_shards,
-}
 
 
 def read_source(config: SourceConfig, key: str = "source") -> Source:
@@ -40,32 +26,65 @@ def read_source(config: SourceConfig, key: str = "source") -> Source:
         key: the config key that error messages name, such as "data.sources[0]".
 
     Raises:
-        UserError: a folder, metadata file or column is missing, a manifest line is wrong, or no clip is left.
+        UserError: a folder, metadata file or column is missing (the message says where to get it), a version or split
+            is unknown, an annotation is malformed, the number of clips is not the published one under
+            split_counts "error", or no clip is left.
     """
-    if config.format not in FORMATS:
-        raise unknown_name(f"{key}.format", config.format, FORMATS)
+    layout: Layout = layouts.load(config.format, f"{key}.format")
     if not config.path:
         raise UserError(f"{key}.path: got nothing; allowed: a manifest file, a data set's folder, or packed shards")
+    layout.check_choice(config, key)
     name = config.name or config.format
     collector = ClipCollector()
     kinds: Counter[Kind] = Counter()
+    labels: set[str] = set()
 
     def kept() -> Iterator[Clip]:
-        for clip in FORMATS[config.format](config, key, collector):
+        for clip in layout.read(config, key, collector):
             if collector.keep(clip):
                 kinds[clip.kind] += 1
+                if clip.label is not None:
+                    labels.add(clip.label)
                 yield clip
 
-    clips = PackedClips(islice(kept(), config.max_clips or None))
+    try:
+        clips = PackedClips(islice(kept(), config.max_clips or None))
+    except MissingFileError as error:
+        raise UserError(f"{error}{f' ({layout.get_from})' if layout.get_from else ''}") from None
     collector.log(name, len(clips))
+    published = _check_count(config, key, layout, collector)
     if not clips:
         causes = ", ".join(f"{cause}: {count}" for cause, count in collector.drops.items()) or "no rows"
         raise UserError(f"{key}: no clip is left of {config.path!r} ({causes}); allowed: at least one readable row")
     rule = CaptionRule(config.captions, config.max_caption_characters)
     held = ", ".join(f"{count} of kind {kind}" for kind, count in sorted(kinds.items(), reverse=True))
     logger.info("source %s: %d clips (%s: %s)", name, len(clips), config.format, held)
-    whole: Kind = "video" if kinds["video"] else "image"
-    return Source(name, config.format, clips, whole, rule, dict(collector.drops))
+    return Source(
+        name=name,
+        format=config.format,
+        clips=clips,
+        kind="video" if kinds["video"] else "image",
+        caption_rule=rule,
+        drops=dict(collector.drops),
+        classes=tuple(sorted(labels | set(collector.classes))) if labels else (),
+        published=published,
+    )
+
+
+def _check_count(config: SourceConfig, key: str, layout: Layout, collector: ClipCollector) -> int | None:
+    """Compare the clips that the annotation names with the published number, which is returned where there is one."""
+    expected = layout.expected(config)
+    if not expected or config.max_clips or config.split_counts == "off":
+        return None
+    if collector.listed not in expected:
+        numbers = " or ".join(f"{count:,}" for count in expected)
+        version = f" {config.cut}" if config.cut else ""
+        found = f"{layout.data_set}{version}, split {config.split}: the annotation names {collector.listed:,} clips"
+        message = f"{found}; {numbers} are published"
+        if config.split_counts == "error":
+            raise UserError(f"{key}.split_counts: {message}; allowed: the published files, or split_counts=warn")
+        logger.warning("source %s: %s", config.name or config.format, message)
+    return min(expected, key=lambda count: abs(count - collector.listed))
 
 
 def read_sources(configs: Sequence[SourceConfig], key: str = "data.sources") -> dict[str, Source]:

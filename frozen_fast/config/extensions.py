@@ -95,6 +95,7 @@ models = ExtensionPoint(
         "collaborative_experts": "frozen_fast.models.experts.expert_model:CollaborativeExperts",
         "moee": "frozen_fast.models.experts.expert_model:MixtureOfExperts",
         "concatenated_experts": "frozen_fast.models.experts.expert_model:ConcatenatedExperts",
+        "clip2video": "frozen_fast.models.clip2video.clip2video_model:Clip2Video",
     },
 )
 """frozen_fast.models.retrieval_model.RetrievalModel classes."""

@@ -149,3 +149,16 @@ layouts = ExtensionPoint(
     },
 )
 """frozen_fast.data.sources.Layout objects: data sets in their forms on disk."""
+
+optimizers = ExtensionPoint(
+    "optimizers",
+    "optimizer.name",
+    {
+        "adamw": "frozen_fast.optimizers.kinds:ADAMW",
+        "adam": "frozen_fast.optimizers.kinds:ADAM",
+        "radam": "frozen_fast.optimizers.kinds:RADAM",
+        "lion": "frozen_fast.optimizers.kinds:LION",
+        "lamb": "frozen_fast.optimizers.kinds:LAMB",
+    },
+)
+"""frozen_fast.optimizers.kinds.OptimizerKind objects."""

@@ -127,6 +127,7 @@ layouts = ExtensionPoint(
     {
         "manifest": f"{_SOURCES}.manifest:MANIFEST",
         "shards": f"{_SOURCES}.packed_shards:SHARDS",
+        "features": f"{_SOURCES}.expert_features:FEATURES",
         "csv": f"{_SOURCES}.caption_tables:CSV",
         "parquet": f"{_SOURCES}.caption_tables:PARQUET",
         "webvid": f"{_SOURCES}.webvid:WEBVID",

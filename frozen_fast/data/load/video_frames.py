@@ -1,0 +1,99 @@
+"""Frames of a video or picture as tensors, and the transform from there to a model's input: for notebooks and scripts.
+
+Axis letters: T frames, H and W pixels, R a model's resolution.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from frozen_fast.data.decode import Kind
+from frozen_fast.data.decode.pictures import read_picture
+from frozen_fast.data.decode.probe import clip_index
+from frozen_fast.data.decode.pyav import read_frames
+from frozen_fast.data.decode.transforms import ViewTransform
+from frozen_fast.data.decode.types import ClipError, TestView
+from frozen_fast.data.load.for_model import RESIZE_RESOLUTION, FrameFormat
+from frozen_fast.data.plan.frame_sampling import test_windows
+from frozen_fast.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff".split())
+MAX_PIXELS = 50_000_000
+DEFAULT_RESIZE = 256
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Whether a file is taken for a picture or a video, by its suffix."""
+    return "image" if os.path.splitext(os.fspath(path))[1].lower() in IMAGE_SUFFIXES else "video"
+
+
+def load_video(
+    path: str | Path,
+    frames: int = 8,
+    *,
+    start_seconds: float | None = None,
+    end_seconds: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
+    """Read frames of a video, one from the middle of each of `frames` equal segments; a picture gives its one.
+
+    Args:
+        path: the file; a suffix of a picture format makes it a picture.
+        frames: T; a video with fewer frames repeats them.
+        start_seconds: where the clip begins in the file; None: at the beginning.
+        end_seconds: where it ends; None: at the end.
+        max_pixels: a larger frame is an error.
+
+    Returns:
+        uint8 RGB, upright, [T, 3, H, W] (a picture: [1, 3, H, W]). transforms(model) makes a model's input of it.
+
+    Raises:
+        UserError: the file cannot be read, or frames is below 1.
+    """
+    if frames < 1:
+        raise UserError(f"frames: got {frames}; allowed: from 1")
+    try:
+        if kind_of(path) == "image":
+            frames_THWC = read_picture(os.fspath(path), max_pixels=max_pixels)
+        else:
+            index = clip_index(path, max_pixels=max_pixels)
+            first, last = index.info.frame_range(start_seconds, end_seconds)
+            (wanted,) = test_windows(last - first, frames, stride_frames=0)
+            distinct, order = np.unique(np.array(wanted) + first, return_inverse=True)
+            frames_THWC = read_frames(os.fspath(path), index, distinct.tolist(), max_pixels)[order]
+    except ClipError as error:
+        got = f"got {os.fspath(path)!r}, which cannot be read ({error.cause}: {error.message})"
+        raise UserError(f"path: {got}; allowed: a video or a picture") from None
+    return torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2)
+
+
+class TestTransform:
+    """uint8 frames of any size to a model's input, as evaluation sees them: resize, centre crop, normalise."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+    def __init__(self, format: FrameFormat, *, resize: int = DEFAULT_RESIZE) -> None:
+        """Set up the transform.
+
+        Args:
+            format: the frames that the model takes.
+            resize: short side before the centre crop, for a 224 model (evaluation.resize).
+        """
+        self._view = TestView(max(1, round(resize * format.resolution / RESIZE_RESOLUTION)))
+        self._transform = ViewTransform(format.resolution, format.mean, format.std, torch.device("cpu"))
+
+    def __call__(self, frames_TCHW: Tensor) -> Tensor:
+        """Transform uint8 frames [T, 3, H, W] to normalised float32 [T, 3, R, R].
+
+        Raises:
+            UserError: another shape or dtype.
+        """
+        if frames_TCHW.dim() != 4 or frames_TCHW.shape[1] != 3 or frames_TCHW.dtype != torch.uint8:
+            got = f"{list(frames_TCHW.shape)} {frames_TCHW.dtype}"
+            raise UserError(f"frames: got {got}; allowed: uint8 [T, 3, H, W], as load_video gives")
+        return self._transform(frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy(), self._view)

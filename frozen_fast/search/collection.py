@@ -1,0 +1,160 @@
+"""What to embed: a folder of files, a manifest, packed shards or another source format, cut into spans where asked."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+from frozen_fast.config.schema import SourceConfig
+from frozen_fast.data import BadClip, Clip, read_source
+from frozen_fast.data.decode import ClipError
+from frozen_fast.data.decode.threads import map_in_threads
+from frozen_fast.data.load.reading import probe
+from frozen_fast.data.load.video_frames import IMAGE_SUFFIXES, kind_of
+from frozen_fast.data.shards.layout import CLIP_TABLE
+from frozen_fast.errors import UserError
+from frozen_fast.search.row_table import FileMark, Row, clip_row, file_of, mark_file
+
+log = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv .3gp".split())
+PROBED_AT_ONCE = 64
+SHORTEST_REST = 0.5
+"""A last span below this share of a span is joined to the one before it."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The rows to embed.
+
+    Attributes:
+        name: of the source, for messages.
+        rows: in the order of the source; no vector yet.
+        bad_clips: clips whose file is missing or, with spans, cannot be probed.
+        drops: cause -> lines of the source that were left out.
+    """
+
+    name: str
+    rows: list[Row]
+    bad_clips: list[BadClip]
+    drops: dict[str, int] = field(default_factory=dict)
+
+
+def collect(
+    path: str, *, format: str = "auto", split: str = "", span_seconds: float | None = None, threads: int = 2,
+    max_pixels: int = 50_000_000,
+) -> Collection:
+    """List what a source holds.
+
+    Args:
+        path: a folder, a manifest, a folder of packed shards, or what another format of data.sources takes.
+        format: a format of data.sources (docs/data.md), "folder" (every video and picture below a folder), or "auto".
+        split: of formats that have splits; empty: every line.
+        span_seconds: cut videos into spans of this length, so that an answer says when; None: a clip is one row.
+        threads: files that are probed at the same time.
+        max_pixels: a larger frame is a bad clip.
+
+    Raises:
+        UserError: nothing there, or not in the format.
+    """
+    if span_seconds is not None and not span_seconds > 0:
+        raise UserError(f"--span: got {span_seconds:g}; allowed: seconds above 0")
+    chosen = _format_of(Path(path)) if format == "auto" else format
+    drops: dict[str, int] = {}
+    if chosen == "folder":
+        clips: Sequence[Clip] = list(folder_clips(Path(path)))
+    else:
+        source = read_source(SourceConfig(path=path, format=chosen, split=split), "--source")
+        clips, drops = source.clips, source.drops
+    bad: list[BadClip] = []
+    rows = _rows(clips, chosen, bad, span_seconds, threads, max_pixels)
+    return Collection(chosen, rows, bad, dict(drops))
+
+
+def folder_clips(folder: Path) -> Iterator[Clip]:
+    """Every video and picture below a folder, by path; a clip's id is its path inside the folder.
+
+    Raises:
+        UserError: no folder, or no such file in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--source: got {str(folder)!r}, which is no folder; allowed: a folder of videos and pictures")
+    found = False
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix not in VIDEO_SUFFIXES | IMAGE_SUFFIXES or name.startswith("."):
+                continue
+            found = True
+            file = Path(parent, name)
+            yield Clip(file.relative_to(folder).as_posix(), str(file), (), kind_of(name))
+    if not found:
+        suffixes = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+        raise UserError(f"--source: got {str(folder)!r}, which holds no video or picture; allowed: {suffixes}")
+
+
+def _format_of(path: Path) -> str:
+    """The format that "auto" stands for."""
+    if path.is_file():
+        return "manifest"
+    if path.is_dir():
+        return "shards" if (path / CLIP_TABLE).is_file() else "folder"
+    raise UserError(f"--source: got {str(path)!r}, which does not exist; allowed: a folder, a manifest, packed shards")
+
+
+def _rows(
+    clips: Sequence[Clip], source: str, bad: list[BadClip], span_seconds: float | None, threads: int, max_pixels: int
+) -> list[Row]:
+    """Rows of clips whose files are there, cut into spans; the others go to `bad`."""
+
+    def rows_of(clip: Clip) -> list[Row] | ClipError:
+        try:
+            mark = mark_of(file_of(clip.path))
+            pieces = [clip] if span_seconds is None else cut_into_spans(clip, span_seconds, max_pixels)
+        except OSError as error:
+            return ClipError("missing", error.strerror or str(error), clip.path)
+        except ClipError as error:
+            return error
+        return [clip_row(piece, mark) for piece in pieces]
+
+    mark_of = lru_cache(maxsize=1024)(_mark)  # many clips of one shard follow one another
+    rows: list[Row] = []
+    for first in range(0, len(clips), PROBED_AT_ONCE):
+        block = [clips[index] for index in range(first, min(first + PROBED_AT_ONCE, len(clips)))]
+        for clip, outcome in zip(block, map_in_threads(rows_of, block, threads), strict=True):
+            if isinstance(outcome, ClipError):
+                bad.append(BadClip(source, clip.id, clip.path, outcome.cause, outcome.message))
+            else:
+                rows += outcome
+    return rows
+
+
+def _mark(path: str) -> FileMark:
+    return mark_file(path)
+
+
+def cut_into_spans(clip: Clip, span_seconds: float, max_pixels: int) -> list[Clip]:
+    """Spans of a video, from its beginning; a short rest belongs to the last one. A picture stays whole.
+
+    Raises:
+        ClipError: the file cannot be read.
+    """
+    if clip.kind == "image":
+        return [clip]
+    info = probe(clip.path, clip.kind, max_pixels=max_pixels)
+    length = float(info.presentation_seconds[-1]) + 1 / info.frames_per_second
+    start = clip.start_seconds or 0.0
+    end = length if clip.end_seconds is None else min(clip.end_seconds, length)
+    whole, rest = divmod(max(end - start, 0.0) / span_seconds, 1)
+    count = max(1, int(whole) + (rest >= SHORTEST_REST))
+    edges = [round(start + number * span_seconds, 6) for number in range(count)] + [math.ceil(end * 1000 - 1e-6) / 1000]
+    return [
+        replace(clip, id=f"{clip.id}@{first:g}-{last:g}", start_seconds=first, end_seconds=last)
+        for first, last in zip(edges[:-1], edges[1:], strict=True)
+    ]

@@ -28,12 +28,12 @@ from frozen_fast.config import ExperimentConfig, check_for_training, load_config
 from frozen_fast.data import Batch, DataPosition, Source, plan_steps
 from frozen_fast.errors import UserError
 from frozen_fast.losses import build_loss
+from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling import measure_peak, peak_memory_bytes, reset_peak_memory
 from frozen_fast.profiling.peak import DevicePeak, device_peak
 from frozen_fast.records.environment import describe, device_description
 from frozen_fast.training import compiling
-from frozen_fast.training.optimizer import build_optimizer
 from frozen_fast.training.parts import build_model, build_training_loader, flops_counter, read_training_sources
 from frozen_fast.training.stages import expand_frames
 from frozen_fast.training.step import forward_backward, update

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from frozen_fast import __version__
 from frozen_fast.cli import commands, search_commands
+from frozen_fast.cli.feature_commands import convert_features, convert_features_arguments
 from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arguments
 from frozen_fast.cli.pack_command import pack, pack_arguments
 from frozen_fast.errors import UserError, UserErrors
@@ -30,6 +31,11 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         "turn a released .pth/.pth.tar checkpoint into a frozen_fast folder",
         commands.convert_arguments,
         commands.convert,
+    ),
+    "convert-features": (
+        "turn released expert features into a memory-mapped feature store",
+        convert_features_arguments,
+        convert_features,
     ),
     "find-batch-size": (
         "the largest batch of each number of frames that fits one device",

@@ -95,6 +95,7 @@ models = ExtensionPoint(
         "collaborative_experts": "frozen_fast.models.experts.expert_model:CollaborativeExperts",
         "moee": "frozen_fast.models.experts.expert_model:MixtureOfExperts",
         "concatenated_experts": "frozen_fast.models.experts.expert_model:ConcatenatedExperts",
+        "clip2video": "frozen_fast.models.clip2video.clip2video_model:Clip2Video",
     },
 )
 """frozen_fast.models.retrieval_model.RetrievalModel classes."""
@@ -126,6 +127,7 @@ layouts = ExtensionPoint(
     {
         "manifest": f"{_SOURCES}.manifest:MANIFEST",
         "shards": f"{_SOURCES}.packed_shards:SHARDS",
+        "features": f"{_SOURCES}.expert_features:FEATURES",
         "csv": f"{_SOURCES}.caption_tables:CSV",
         "parquet": f"{_SOURCES}.caption_tables:PARQUET",
         "webvid": f"{_SOURCES}.webvid:WEBVID",
@@ -148,3 +150,16 @@ layouts = ExtensionPoint(
     },
 )
 """frozen_fast.data.sources.Layout objects: data sets in their forms on disk."""
+
+optimizers = ExtensionPoint(
+    "optimizers",
+    "optimizer.name",
+    {
+        "adamw": "frozen_fast.optimizers.kinds:ADAMW",
+        "adam": "frozen_fast.optimizers.kinds:ADAM",
+        "radam": "frozen_fast.optimizers.kinds:RADAM",
+        "lion": "frozen_fast.optimizers.kinds:LION",
+        "lamb": "frozen_fast.optimizers.kinds:LAMB",
+    },
+)
+"""frozen_fast.optimizers.kinds.OptimizerKind objects."""

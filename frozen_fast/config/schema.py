@@ -211,19 +211,31 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its schedule."""
+class OptimizerGroupConfig:
+    """Settings for the parameters whose names match a pattern; later groups win."""
 
+    match: str = key("", "parameter name, * stands for any text: text_model.*, video_model.blocks.*, loss_scale.*", not_blank=True)
+    learning_rate_scale: float | None = key(None, "factor on optimizer.learning_rate; null: as without this group", ge=0)
+    weight_decay: float | None = key(None, "weight decay; null: as without this group", ge=0)
+    frozen: bool | None = key(None, "true: the parameters are not trained; null: as without this group")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    name: str = key("adamw", "adamw, adam, radam, lion, lamb, or a plugin's", names=extensions.optimizers)
+    groups: tuple[OptimizerGroupConfig, ...] = key((), "learning rate, weight decay or freezing for a part of the model")
     learning_rate: float = key(3e-5, "peak learning rate", gt=0)
-    betas: tuple[Beta, Beta] = key((0.9, 0.999), "AdamW betas")
-    eps: float = key(1e-6, "AdamW epsilon", gt=0)
-    weight_decay: float = key(0.0, "AdamW weight decay (biases, norms and embeddings of position exempt)", ge=0)
-    text_learning_rate_scale: float = key(1.0, "factor on the learning rate of the text tower", ge=0)
-    position_learning_rate_scale: float = key(1.0, "factor on the learning rate of the video tower's CLS token, position and temporal embeddings; a tower from scratch learns order sooner with 10 to 30", ge=0)
+    betas: tuple[Beta, Beta] = key((0.9, 0.999), "decay rates of the running averages")
+    eps: float = key(1e-6, "added to the denominator", gt=0)
+    weight_decay: float = key(0.0, "weight decay (biases, norms and embeddings of position exempt)", ge=0)
+    text_learning_rate_scale: float = key(1.0, "deprecated, use groups: factor on the learning rate of the text tower", ge=0)
+    position_learning_rate_scale: float = key(1.0, "deprecated, use groups: factor on the learning rate of the video tower's CLS token, position and temporal embeddings", ge=0)
     gradient_clip_norm: float = key(0.0, "largest gradient norm, 0: no clipping", ge=0)
     schedule: Literal["constant", "cosine"] = key("constant", "after warm-up")
     warmup_steps: int = key(0, "linear warm-up, optimizer steps", ge=0)
-    fused: Literal["auto", "on", "off"] = key("auto", "fused AdamW kernel where there is one")
+    fused: Literal["auto", "on", "off"] = key("auto", "fused kernel where the optimizer has one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.errors import UserError
+from frozen_fast.optimizers import optimizer_kind
 from frozen_fast.parallel.launch_settings import Strategy, check_precision, requested_strategy
 from frozen_fast.parallel.precision import choose_precision
 
@@ -69,6 +70,7 @@ class Parallel:
         self.distributed_type = str(accelerator.distributed_type.value)
         self.strategy = "ddp" if self.world_size > 1 else "one process"
         self.failure_is_shared = False
+        self._optimizer_kind = optimizer_kind(config.optimizer)
         self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self._model: nn.Module | None = None
         self._wrapped: nn.Module | None = None
@@ -201,7 +203,14 @@ class Parallel:
 
         Under sharding strategies a collective, and empty but on rank 0.
         """
-        return {name: dict(self.optimizer.state[parameter]) for name, parameter in self._parameters_with_state()}
+        found = {name: dict(self.optimizer.state[parameter]) for name, parameter in self._parameters_with_state()}
+        if self._optimizer_kind.step_in_group:
+            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            for group in self.optimizer.param_groups:
+                for name in (names[id(parameter)] for parameter in group["params"]):
+                    if name in found:
+                        found[name]["step"] = torch.as_tensor(group["step"])
+        return found
 
     def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Put back what optimizer_state() gave.
@@ -217,6 +226,11 @@ class Parallel:
             for key, tensor in tensors.items():
                 whole = key != "step" or self._step_on_device()
                 on_device[key] = tensor.to(parameter.device if whole else "cpu", copy=True)
+            if self._optimizer_kind.step_in_group:
+                step = on_device.pop("step")
+                for group in self.optimizer.param_groups:
+                    if any(member is parameter for member in group["params"]):
+                        group["step"] = step
             self.optimizer.state[parameter] = on_device
 
     @contextlib.contextmanager

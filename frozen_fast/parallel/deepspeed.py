@@ -23,12 +23,10 @@ from frozen_fast.config import ExperimentConfig
 from frozen_fast.errors import UserError
 from frozen_fast.parallel.base import check_optimizer_state
 from frozen_fast.parallel.launch_settings import deepspeed_settings, read_deepspeed
-from frozen_fast.parallel.sharded import ShardedParallel
+from frozen_fast.parallel.sharded import ShardedParallel, check_elementwise
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_STATE_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedParallel(ShardedParallel):
@@ -52,6 +50,7 @@ class DeepSpeedParallel(ShardedParallel):
         Raises:
             UserError: DeepSpeed is not installed, or the launch contradicts the experiment.
         """
+        check_elementwise(config, "ZeRO")
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         given, where = read_deepspeed(os.environ)
         settings = deepspeed_settings(given, where, config, world_size=world_size, precision=precision)
@@ -81,7 +80,7 @@ class DeepSpeedParallel(ShardedParallel):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """PyTorch's AdamW, which steps on the flat partitions."""
+        """The bare optimizer, which steps on the flat partitions."""
         return self._zero.optimizer
 
     def forward(self, *inputs: Any) -> Any:
@@ -134,14 +133,14 @@ class DeepSpeedParallel(ShardedParallel):
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state whole, by parameter name, on the CPU; a collective, empty but on rank 0.
 
-        Before the first step it is zero, as AdamW would make it.
+        Before the first step it is zero, as an optimizer makes it.
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         states = [self.optimizer.state[flat] for flat in self._partitions()]
         gathered: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._trained_parameters():
-            tensors = {key: safe_get_full_optimizer_state(parameter, key) for key in _STATE_KEYS}
+            tensors = {key: safe_get_full_optimizer_state(parameter, key) for key in self._optimizer_kind.state_keys}
             if self.is_main:
                 step = states[self._flat_index(name, parameter)]["step"]
                 gathered[name] = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
@@ -162,7 +161,7 @@ class DeepSpeedParallel(ShardedParallel):
         check_optimizer_state(state, {name: _whole_shape(parameter) for name, parameter in trained.items()})
         self._allocate_state(self._steps(state, trained))
         for name, tensors in state.items():
-            for key in _STATE_KEYS:
+            for key in self._optimizer_kind.state_keys:
                 whole = tensors[key].to(self.device, torch.float32)
                 safe_set_full_optimizer_state(trained[name], whole, key)
 
@@ -176,7 +175,7 @@ class DeepSpeedParallel(ShardedParallel):
         )
 
         parameter = dict(self.model.named_parameters())[name]
-        keys = _STATE_KEYS if name in self._trained else ()
+        keys = self._optimizer_kind.state_keys if name in self._trained else ()
         state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
         with torch.no_grad(), self._gathered([parameter], modifier_rank=0):
             yield state
@@ -224,7 +223,7 @@ class DeepSpeedParallel(ShardedParallel):
         for flat, step in zip(self._partitions(), steps, strict=True):
             device = flat.device if on_device else torch.device("cpu")
             state: dict[str, Tensor] = {"step": torch.tensor(step, dtype=torch.float32, device=device)}
-            state.update({key: torch.zeros_like(flat) for key in _STATE_KEYS})
+            state.update({key: torch.zeros_like(flat) for key in self._optimizer_kind.state_keys})
             self.optimizer.state[flat] = state
         if self._stage < 3:
             self._zero._hp_optimizer_states_linked = False

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.parallel.base import check_optimizer_state
 from frozen_fast.parallel.launch_settings import fsdp_settings
-from frozen_fast.parallel.sharded import ShardedParallel
+from frozen_fast.parallel.sharded import ShardedParallel, check_elementwise
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +45,7 @@ class FsdpParallel(ShardedParallel):
         """
         from accelerate import Accelerator
 
+        check_elementwise(config, "FSDP2")
         fsdp_settings(os.environ)
         return Accelerator(cpu=cpu, mixed_precision="no")
 
@@ -117,9 +118,12 @@ class FsdpParallel(ShardedParallel):
         check_optimizer_state(state, {name: parameter.shape for name, parameter in parameters.items()})
         for name, tensors in state.items():
             parameter = parameters[name]
-            placed = {key: _cut(tensor, parameter) for key, tensor in tensors.items() if key != "step"}
-            device = self.device if self._step_on_device() else torch.device("cpu")
-            self.optimizer.state[parameter] = {"step": tensors["step"].to(device, copy=True), **placed}
+            shaped = {key: tensor for key, tensor in tensors.items() if key != "step"}
+            placed: dict[str, Tensor] = {key: _cut(tensor, parameter) for key, tensor in shaped.items()}
+            if "step" in tensors:
+                device = self.device if self._step_on_device() else torch.device("cpu")
+                placed["step"] = tensors["step"].to(device, copy=True)
+            self.optimizer.state[parameter] = placed
 
     @contextlib.contextmanager
     def edit_parameter(self, name: str) -> Iterator[dict[str, Tensor]]:

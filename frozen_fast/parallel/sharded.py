@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from frozen_fast.config import ExperimentConfig
+from frozen_fast.errors import UserError
+from frozen_fast.optimizers import optimizer_kind
 from frozen_fast.parallel.base import Parallel
 
 
@@ -66,3 +69,16 @@ class ShardedParallel(Parallel, ABC):
         flag = torch.tensor([condition], dtype=torch.int64)
         dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._control)
         return bool(flag.item())
+
+
+def check_elementwise(config: ExperimentConfig, strategy: str) -> None:
+    """Refuse an optimizer that looks at whole parameters where a strategy cuts them.
+
+    Raises:
+        UserError: naming optimizer.name.
+    """
+    if not optimizer_kind(config.optimizer).elementwise:
+        raise UserError(
+            f"optimizer.name: got {config.optimizer.name!r} under {strategy}, which cuts parameters, but its update "
+            "needs whole ones; allowed: an elementwise optimizer (adamw, adam, radam, lion), or ddp"
+        )

@@ -13,6 +13,7 @@ from frozen_fast.data import DataPosition
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation.metric_table import VALIDATION_LOSS, check_metric, is_better
 from frozen_fast.models import DualEncoder
+from frozen_fast.optimizers import divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.records.checkpoint import (
     RunState,
@@ -24,7 +25,6 @@ from frozen_fast.records.checkpoint import (
     write_state,
 )
 from frozen_fast.records.run_folder import RunFolder
-from frozen_fast.training.optimizer import divergence_advice
 from frozen_fast.training.stages import OpenStage
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, Trainin
 from frozen_fast.losses import RetrievalLoss
 from frozen_fast.models import DualEncoder
 from frozen_fast.models.retrieval_model import RetrievalModel
+from frozen_fast.optimizers import learning_rate_factor, set_learning_rate
 from frozen_fast.parallel.base import Parallel, seed_step
 from frozen_fast.profiling.energy import EnergyMeter
 from frozen_fast.profiling.meter import StageMeter, StepTime
@@ -30,7 +31,6 @@ from frozen_fast.training import compiling
 from frozen_fast.training.checkpoint_keeper import CheckpointKeeper
 from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal, StepResult
-from frozen_fast.training.optimizer import learning_rate_factor, set_learning_rate
 from frozen_fast.training.signals import StopRequest, stop_explains
 from frozen_fast.training.stage_energy import StageEnergy
 from frozen_fast.training.stages import OpenStage, describe_plan, expand_frames, warm_up_steps

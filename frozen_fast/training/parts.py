@@ -20,6 +20,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder, build_dual_encoder
 from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.retrieval_model import RetrievalModel
+from frozen_fast.optimizers import freeze_groups
 from frozen_fast.profiling.flops import TextShape, clip_flops
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: 
         raise UserError(f"model: {' '.join(str(error).split())}") from error
     _check_normalisation(model, config)
     _set_loss_scale(model, config.loss)
+    freeze_groups(model, config.optimizer)
     model.video_model.check_attention(device)
     return model.to(device).train()
 

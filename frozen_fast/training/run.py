@@ -12,6 +12,7 @@ from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import ExperimentConfig, dump_yaml, loss_batch_size, resolve_stages, to_plain
 from frozen_fast.errors import UserError
 from frozen_fast.losses import build_loss
+from frozen_fast.optimizers import build_optimizer, divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.energy import energy_meter
 from frozen_fast.profiling.peak import device_peak
@@ -30,7 +31,6 @@ from frozen_fast.training import compiling
 from frozen_fast.training.engine import Engine, RunParts
 from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal
-from frozen_fast.training.optimizer import build_optimizer, divergence_advice
 from frozen_fast.training.parts import (
     build_model,
     build_training_loader,

@@ -24,11 +24,11 @@ from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.errors import UserError
 from frozen_fast.losses import build_loss
 from frozen_fast.models import DualEncoder
+from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling import peak_memory_bytes
 from frozen_fast.records.environment import device_description
 from frozen_fast.training import compiling
-from frozen_fast.training.optimizer import build_optimizer
 from frozen_fast.training.parts import build_model
 from frozen_fast.training.stages import expand_frames
 from frozen_fast.training.step import forward_backward, update

@@ -24,6 +24,7 @@ from frozen_fast.evaluation.metric_table import is_better
 from frozen_fast.losses import InfoNCE, contrastive_loss
 from frozen_fast.models.retrieval_model import Features, RetrievalModel
 from frozen_fast.models.video.temporal import expand_temporal_embedding
+from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel import precision
 from frozen_fast.parallel.base import Parallel, check_world, seed_step
 from frozen_fast.parallel.precision import choose_precision
@@ -34,7 +35,6 @@ from frozen_fast.training import signals
 from frozen_fast.training.checkpoint_keeper import selection_value
 from frozen_fast.training.evaluate import evaluate_source, validation_loss
 from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
-from frozen_fast.training.optimizer import build_optimizer
 from frozen_fast.training.stages import TEMPORAL_EMBEDDING, expand_frames, warm_up_steps
 
 

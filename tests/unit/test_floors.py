@@ -19,6 +19,7 @@ FLOORS = {
     "frozen_fast.data": 2,
     "frozen_fast.models": 2,
     "frozen_fast.losses": 2,
+    "frozen_fast.optimizers": 2,
     "frozen_fast.evaluation": 2,
     "frozen_fast.profiling": 2,
     "frozen_fast.records": 2,

@@ -197,6 +197,7 @@ def expected_ids(case: Case, written: folders.Ids) -> list[str]:
 
 def test_every_layout_has_a_case() -> None:
     elsewhere = {"manifest", "shards", "parquet", "msrvtt", "msrvtt_clip4clip"}  # test_sources, test_shards, below
+    elsewhere |= {"features"}  # test_expert_features
     assert {case.layout for case in CASES} | elsewhere == set(layouts.names())
 
 

@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from frozen_fast.config.schema import OptimizerConfig
-from frozen_fast.training.optimizer import build_optimizer, learning_rate_factor, parameter_groups, set_learning_rate
+from frozen_fast.config.schema import OptimizerConfig, OptimizerGroupConfig
+from frozen_fast.errors import UserError
+from frozen_fast.optimizers import (
+    build_optimizer,
+    freeze_groups,
+    learning_rate_factor,
+    parameter_groups,
+    set_learning_rate,
+)
 
 
 class Towers(nn.Module):
@@ -47,6 +54,68 @@ def test_groups_hold_every_parameter_once_and_exempt_biases_norms_and_positions_
         "text_model.fc.weight": (0.1, 0.5),
         "text_model.fc.bias": (0.0, 0.5),
     }
+
+
+def test_groups_by_pattern_the_later_one_wins() -> None:
+    model = Towers()
+    groups = (
+        OptimizerGroupConfig(match="video_model.*", learning_rate_scale=0.1, weight_decay=0.0),
+        OptimizerGroupConfig(match="*.fc.weight", weight_decay=0.3),
+        OptimizerGroupConfig(match="text_model.*", frozen=True),
+        OptimizerGroupConfig(match="text_model.fc.*", frozen=False, learning_rate_scale=2.0),
+    )
+    config = OptimizerConfig(weight_decay=0.1, groups=groups)
+    freeze_groups(model, config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made = parameter_groups(model.named_parameters(), config)
+    found = {names[id(p)]: (group["weight_decay"], group["scale"]) for group in made for p in group["params"]}
+    assert found == {
+        "video_model.temporal_embed": (0.0, 0.1),
+        "video_model.pos_embed": (0.0, 0.1),
+        "video_model.cls_token": (0.0, 0.1),
+        "video_model.norm.weight": (0.0, 0.1),
+        "video_model.norm.bias": (0.0, 0.1),
+        "video_model.fc.weight": (0.3, 0.1),
+        "video_model.fc.bias": (0.0, 0.1),
+        "text_model.fc.weight": (0.3, 2.0),
+        "text_model.fc.bias": (0.0, 2.0),
+    }
+    assert not model.text_model.position_embeddings.weight.requires_grad
+
+
+def test_wrong_groups_are_refused() -> None:
+    typo = OptimizerConfig(groups=(OptimizerGroupConfig(match="vidio_model.*", frozen=True),))
+    with pytest.raises(UserError, match=r"optimizer.groups: got match 'vidio_model\.\*', which no parameter has"):
+        freeze_groups(Towers(), typo)
+    everything = OptimizerConfig(groups=(OptimizerGroupConfig(match="*", frozen=True),))
+    with pytest.raises(UserError, match="every parameter frozen"):
+        freeze_groups(Towers(), everything)
+
+
+def test_older_keys_for_towers_warn_with_the_groups_that_say_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    freeze_groups(Towers(), OptimizerConfig(text_learning_rate_scale=0.5))
+    assert "use optimizer.groups: [{match: text_model.*, learning_rate_scale: 0.5}]" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "lion", "lamb"])
+def test_every_optimizer_lowers_a_loss_and_keeps_the_state_it_names(name: str) -> None:
+    from frozen_fast.optimizers import optimizer_kind
+
+    config = OptimizerConfig(name=name, learning_rate=0.05)
+    torch.manual_seed(0)
+    model, target = nn.Linear(4, 3), torch.randn(3, 4)
+    optimizer = build_optimizer(model, config)
+    losses = []
+    for _ in range(60):
+        loss = (model.weight - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    state = optimizer.state[model.weight].items()
+    shaped = {key for key, x in state if getattr(x, "shape", None) == model.weight.shape}
+    assert shaped == set(optimizer_kind(config).state_keys)
 
 
 @pytest.mark.parametrize("fused", ["auto", "off", "on"])

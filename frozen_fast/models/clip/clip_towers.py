@@ -78,7 +78,7 @@ CLIP_SIZES: dict[str, ClipSize] = {
     "ViT-B/32": _published(512, 224, 32, (768, 12), (512, 12)),
     "ViT-B/16": _published(512, 224, 16, (768, 12), (512, 12)),
     "ViT-L/14": _published(768, 224, 14, (1024, 24), (768, 12)),
-    "tiny": _published(64, 32, 16, (128, 2), (64, 4)),
+    "tiny": _published(128, 32, 16, (128, 2), (128, 4)),
 }
 """Named sizes: OpenAI's, and a tiny one for tests."""
 
@@ -205,4 +205,4 @@ class Clip(ClipTextTower):
         super().__init__(size, **options)
         self.size = size
         self.visual = ClipImageTower(size, attention=attention, **options)
-        self.logit_scale = nn.Parameter(torch.tensor(FIRST_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.tensor([FIRST_LOGIT_SCALE]))  # one axis: FSDP2 shards no scalar

@@ -1,0 +1,343 @@
+"""CLIP2Video (Fang et al. 2021, arXiv 2106.11097): CLIP with a Temporal Difference and a Temporal Alignment Block.
+
+Parameter names are those of the released checkpoints. Axis letters: Q captions, V clips, T frames, C channels, H and W
+pixels, L text tokens, S tokens of a clip, D width, E width of the common space (here E = D), K centres.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from frozen_fast.errors import UserError
+from frozen_fast.models.clip.clip_blocks import ClipTransformer
+from frozen_fast.models.clip.clip_tokenizer import ClipTokenizer
+from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_STD, Clip, ClipSize, end_of_text
+from frozen_fast.models.clip.clip_weights import ClipWeights
+from frozen_fast.models.clip2video.clip2video_checkpoint import read_clip2video
+from frozen_fast.models.clip2video.frame_masks import aligned, key_scores, masked_mean
+from frozen_fast.models.learned_scale import with_ceiling
+from frozen_fast.models.model_folder import write_model_folder
+from frozen_fast.models.pretrained import load_weights
+from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
+from frozen_fast.models.video.blocks import FusedOps
+
+TEMPORAL_NORM_EPS = 1e-12
+"""Epsilon of the LayerNorms inside the temporal transformers."""
+
+CENTER_STD = 0.125
+DEFAULT_CENTERS = 5
+"""K on MSR-VTT and MSVD; 7 on VATEX."""
+
+MAX_TOKENS = 32
+TEMPORAL_DEPTH = 4
+LARGEST_SCALE = 100.0
+
+
+class Clip2Video(RetrievalModel):
+    """CLIP per frame, frame differences between the frames, and two similarities per pair.
+
+    The global similarity compares the caption's end-of-text embedding with the mean of the frames after a transformer
+    over frames and their differences; the aligned one compares words and frames gathered at shared centres. Both are
+    multiplied by exp(logit scale). The model ranks by their mean, training averages their losses.
+
+    Attributes:
+        compatible_masks: repeat the released code's mistake in short videos' masks (frame_masks.key_scores). A score
+            then depends on which clips share a batch.
+        mean, std: CLIP's normalisation; applied to uint8 clips.
+        max_scale: ceiling of exp(logit scale).
+    """
+
+    kind = "clip2video"
+
+    def __init__(
+        self,
+        size: ClipSize,
+        *,
+        centers: int = DEFAULT_CENTERS,
+        temporal_depth: int = TEMPORAL_DEPTH,
+        compatible_masks: bool = False,
+        max_scale: float = LARGEST_SCALE,
+        tokenizer: ClipTokenizer | None = None,
+        **options: Any,
+    ) -> None:
+        """Build the model with random weights; start_from_clip gives it the published start.
+
+        Args:
+            size: of CLIP; its text width must be the common space's.
+            centers: K.
+            temporal_depth: blocks of the transformer over frames and differences.
+            compatible_masks: as the attribute.
+            max_scale: as the attribute.
+            tokenizer: for captions as strings.
+            options: attention, fused_ops, checkpointed_blocks of Clip.
+        """
+        super().__init__()
+        if size.text_width != size.embedding:
+            got = f"text width {size.text_width} and common width {size.embedding}"
+            raise UserError(f"clip2video: got a CLIP of {got}; allowed: equal ones, as in ViT-B/32")
+        if centers < 1:
+            raise UserError(f"centers: got {centers}; allowed: 1 or more")
+        self.clip = Clip(size, **options)
+        self.compatible_masks = compatible_masks
+        self.max_scale = max_scale
+        self._tokenizer = tokenizer
+        self.learned_frames = size.context
+        self.mean, self.std = CLIP_MEAN, CLIP_STD
+        width = size.embedding
+        temporal = {"eps": TEMPORAL_NORM_EPS, "activation": "quick_gelu", "fused_ops": options.get("fused_ops", "auto")}
+        self.frame_position_embeddings = nn.Embedding(size.context, width)
+        self.type_position_embeddings = nn.Embedding(2, width)
+        self.transformerClip = ClipTransformer(width, temporal_depth, size.text_heads, **temporal)
+        self.frame2t_attention = ClipTransformer(width, 1, size.text_heads, **temporal)
+        self.actionClip = ClipTransformer(width, 1, size.text_heads, **temporal)
+        self.trans_layernorm = nn.LayerNorm(width)
+        self.weight_center = nn.Parameter(CENTER_STD * torch.randn(centers, width))
+        self.emb_center = nn.Parameter(CENTER_STD * torch.randn(centers, width))
+
+    @property
+    def tokenizer(self) -> ClipTokenizer | None:
+        """CLIP's tokenizer, where the extra clip is installed."""
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weight_center.device
+
+    @property
+    def resolution(self) -> int:
+        """Frames are resolution x resolution pixels."""
+        return self.clip.visual.resolution
+
+    @property
+    def centers(self) -> int:
+        """K."""
+        return len(self.weight_center)
+
+    def start_from_clip(self, weights: ClipWeights) -> None:
+        """Take CLIP's weights, and start the temporal parts from its text tower as the released code does.
+
+        Frame positions start as the text positions, both type embeddings as the first two of them, every temporal block
+        as the text block of the same index.
+
+        Args:
+            weights: of the same sizes.
+        """
+        if weights.size != self.clip.size:
+            raise UserError(f"clip2video: got CLIP weights of {weights.size}; allowed: {self.clip.size}")
+        depth = len(self.transformerClip.resblocks)
+        if depth > weights.size.text_depth:
+            raise UserError(f"clip2video: got {depth} temporal blocks; allowed: up to {weights.size.text_depth}")
+        self.clip.load_state_dict(weights.state)
+        with torch.no_grad():
+            self.frame_position_embeddings.weight.copy_(self.clip.positional_embedding)
+            self.type_position_embeddings.weight.copy_(self.clip.positional_embedding[:2])
+        for temporal in (self.transformerClip, self.frame2t_attention, self.actionClip):
+            for block, source in zip(temporal.resblocks, self.clip.transformer.resblocks, strict=False):
+                block.load_state_dict(source.state_dict())
+
+    # Features
+
+    def text_features(self, text: TextInput) -> Features:
+        """Encode captions.
+
+        Args:
+            text: Q strings, or {"input_ids", "attention_mask"} [Q, L], L up to 77 (the released model: 32).
+
+        Returns:
+            {"global": [Q, E], "aligned": [Q, E]}, both of length exp(logit scale).
+        """
+        ids_QL, mask_QL = self._tokens(text)
+        tokens_QLE = self.clip(ids_QL, all_tokens=True).float()
+        words_QL = mask_QL.clone()
+        words_QL[:, 0] = 0
+        with torch.autocast(self.device.type, enabled=False):
+            scale = self._scale()
+            return {
+                "global": scale * F.normalize(end_of_text(tokens_QLE, ids_QL), dim=-1),
+                "aligned": scale * aligned(tokens_QLE, words_QL, self.weight_center, self.emb_center),
+            }
+
+    def video_features(self, video: VideoInput, frame_mask: Tensor | None = None) -> Features:
+        """Encode clips.
+
+        Args:
+            video: [V, T, 3, R, R], normalised floats or uint8 pixels, T up to 77; or {"video", "frame_mask"}. Missing
+                frames of short clips are zeros after normalisation, as in the released code.
+            frame_mask: [V, T], 1 on real frames, which come first; None: all are.
+
+        Returns:
+            {"global": [V, E], "aligned": [V, E]}, both of length 1.
+
+        Raises:
+            ValueError: for another shape or dtype.
+        """
+        if isinstance(video, Mapping):
+            frame_mask = video.get("frame_mask") if frame_mask is None else frame_mask
+            video = video["video"]
+        video, mask_VT = self._checked_video(video, frame_mask)
+        frames_VTE = self.clip.visual(video).float()
+        tokens = self._over_time(self.transformerClip, frames_VTE, mask_VT)
+        sparse_VTE, sparse_mask = frames_VTE[:, ::2], None if mask_VT is None else mask_VT[:, ::2]
+        action = self._over_time(self.actionClip, sparse_VTE, sparse_mask)
+        mask_VS = None if mask_VT is None or sparse_mask is None else torch.cat([mask_VT, sparse_mask], dim=1)
+        with torch.autocast(self.device.type, enabled=False):
+            mean_VE = masked_mean(F.normalize(tokens, dim=-1), mask_VT)
+            both_VSE = torch.cat([frames_VTE, action], dim=1)
+            return {
+                "global": F.normalize(mean_VE, dim=-1),
+                "aligned": aligned(both_VSE, mask_VS, self.weight_center, self.emb_center),
+            }
+
+    def pair_similarities(self, text: Features, video: Features) -> Tensor:
+        """Global and aligned similarities, both times exp(logit scale): [2, Q, V], fp32."""
+        return torch.stack(
+            [text[name].float() @ F.normalize(video[name].float(), dim=-1).T for name in ("global", "aligned")]
+        )
+
+    def _scale(self) -> Tensor:
+        """exp(logit scale) under its ceiling, [1]."""
+        return with_ceiling(self.clip.logit_scale, math.log(self.max_scale)).exp()
+
+    def _over_time(self, transformer: ClipTransformer, frames_VTE: Tensor, mask_VT: Tensor | None) -> Tensor:
+        """A temporal transformer's outputs at the frames, over frames and differences, plus the frames: [V, T, E]."""
+        tokens_VSE, mask_VS = self._with_differences(frames_VTE, mask_VT)
+        x, branch = transformer(tokens_VSE, self._key_scores(mask_VS))
+        return (x + branch)[:, ::2].float() + frames_VTE
+
+    def _with_differences(self, frames_VTE: Tensor, mask_VT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The Temporal Difference Block: frames and, between them, enhanced differences of neighbours.
+
+        Returns:
+            (tokens [V, 2T-1, E], their mask or None). A difference has the mask of the frame before it.
+        """
+        frames = frames_VTE.shape[1]
+        position_TE = self.frame_position_embeddings(torch.arange(frames, device=frames_VTE.device))
+        difference_E, frame_E = self.type_position_embeddings(torch.arange(2, device=frames_VTE.device))
+        tokens_VTE = frames_VTE + position_TE + frame_E
+        if frames == 1:
+            return tokens_VTE, mask_VT
+        changes = frames_VTE[:, 1:] - frames_VTE[:, :-1] + position_TE[1:]
+        later = None if mask_VT is None else mask_VT[:, 1:]
+        x, branch = self.frame2t_attention(changes, self._key_scores(later))
+        changes = 2 * torch.sigmoid(self.trans_layernorm(x + branch)) - 1
+        between = changes + position_TE[:-1] + difference_E
+        pairs = torch.stack([tokens_VTE[:, :-1], between], dim=2).flatten(1, 2)
+        tokens_VSE = torch.cat([pairs, tokens_VTE[:, -1:]], dim=1)
+        if mask_VT is None:
+            return tokens_VSE, None
+        return tokens_VSE, torch.cat([mask_VT[:, :-1].repeat_interleave(2, dim=1), mask_VT[:, -1:]], dim=1)
+
+    def _key_scores(self, mask_VS: Tensor | None) -> Tensor | None:
+        heads = self.clip.size.text_heads
+        return None if mask_VS is None else key_scores(mask_VS, heads, self.compatible_masks)
+
+    # Inputs
+
+    def _tokens(self, text: TextInput) -> tuple[Tensor, Tensor]:
+        """Ids and mask on the weights' device."""
+        if not isinstance(text, Mapping):
+            if self.tokenizer is None:
+                raise UserError(
+                    "text: got strings, and the model has no tokenizer; allowed: {'input_ids', 'attention_mask'}, or "
+                    "strings with the extra clip (pip install frozen-fast[clip])"
+                )
+            text = self.tokenizer(text)
+        ids, mask = text.get("input_ids"), text.get("attention_mask")
+        if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
+            raise ValueError(f"text: got a dict of {sorted(text)}; allowed: tensors input_ids and attention_mask")
+        if ids.dim() != 2 or 0 in ids.shape or ids.shape != mask.shape or ids.is_floating_point():
+            got = f"input_ids {list(ids.shape)} {ids.dtype} and attention_mask {list(mask.shape)}"
+            raise ValueError(f"text: got {got}; allowed: two whole-number tensors [Q, L] of one shape")
+        return ids.to(self.device), mask.to(self.device)
+
+    def _checked_video(self, video: Any, frame_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Normalised floats, and the mask, on the weights' device."""
+        if not isinstance(video, Tensor) or video.dim() != 5 or not 1 <= video.shape[1] <= self.learned_frames:
+            got = f"shape {list(video.shape)}" if isinstance(video, Tensor) else type(video).__name__
+            raise ValueError(f"video: got {got}; allowed: a tensor [V, T, 3, H, W] with T up to {self.learned_frames}")
+        if frame_mask is not None and frame_mask.shape != video.shape[:2]:
+            raise ValueError(f"frame_mask: got shape {list(frame_mask.shape)}; allowed: {list(video.shape[:2])}")
+        video = video.to(self.device)
+        mask_VT = None if frame_mask is None else (frame_mask.to(self.device) != 0).float()
+        if video.is_floating_point():
+            return video.to(self.weight_center.dtype), mask_VT
+        if video.dtype != torch.uint8:
+            raise ValueError(f"video: got dtype {video.dtype}; allowed: normalised floats, or uint8")
+        mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
+        pixels = video.float().div_(255).sub_(mean).div_(std)
+        return (pixels if mask_VT is None else pixels * mask_VT[:, :, None, None, None]), mask_VT
+
+    # Files
+
+    def architecture(self) -> dict[str, Any]:
+        """What config.json holds beside the kind."""
+        return {
+            "clip": asdict(self.clip.size),
+            "centers": self.centers,
+            "temporal_depth": len(self.transformerClip.resblocks),
+            "compatible_masks": self.compatible_masks,
+            "max_scale": self.max_scale,
+            "max_tokens": MAX_TOKENS if self.tokenizer is None else self.tokenizer.max_tokens,
+        }
+
+    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write weights, config.json and tokenizer; `state` replaces the model's own weights (gathered from shards)."""
+        weights = self.state_dict() if state is None else state
+        write_model_folder(Path(folder), self.kind, weights, self.architecture(), self.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        centers: int | None = None,
+        compatible_masks: bool | None = None,
+        max_tokens: int | None = None,
+        attention: str = "auto",
+        fused_ops: FusedOps = "auto",
+        checkpointed_blocks: int = 0,
+    ) -> Clip2Video:
+        """Load a checkpoint; the model comes in eval mode.
+
+        Args:
+            path: a frozen_fast folder, or a released pytorch_model.bin.N.
+            centers: K; None: as the file says. Another number than the file's is refused.
+            compatible_masks: as the attribute; None: as the folder says, False for a released file.
+            max_tokens: captions as strings are cut to this many tokens; None: as the folder says, 32.
+            attention: backend of frozen_kernels.divided_attention for the image tower.
+            fused_ops: residual norms by frozen_kernels' fastest form, or by PyTorch's own operators.
+            checkpointed_blocks: of each CLIP tower; they recompute their activations in the backward pass.
+
+        Raises:
+            UserError: for a missing, damaged or foreign checkpoint.
+        """
+        path = Path(path).expanduser()
+        stored = read_clip2video(path, max_tokens or 0)
+        found = stored.settings["centers"]
+        if centers is not None and centers != found:
+            raise UserError(f"centers: got {centers} for {path}; allowed: {found}, the rows of its weight_center")
+        settings = dict(stored.settings)
+        if compatible_masks is not None:
+            settings["compatible_masks"] = compatible_masks
+        how: dict[str, Any] = {"attention": attention, "fused_ops": fused_ops}
+        with torch.device("meta"):  # drawing weights that the file replaces would take seconds
+            model = cls(
+                stored.size,
+                tokenizer=stored.tokenizer,
+                checkpointed_blocks=checkpointed_blocks,
+                **settings,
+                **how,
+            )
+        model = model.to_empty(device="cpu")
+        load_weights(model, stored.state, path)
+        return model.eval()

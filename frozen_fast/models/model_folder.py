@@ -1,0 +1,63 @@
+"""A frozen_fast checkpoint folder whose config.json names the model's kind: written and read as plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from frozen_fast.common.files import write_json
+from frozen_fast.errors import UserError, reason
+from frozen_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from frozen_fast.models.text.tokenizer import Tokenizer
+
+FORMAT = "frozen_fast.model"
+FORMAT_VERSION = 1
+
+
+def write_model_folder(
+    folder: Path, kind: str, state: dict[str, Tensor], architecture: dict[str, Any], tokenizer: Tokenizer | None
+) -> None:
+    """Write model.safetensors, config.json and tokenizer files; the folder is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}.tmp"
+    save_file(contiguous, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / WEIGHTS_FILE)
+    config = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": kind, **architecture}
+    write_json(folder / CONFIG_FILE, config)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def read_model_folder(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what write_model_folder wrote.
+
+    Returns:
+        (state, config.json's content).
+
+    Raises:
+        UserError: a missing, damaged or foreign folder, or one of another kind.
+    """
+    config = _config(folder)
+    found = {key: config.get(key) for key in ("format", "format_version", "kind")}
+    if found != {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": kind}:
+        raise UserError(f"checkpoint: got {folder} of {found}; allowed: {FORMAT} version {FORMAT_VERSION}, kind {kind}")
+    try:
+        return load_file(folder / WEIGHTS_FILE), config
+    except (OSError, SafetensorError) as error:
+        got = f"got {folder}, whose {WEIGHTS_FILE} cannot be read ({reason(error)})"
+        raise UserError(f"checkpoint: {got}") from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint: got {folder}, whose {CONFIG_FILE} cannot be read ({reason(error)})") from error
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,97 @@
+"""The optimizers that optimizer.name chooses from, from torch and timm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from frozen_fast.config import extensions
+from frozen_fast.config.schema import OptimizerConfig
+from frozen_fast.errors import UserError
+from frozen_fast.optimizers.parameter_groups import parameter_groups
+
+Groups = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerKind:
+    """An optimizer as training needs to know it.
+
+    Attributes:
+        build: (parameter groups, config, whether a fused kernel is wanted) -> optimizer.
+        state_keys: the tensors of a parameter's shape that it keeps per parameter.
+        elementwise: whether one element's update depends on that element alone; only such an optimizer can step on
+            shards (ZeRO, FSDP2), which cut parameters.
+        has_fused: whether `fused` means anything to it.
+        step_in_group: it counts its steps per group, not per parameter.
+    """
+
+    build: Callable[[Groups, OptimizerConfig, bool], torch.optim.Optimizer]
+    state_keys: tuple[str, ...]
+    elementwise: bool = True
+    has_fused: bool = False
+    step_in_group: bool = False
+
+
+def _adamw(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def _adam(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def _radam(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.RAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+
+
+def _lion(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    from timm.optim import Lion
+
+    return Lion(groups, lr=config.learning_rate, betas=config.betas)
+
+
+def _lamb(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    from timm.optim import Lamb
+
+    # Clipping is optimizer.gradient_clip_norm, for every optimizer alike.
+    return Lamb(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, max_grad_norm=None)
+
+
+ADAMW = OptimizerKind(build=_adamw, state_keys=("exp_avg", "exp_avg_sq"), has_fused=True)
+ADAM = OptimizerKind(build=_adam, state_keys=("exp_avg", "exp_avg_sq"), has_fused=True)
+RADAM = OptimizerKind(build=_radam, state_keys=("exp_avg", "exp_avg_sq"))
+LION = OptimizerKind(build=_lion, state_keys=("exp_avg",))
+LAMB = OptimizerKind(build=_lamb, state_keys=("exp_avg", "exp_avg_sq"), elementwise=False, step_in_group=True)
+
+
+def optimizer_kind(config: OptimizerConfig) -> OptimizerKind:
+    """The kind that optimizer.name chooses.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    kind: OptimizerKind = extensions.optimizers.load(config.name)
+    return kind
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of a model that is already on its device; parameters that do not train are left out.
+
+    optimizer.fused: "auto" takes the fused kernel where PyTorch has one for the optimizer and the parameters' device.
+
+    Raises:
+        UserError: fused was asked for where there is none, or a wrong name or group.
+    """
+    kind = optimizer_kind(config)
+    device = next(model.parameters()).device.type
+    supported = kind.has_fused and device in ("cuda", "cpu")
+    if config.fused == "on" and not supported:
+        raise UserError(
+            f"optimizer.fused: got 'on', but {config.name} has no fused kernel on {device}; allowed: auto, off"
+        )
+    return kind.build(parameter_groups(model.named_parameters(), config), config, config.fused != "off" and supported)

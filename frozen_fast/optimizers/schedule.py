@@ -1,0 +1,42 @@
+"""The learning rate as a pure function of the step, and how it reaches the parameter groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from frozen_fast.config.schema import OptimizerConfig
+
+
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """The schedule's factor at an optimizer step.
+
+    Args:
+        step: optimizer step of the whole run, from 1.
+        total_steps: steps of the whole run.
+        config: warmup_steps of linear warm-up, then constant, or a cosine that would reach 0 one step after the last.
+
+    Returns:
+        A factor in (0, 1].
+    """
+    if step <= config.warmup_steps:
+        return step / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - 1 - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def set_learning_rate(groups: Sequence[dict[str, Any]], learning_rate: float) -> None:
+    """Give every parameter group its scaled learning rate."""
+    for group in groups:
+        group["lr"] = learning_rate * group["scale"]
+
+
+def divergence_advice(config: OptimizerConfig) -> str:
+    """Which keys to change when a loss or a weight is not finite."""
+    return (
+        f"lower optimizer.learning_rate ({config.learning_rate:g}), lengthen optimizer.warmup_steps "
+        f"({config.warmup_steps}) or set optimizer.gradient_clip_norm ({config.gradient_clip_norm:g})"
+    )

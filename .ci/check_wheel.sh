@@ -30,7 +30,7 @@ for module in (frozen_fast, frozen_kernels):
     assert Path(module.__file__).is_relative_to(installed), f"{module.__name__} came from {module.__file__}"
 assert not (installed / "kernels").exists(), "a top-level package named kernels would shadow another one"
 assert (installed / "frozen_fast" / "profiling" / "paper_table4.yaml").is_file(), "the paper's table is missing"
-assert (installed / "frozen_kernels" / "native" / "attention_time.c").is_file(), "the C kernels' sources are missing"
+assert (installed / "frozen_kernels" / "cpu_c" / "attention_time.c").is_file(), "the C kernels' sources are missing"
 frozen_fast.DualEncoder
 (script,) = distribution("frozen_fast").entry_points.select(group="console_scripts")
 assert script.name == "frozen-fast" and callable(script.load())

@@ -2,7 +2,6 @@
 
     python benchmarks/model_step.py --output results/model_step_cpu.json
     python benchmarks/model_step.py --frames 1=8,4=2 --contenders released,auto,auto+compile --precisions fp32 --whole
-    python benchmarks/model_step.py --precisions bf16 --without-products    what stands between the matrix products
 
 One run: the same weights and the same batch for all, taking turns window by window. The step is the video tower's
 forward and backward pass; with --whole it is the dual encoder's: both towers, the contrastive loss and AdamW.
@@ -27,7 +26,6 @@ import torch
 from measure import DTYPES, Timing, peak_step_bytes, pick_device, time_in_turns, write_result
 from released_tower import ReleasedTower
 from torch import Tensor, nn
-from without_products import drop_products
 
 from frozen_fast.errors import unknown_name
 from frozen_fast.losses import contrastive_loss
@@ -168,7 +166,7 @@ def why_not(name: str, precision: str, device: torch.device) -> str:
     return unavailable_backends(device, DTYPES[precision]).get(backend_of(name), "")
 
 
-def table(rows: list[dict[str, Any]], device: torch.device, without_products: bool = False) -> str:
+def table(rows: list[dict[str, Any]], device: torch.device) -> str:
     """The rows as Markdown."""
     lines = [
         "| step | T | B | contender | precision | s (p20-p80) | clips/s | x released fp32 | x released bf16 | MiB |"
@@ -190,8 +188,6 @@ def table(rows: list[dict[str, Any]], device: torch.device, without_products: bo
             f"{row['clips_per_second']:.2f} | {ratios} | {row['peak_bytes'] / 2**20:.0f} |"
         )
     note = f"Measured on {device.type}; memory is what one step holds beyond the weights."
-    if without_products:
-        note += " Matrix products and the patch convolution cost nothing here: this is the time between them."
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
@@ -220,8 +216,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--contenders", default="released,auto,sdpa", help="released, attention backends, +compile")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--whole", action="store_true", help="time the dual encoder's step, not the video tower's")
-    parser.add_argument("--without-products", action="store_true",
-                        help="matrix products cost nothing: time what stands between them (CPU)")  # fmt: skip
     parser.add_argument("--windows", type=int, default=7)
     parser.add_argument("--window-seconds", type=float, default=2.0, help="at least one step")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each contender before anything is timed")
@@ -249,10 +243,6 @@ def main(arguments: list[str]) -> int:
     device = pick_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.without_products:
-        if device.type != "cpu":
-            raise SystemExit(f"--without-products: got device {device.type}; allowed: cpu")
-        drop_products()
     pairs = read_pairs(options.frames or BATCHES[device.type])
     max_frames = max(frames for frames, _ in pairs)
     rows = []
@@ -261,7 +251,7 @@ def main(arguments: list[str]) -> int:
         print(f"{frames} frames, batch {batch}: measured", file=sys.stderr)
         # after every case, so that a run that is stopped leaves what it measured
         write_result(options.output, device, vars(options), {"rows": rows, "attention": chosen_backends()})
-    print(table(rows, device, options.without_products))
+    print(table(rows, device))
     return 0
 
 

@@ -34,7 +34,7 @@ def attention_text(result: dict[str, Any]) -> str:
 def model_step_text(result: dict[str, Any]) -> str:
     """benchmarks/model_step.py's result."""
     device = torch.device(result["machine"]["device_type"])
-    return model_step_table(result["rows"], device, result["options"]["without_products"]).strip()
+    return model_step_table(result["rows"], device).strip()
 
 
 def throughput_text(result: dict[str, Any]) -> str:

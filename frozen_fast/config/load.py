@@ -11,6 +11,7 @@ from frozen_fast.config import yaml_text
 from frozen_fast.config.convert import build
 from frozen_fast.config.fields import to_plain
 from frozen_fast.config.overrides import apply_overrides, copy_tree, merge
+from frozen_fast.config.renamed_values import replace_renamed_values
 from frozen_fast.config.schema import DataConfig, EvaluationConfig, ExperimentConfig, SourceConfig
 from frozen_fast.config.yaml_text import Origins
 from frozen_fast.errors import UserError
@@ -45,7 +46,7 @@ def config_from_mapping(
     if overrides:
         tree = merge(to_plain(ExperimentConfig()), tree)
         apply_overrides(tree, overrides, origins, ExperimentConfig)
-    return name_sources(build(ExperimentConfig, tree, origins=origins))
+    return name_sources(build(ExperimentConfig, replace_renamed_values(tree), origins=origins))
 
 
 def name_sources(config: ExperimentConfig) -> ExperimentConfig:

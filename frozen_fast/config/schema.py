@@ -23,7 +23,7 @@ from frozen_fast.config.video_sizes import VIDEO_SIZES
 from frozen_fast.errors import unknown_value
 
 Expansion = Literal["zero", "nearest", "bilinear"]
-Attention = Literal["auto", "reference", "sdpa", "batched", "native", "xformers", "triton"]
+Attention = Literal["auto", "reference", "sdpa", "cpu_c", "xformers", "triton"]
 DecodeBackend = Literal["auto", "dali", "torchcodec", "decord", "pyav"]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -257,7 +257,7 @@ class LossConfig:
 class TrainingConfig:
     """How a step runs."""
 
-    precision: Literal["auto", "bf16", "fp32"] = key("auto", "bf16: autocast over fp32 weights; auto: bf16 where the device computes it in hardware, otherwise fp32, said once and reported (bf16 on a CPU without it: bf16 activations, fp32 products)")
+    precision: Literal["auto", "bf16", "fp32"] = key("auto", "bf16: autocast over fp32 weights; auto: bf16 where the device computes it in hardware, otherwise fp32, said once and reported; bf16 without such hardware runs, slowly, with a warning")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is one")
     compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
     expected_world_size: int | None = key(None, "refuse to run with another number of processes", ge=1)

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from frozen_fast.common.similarity import cosine_similarities
 from frozen_fast.errors import UserError
 from frozen_fast.models.learned_scale import LearnedScale
-from frozen_fast.models.linear import Linear
 from frozen_fast.models.pretrained import DEFAULT_MAX_TOKENS, TEMPORAL, load_weights, read_model, write_model
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
 from frozen_fast.models.text.tokenizer import Tokenizer
@@ -79,8 +78,8 @@ class DualEncoder(RetrievalModel):
         self.embedding_width = embedding_width
         self.text_activation: TextActivation = text_activation
         activation = nn.ReLU() if text_activation == "relu" else nn.Identity()
-        self.txt_proj = nn.Sequential(activation, Linear(text_model.width, embedding_width))
-        self.vid_proj = nn.Sequential(Linear(video_model.size.width, embedding_width))
+        self.txt_proj = nn.Sequential(activation, nn.Linear(text_model.width, embedding_width))
+        self.vid_proj = nn.Sequential(nn.Linear(video_model.size.width, embedding_width))
         for projection in (self.txt_proj[1], self.vid_proj[0]):
             linear = cast(nn.Linear, projection)
             nn.init.trunc_normal_(linear.weight, std=INIT_STD)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from frozen_fast.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def bf16_hardware(device: torch.device) -> str | None:
@@ -19,15 +23,8 @@ def bf16_hardware(device: torch.device) -> str | None:
     return None
 
 
-def _without_hardware(device: torch.device) -> str:
-    """What bf16 means there."""
-    if device.type == "cpu":
-        return "this CPU has no bf16 hardware: activations are bf16, products are computed in fp32, no faster than fp32"
-    return f"emulated on this {device.type} device, slower than fp32"
-
-
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
-    """Resolve training.precision.
+    """Resolve training.precision; bf16 on a device that would emulate it is taken as asked for, with a warning.
 
     Args:
         requested: "auto", "bf16" or "fp32".
@@ -39,9 +36,11 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
     if requested == "fp32":
         return "fp32", "asked for by training.precision"
     hardware = bf16_hardware(device)
+    emulated = f"this {device.type} device has no bf16 hardware and emulates it, much slower than fp32"
     if requested == "bf16":
-        where = hardware or _without_hardware(device)
-        return "bf16", f"asked for by training.precision ({where})"
+        if hardware is None:
+            logger.warning("training.precision=bf16: %s; auto takes fp32 here", emulated)
+        return "bf16", f"asked for by training.precision ({hardware or emulated})"
     if requested != "auto":
         raise UserError(f"training.precision: got {requested!r}; allowed: auto, bf16, fp32")
     if hardware:

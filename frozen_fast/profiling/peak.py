@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from frozen_fast.errors import UserError
-from frozen_kernels.products.choice import multiplied_in
 
 TERA = 1e12
 
@@ -113,13 +112,11 @@ def measure_peak(
         repeats: timed runs; the fastest counts.
 
     Returns:
-        The peak, with what was measured as its source. The copy's bytes are those read plus those written. On a CPU
-        the product is in the dtype that the model multiplies in there (frozen_kernels.products.choice).
+        The peak, with what was measured as its source. The copy's bytes are those read plus those written.
     """
     _check_dtype(dtype)
     device = torch.device(device)
-    kind = DTYPES[dtype] if device.type == "cuda" else multiplied_in(DTYPES[dtype])
-    multiplied = next(name for name, value in DTYPES.items() if value == kind)
+    kind = DTYPES[dtype]
     size = size or (8192 if device.type == "cuda" else 1024)
     left = torch.randn(size, size, device=device).to(kind)
     right = torch.randn(size, size, device=device).to(kind)
@@ -128,7 +125,7 @@ def measure_peak(
     elements = (1 << 30 if device.type == "cuda" else 1 << 25) // 4
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
-    measured = f"{size}-cubed {multiplied} matrix product, copy of {4 * elements >> 20} MiB"
+    measured = f"{size}-cubed {dtype} matrix product, copy of {4 * elements >> 20} MiB"
     copy_seconds = _fastest(lambda: target.copy_(source), device, repeats)
     on_host = f"{device.type} ({torch.get_num_threads()} threads)"
     return DevicePeak(

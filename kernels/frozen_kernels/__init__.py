@@ -8,7 +8,6 @@ from frozen_kernels.fused.bias_gelu import bias_gelu
 from frozen_kernels.fused.forms import fused_form
 from frozen_kernels.fused.layer_norm import add_layer_norm
 from frozen_kernels.fused.positions import add_positions
-from frozen_kernels.products.linear import linear
 
 __all__ = [
     "BACKEND_NAMES",
@@ -19,7 +18,6 @@ __all__ = [
     "cls_attention",
     "divided_attention",
     "fused_form",
-    "linear",
     "resolve_backend",
     "unavailable_backends",
 ]

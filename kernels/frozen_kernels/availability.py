@@ -9,10 +9,10 @@ from functools import lru_cache
 
 import torch
 
-from frozen_kernels.native.library import why_not_native
+from frozen_kernels.cpu_c.library import why_not_cpu_c
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKEND_NAMES = ("reference", "sdpa", "batched", "native", "xformers", "triton")
+BACKEND_NAMES = ("reference", "sdpa", "cpu_c", "xformers", "triton")
 
 
 def unavailable_backends(device: torch.device | str, dtype: torch.dtype) -> dict[str, str]:
@@ -26,20 +26,15 @@ def unavailable_backends(device: torch.device | str, dtype: torch.dtype) -> dict
     if dtype not in FLOAT_DTYPES:
         return dict.fromkeys(BACKEND_NAMES, f"no backend computes in {dtype}")
     reasons = {
-        "batched": _why_not_batched(device),
-        "native": _why_not_native(device),
+        "cpu_c": _why_not_cpu_c(device),
         "xformers": _why_not_xformers(device, dtype),
         "triton": _why_not_triton(device, dtype),
     }
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _why_not_batched(device: torch.device) -> str:
-    return "" if device.type == "cpu" else f"it is cut for the caches of a CPU, and the device is {device.type}"
-
-
-def _why_not_native(device: torch.device) -> str:
-    return why_not_native() if device.type == "cpu" else f"it is C for CPUs, and the device is {device.type}"
+def _why_not_cpu_c(device: torch.device) -> str:
+    return why_not_cpu_c() if device.type == "cpu" else f"it is C for CPUs, and the device is {device.type}"
 
 
 @torch.compiler.assume_constant_result

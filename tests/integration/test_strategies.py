@@ -223,7 +223,7 @@ def in_bf16(data: dict[str, Path], folder: Path) -> ExperimentConfig:
 def test_cut_weights_are_whole_under_bf16_autocast(
     strategy: str, alone_in_bf16: Path, data: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Layers that multiply bf16 in fp32 (frozen_kernels.linear) find gathered weights, forward and backward."""
+    """Layers under autocast find gathered weights, forward and backward."""
     if strategy == "zero3":
         pytest.importorskip("deepspeed")
     path = write_config(in_bf16(data, tmp_path / "run"), tmp_path / "config.yaml")

@@ -87,7 +87,7 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     assert environment["world_size"] == 1 and environment["precision"] == "fp32"
     assert environment["decode_backends"]["videos"] == {"pyav": 3 * 8 + 2 * 4}
     assert sum(environment["decode_backends"]["pictures"].values()) == 60
-    assert environment["attention_backends"] and environment["fused_ops"] == "native"
+    assert environment["attention_backends"] and environment["fused_ops"] == "cpu_c"
     assert environment["sources"]["pictures"] == {"clips": 12, "kind": "image", "drops": {}}
     assert "held_out" in (finished / "report.md").read_text(encoding="utf-8")
     assert (finished / "report.html").stat().st_size > 1000

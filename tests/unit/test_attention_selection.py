@@ -38,24 +38,24 @@ def qkv(batch=2, frames=2, patches=3):
 
 
 def test_other_kernels_are_measured_anew(fresh_choices, monkeypatch):
-    times = iter([{"batched": 2.0, "sdpa": 1.0}, {"batched": 1.0, "sdpa": 2.0}])
-    monkeypatch.setattr(selection, "_measure", lambda *_: next(times))
+    times = iter([{"cpu_c": 2.0, "sdpa": 1.0}, {"cpu_c": 1.0, "sdpa": 2.0}])
+    monkeypatch.setattr(selection, "_measure", lambda *_: (next(times), {}))
     assert resolve_backend("auto", qkv(), 2, "time") == "sdpa"
     selection.forget_choices()
     monkeypatch.setattr(selection, "_sources_hash", lambda: "changed")
-    assert resolve_backend("auto", qkv(), 2, "time") == "batched"
+    assert resolve_backend("auto", qkv(), 2, "time") == "cpu_c"
     assert len(json.loads((fresh_choices / selection.CACHE_FILE).read_text())) == 2
 
 
 def test_measured_once_then_remembered_then_read(fresh_choices, caplog, monkeypatch):
     measured = []
-    monkeypatch.setattr(selection, "_measure", lambda *_: measured.append(1) or {"batched": 2.0, "sdpa": 1.0})
+    monkeypatch.setattr(selection, "_measure", lambda *_: measured.append(1) or ({"cpu_c": 2.0, "sdpa": 1.0}, {}))
     with caplog.at_level(logging.INFO, logger="frozen_kernels"):
         assert resolve_backend("auto", qkv(), 2, "time") == "sdpa"
         assert resolve_backend("auto", qkv(), 2, "time") == "sdpa"
     assert len(measured) == 1 and caplog.text.count("attention auto: sdpa") == 1
     (row,) = chosen_backends()
-    assert row["how"] == "measured" and row["milliseconds"] == {"batched": 2.0, "sdpa": 1.0}
+    assert row["how"] == "measured" and row["milliseconds"] == {"cpu_c": 2.0, "sdpa": 1.0}
     assert (row["axis"], row["frames"], row["patches"], row["batch"]) == ("time", 2, 3, 2)
 
     selection.forget_choices()
@@ -64,26 +64,26 @@ def test_measured_once_then_remembered_then_read(fresh_choices, caplog, monkeypa
     assert len(json.loads((fresh_choices / selection.CACHE_FILE).read_text())) == 1
 
 
-@pytest.mark.parametrize(("other", "expected"), [(0.90, "sdpa"), (0.97, "batched"), (2.0, "batched")])
+@pytest.mark.parametrize(("other", "expected"), [(0.90, "sdpa"), (0.97, "cpu_c"), (2.0, "cpu_c")])
 def test_the_default_stands_unless_clearly_beaten(other, expected, monkeypatch):
-    monkeypatch.setattr(selection, "_measure", lambda *_: {"batched": 1.0, "sdpa": other})
+    monkeypatch.setattr(selection, "_measure", lambda *_: ({"cpu_c": 1.0, "sdpa": other}, {}))
     assert resolve_backend("auto", qkv(), 2, "space") == expected
 
 
 def test_another_process_that_wrote_first_decides(fresh_choices, monkeypatch):
     def measure(candidates, device, dtype, case, compute):
-        first = {case.key: {"backend": "batched", "milliseconds": {}}}
+        first = {case.key: {"backend": "cpu_c", "milliseconds": {}}}
         (fresh_choices / selection.CACHE_FILE).write_text(json.dumps(first))
-        return {"batched": 2.0, "sdpa": 1.0}
+        return {"cpu_c": 2.0, "sdpa": 1.0}, {}
 
     monkeypatch.setattr(selection, "_measure", measure)
-    assert resolve_backend("auto", qkv(), 2, "time") == "batched"
+    assert resolve_backend("auto", qkv(), 2, "time") == "cpu_c"
 
 
 def test_a_damaged_file_is_measured_anew(fresh_choices, caplog):
     fresh_choices.mkdir()
     (fresh_choices / selection.CACHE_FILE).write_text('{"half a')
-    assert resolve_backend("auto", qkv(), 2, "time") in ("batched", "native", "sdpa")
+    assert resolve_backend("auto", qkv(), 2, "time") in ("cpu_c", "sdpa")
     assert "is not readable" in caplog.text
     assert json.loads((fresh_choices / selection.CACHE_FILE).read_text())
 
@@ -92,7 +92,7 @@ def test_nothing_is_measured_where_it_cannot_be_kept(tmp_path, monkeypatch, capl
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(selection, "_measure", lambda *_: pytest.fail("measured"))
-    assert resolve_backend("auto", qkv(), 2, "time") == "batched"
+    assert resolve_backend("auto", qkv(), 2, "time") == "cpu_c"
     assert "cannot be written" in caplog.text and chosen_backends()[0]["how"] == "default"
 
 
@@ -104,15 +104,45 @@ def test_shapes_have_their_own_choices():
     assert [row["dtype"] for row in chosen_backends()] == ["float32"] * 3 + ["bfloat16"]
 
 
-def test_a_failing_candidate_is_left_out(monkeypatch, caplog):
+class ForeignError(Exception):
+    """As Triton's own exceptions, neither a RuntimeError nor a ValueError."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory\nmore"), ForeignError("needs 300000"), ForeignError()])
+def test_a_failing_candidate_is_left_out(fresh_choices, caplog, error):
     def compute(name, x, frames, axis):
-        if name == "batched":
-            raise RuntimeError("out of memory")
+        if name == "cpu_c":
+            raise error
         return divided_attention(x, frames, axis, backend=name)
 
     x = qkv()
-    assert selection.choose_backend(x, read_layout(x, 2, "time"), "time", compute) in ("native", "sdpa")
-    assert "batched fails" in caplog.text and "out of memory" in caplog.text
+    assert selection.choose_backend(x, read_layout(x, 2, "time"), "time", compute) == "sdpa"
+    (row,) = chosen_backends()
+    cause = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+    assert row["failed"] == {"cpu_c": cause} and set(row["milliseconds"]) == {"sdpa"}
+    assert f"cpu_c fails on {row['device']}" in caplog.text.replace("device=", "") and cause in caplog.text
+    (stored,) = json.loads((fresh_choices / selection.CACHE_FILE).read_text()).values()
+    assert stored["backend"] == "sdpa"
+
+
+def test_where_every_candidate_fails_nothing_is_stored(fresh_choices, caplog):
+    def compute(name, x, frames, axis):
+        raise ForeignError(f"{name} does not compile")
+
+    x = qkv()
+    assert selection.choose_backend(x, read_layout(x, 2, "time"), "time", compute) == "cpu_c"
+    (row,) = chosen_backends()
+    assert row["how"] == "default" and row["milliseconds"] == {} and set(row["failed"]) == {"cpu_c", "sdpa"}
+    assert "every backend fails" in caplog.text and not (fresh_choices / selection.CACHE_FILE).exists()
+
+
+def test_a_case_that_does_not_fit_is_not_stored(fresh_choices, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    x = torch.zeros(2, 7, 3, 2, 4)
+    compute = lambda name, x, frames, axis: divided_attention(x, frames, axis, backend=name)  # noqa: E731
+    assert selection.choose_backend(x, read_layout(x, 2, "time"), "time", compute) == "cpu_c"
+    assert chosen_backends()[0]["failed"]["sdpa"] == "OutOfMemoryError: no room"
+    assert not (fresh_choices / selection.CACHE_FILE).exists()
 
 
 def test_measuring_leaves_the_caller_alone(monkeypatch):
@@ -148,12 +178,11 @@ def test_unavailable_says_why(monkeypatch):
     assert "needs a CUDA GPU" in reasons["xformers"] and "TRITON_INTERPRET=1" in reasons["triton"]
     with pytest.raises(ValueError, match="got 'xformers', which cannot run here: .* CUDA GPU; allowed: auto, ref"):
         divided_attention(qkv(), 2, "time", backend="xformers")
-    everything = "auto, reference, sdpa, batched, native, xformers, triton"
+    everything = "auto, reference, sdpa, cpu_c, xformers, triton"
     with pytest.raises(ValueError, match=f"got 'tritn'; allowed: {everything}"):
         divided_attention(qkv(), 2, "time", backend="tritn")
     assert set(unavailable_backends("cpu", torch.float64)) == set(BACKEND_NAMES)
-    assert "caches of a CPU" in unavailable_backends("cuda", torch.float32)["batched"]
-    assert "C for CPUs" in unavailable_backends("cuda", torch.float32)["native"]
+    assert "C for CPUs" in unavailable_backends("cuda", torch.float32)["cpu_c"]
 
 
 def test_a_missing_or_broken_package_is_a_reason(monkeypatch):
@@ -176,7 +205,7 @@ def test_deterministic_on_cuda():
 
 
 def test_loaded_backends_are_what_the_table_says():
-    for name in ("reference", "sdpa", "batched", "native"):
+    for name in ("reference", "sdpa", "cpu_c"):
         assert load_backend(name, torch.device("cpu"), torch.float32).full.__name__ == f"attention_{name}"
 
 
@@ -186,7 +215,7 @@ def test_the_cpu_path_needs_neither_triton_nor_xformers():
         "import sys; sys.modules.update({'triton': None, 'xformers': None})\n"
         "import torch, frozen_kernels as k\n"
         "x = torch.randn(1, 5, 3, 2, 4, requires_grad=True)\n"
-        "k.divided_attention(x, 2, 'time', backend='batched').sum().backward()\n"
+        "k.divided_attention(x, 2, 'time', backend='cpu_c').sum().backward()\n"
         "assert 'xformers' in k.unavailable_backends('cpu', torch.float32)\n"
     )
     command = [sys.executable, "-c", code]

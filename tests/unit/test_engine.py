@@ -94,8 +94,13 @@ def test_auto_precision_follows_the_hardware(
     monkeypatch: pytest.MonkeyPatch, requested: str, hardware: str | None, expected: str
 ) -> None:
     monkeypatch.setattr(precision, "bf16_hardware", lambda device: hardware)
+    warnings: list[str] = []
+    monkeypatch.setattr(precision.logger, "warning", lambda message, *values: warnings.append(message % values))
     chosen, reason = choose_precision(requested, torch.device("cpu"))
     assert chosen == expected and reason
+    slow = requested == "bf16" and hardware is None
+    assert [text for text in warnings if "no bf16 hardware" in text] == warnings and len(warnings) == slow
+    assert ("slower than fp32" in reason) == slow
 
 
 def test_a_steps_random_draws_depend_on_seed_step_and_rank_alone() -> None:

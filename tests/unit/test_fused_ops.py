@@ -21,18 +21,18 @@ def test_plain_forms(case):
 
 
 @pytest.mark.parametrize("case", FUSED_CASES, ids=str)
-def test_native_forms(case):
+def test_cpu_c_forms(case):
     op, dtype, rows, width = case
-    assert_close(fused_errors(op, dtype, rows, width, backend="native"), getattr(torch, dtype))
+    assert_close(fused_errors(op, dtype, rows, width, backend="cpu_c"), getattr(torch, dtype))
 
 
-def test_native_gelu_far_from_zero():
+def test_cpu_c_gelu_far_from_zero():
     """The tails, where an approximation of erf would show, and what is not finite."""
     x = torch.linspace(-30, 30, 4001).requires_grad_()
-    out = bias_gelu(x, torch.zeros(4001), backend="native")
+    out = bias_gelu(x, torch.zeros(4001), backend="cpu_c")
     exact = torch.nn.functional.gelu(x.detach().double().requires_grad_())
     torch.testing.assert_close(out.double(), exact.detach(), rtol=1e-6, atol=1e-6)
-    odd = bias_gelu(torch.tensor([torch.nan, torch.inf]), torch.zeros(2), backend="native")
+    odd = bias_gelu(torch.tensor([torch.nan, torch.inf]), torch.zeros(2), backend="cpu_c")
     assert odd[0].isnan() and odd[1] == torch.inf
 
 
@@ -40,14 +40,14 @@ def test_native_gelu_far_from_zero():
 def test_one_of_layer_norms_results_may_go_nowhere(used):
     x, branch, weight, bias = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
     grads = {}
-    for backend in ("plain", "native"):
+    for backend in ("plain", "cpu_c"):
         leaves = [value.clone().requires_grad_() for value in (x, branch.bfloat16(), weight, bias)]
         outputs = add_layer_norm(*leaves, backend=backend)
         outputs[used == "norm"].square().sum().backward()
         grads[backend] = [torch.zeros(8) if leaf.grad is None else leaf.grad for leaf in leaves]
         assert [grad.dtype for grad in grads[backend][:2]] == [torch.float32, torch.bfloat16]
-    for native, plain in zip(grads["native"], grads["plain"], strict=True):
-        torch.testing.assert_close(native, plain, rtol=1e-5, atol=1e-5)
+    for compiled, plain in zip(grads["cpu_c"], grads["plain"], strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +131,11 @@ def test_mistakes_are_named():
 def test_which_form_runs(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu = torch.device("cpu")
-    assert fused_form("auto", cpu, torch.float32) == fused_form("native", cpu, torch.float32) == "native"
+    assert fused_form("auto", cpu, torch.float32) == fused_form("cpu_c", cpu, torch.float32) == "cpu_c"
     assert fused_form("plain", cpu, torch.float32) == "plain"
-    with pytest.raises(ValueError, match="got 'triton', which cannot run here: .*; allowed: auto, plain, native"):
+    with pytest.raises(ValueError, match="got 'triton', which cannot run here: .*; allowed: auto, plain, cpu_c"):
         fused_form("triton", cpu, torch.float32)
-    with pytest.raises(ValueError, match="backend: got 'fast'; allowed: auto, plain, triton, native"):
+    with pytest.raises(ValueError, match="backend: got 'fast'; allowed: auto, plain, triton, cpu_c"):
         fused_form("fast", cpu, torch.float32)
-    monkeypatch.setattr(forms, "unavailable_backends", lambda *_: {"native": "no C compiler"})
+    monkeypatch.setattr(forms, "unavailable_backends", lambda *_: {"cpu_c": "no C compiler"})
     assert fused_form("auto", cpu, torch.float32) == "plain"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -81,25 +78,3 @@ def test_mistakes_are_named(
     import re
 
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_without_products_only_products_are_missing(tmp_path: Path) -> None:
-    """In a process of its own, whose products stay dropped; ten products of 2000 x 2000 take no time there."""
-    code = (
-        "import time, torch, without_products\n"
-        "left = torch.randn(2000, 2000)\n"
-        "without_products.drop_products()\n"
-        "start = time.perf_counter()\n"
-        "for _ in range(10): out = left @ left\n"
-        "assert time.perf_counter() - start < 0.1 and out.shape == (2000, 2000)\n"
-        "torch.testing.assert_close(torch.ones(3) + 1, torch.full((3,), 2.0))\n"
-    )
-    folders = (BENCHMARKS, BENCHMARKS.parent, BENCHMARKS.parent / "kernels")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
-    output = tmp_path / "result.json"
-    command = f"--device cpu --size {SIZE} --frames 2=1 --contenders released,native --windows 1 --window-seconds 0.001"
-    script = [sys.executable, str(BENCHMARKS / "model_step.py"), *command.split(), "--output", str(output)]
-    done = subprocess.run([*script, "--without-products"], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "cost nothing here" in done.stdout and len(json.loads(output.read_text())["rows"]) == 4

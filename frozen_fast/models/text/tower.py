@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, Disti
 from transformers.utils import logging as transformers_logging
 
 from frozen_fast.errors import UserError, reason, some
-from frozen_fast.models.linear import replace_linear_layers
 from frozen_fast.models.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Pooling = Literal["auto", "cls", "mean", "pooler"]
@@ -69,7 +68,6 @@ class TextTower(nn.Module):
             model.register_module("pooler", None)  # its weights would take no part in any step, which DDP refuses
         if next(model.named_parameters(recurse=False), None) or next(model.named_buffers(recurse=False), None):
             raise UserError(f"model.text.name: got {type(model).__name__}, which holds weights outside its parts")
-        replace_linear_layers(model)
         self._held = (model,)  # in a tuple: not registered, so that names carry no extra prefix
         for name, child in model.named_children():
             self.add_module(name, child)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from frozen_fast.models.linear import Linear
-from frozen_kernels import add_layer_norm, bias_gelu, cls_attention, divided_attention, fused_form, linear
+from frozen_kernels import add_layer_norm, bias_gelu, cls_attention, divided_attention, fused_form
 
 Block = Literal["frozen_in_time", "timesformer"]
 FusedOps = Literal["auto", "plain"]
@@ -34,7 +33,7 @@ class PatchProjection(nn.Conv2d):
         patch = self.kernel_size[0]
         grid = video_BTCHW.reshape(batch, frames, channels, height // patch, patch, width // patch, patch)
         patches = grid.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, -1, channels * patch * patch)
-        return linear(patches, self.weight.flatten(1), self.bias)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbedding(nn.Module):
@@ -73,7 +72,7 @@ class ResidualNorm(nn.LayerNorm):
         )
 
 
-class QkvLinear(Linear):
+class QkvLinear(nn.Linear):
     """Queries, keys and values in one matrix product."""
 
     def forward(self, x_BSD: Tensor, cls_only: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -82,7 +81,7 @@ class QkvLinear(Linear):
             return super().forward(x_BSD)
         sizes = (self.in_features, 2 * self.in_features)  # split: its backward pass fills no zeros, as a slice's does
         (query_weight, kv_weight), (query_bias, kv_bias) = self.weight.split(sizes), self.bias.split(sizes)
-        return linear(x_BSD[:, :1], query_weight, query_bias), linear(x_BSD, kv_weight, kv_bias)
+        return F.linear(x_BSD[:, :1], query_weight, query_bias), F.linear(x_BSD, kv_weight, kv_bias)
 
 
 class Attention(nn.Module):
@@ -96,7 +95,7 @@ class Attention(nn.Module):
         self.backend = backend
         self.backend_at: dict[int, str] = {}  # frames -> what "auto" chose beforehand, where it cannot while it runs
         self.qkv = QkvLinear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
     def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False) -> Tensor:
         """[B, S, D] -> [B, S, D], or [B, 1, D] with cls_only: keys and values of all tokens, the query of CLS only."""
@@ -109,18 +108,18 @@ class Attention(nn.Module):
         return self.proj(cls_attention(query_B1ND, kv_BS2ND))
 
 
-class GeluLinear(Linear):
+class GeluLinear(nn.Linear):
     """A linear layer and the exact GELU."""
 
     def __init__(self, width: int, hidden: int, fused_ops: FusedOps) -> None:
-        """Weights as Linear's."""
+        """Weights as nn.Linear's."""
         super().__init__(width, hidden)
         self.fused_ops = fused_ops
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., hidden]. Where there is a kernel, it adds the bias too, and reduces its gradient."""
         if fused_form(_form(self.fused_ops), x.device, x.dtype) != "plain":
-            return bias_gelu(linear(x, self.weight), self.bias)
+            return bias_gelu(F.linear(x, self.weight), self.bias)
         return F.gelu(super().forward(x))
 
 
@@ -131,7 +130,7 @@ class Mlp(nn.Module):
         """Hold the two linear layers under their released names."""
         super().__init__()
         self.fc1 = GeluLinear(width, hidden, fused_ops)
-        self.fc2 = Linear(hidden, width)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -28,8 +28,7 @@ class Backend:
 _FUNCTIONS = {
     "reference": (("reference", "attention_reference"), ("reference", "cls_reference")),
     "sdpa": (("sdpa", "attention_sdpa"), ("sdpa", "cls_sdpa")),
-    "batched": (("batched", "attention_batched"), ("reference", "cls_reference")),
-    "native": (("native", "attention_native"), ("reference", "cls_reference")),
+    "cpu_c": (("cpu_c", "attention_cpu_c"), ("reference", "cls_reference")),
     "xformers": (("xformers", "attention_xformers"), ("xformers", "cls_xformers")),
     "triton": (("triton", "attention_triton"), ("reference", "cls_reference")),
 }
@@ -96,9 +95,9 @@ def divided_attention(
             frame by frame; fp32, bf16 or fp16, any strides.
         num_frames: T.
         axis: "time" or "space".
-        backend: "auto" or one of reference, sdpa, batched, native, xformers, triton.
+        backend: "auto" or one of reference, sdpa, cpu_c, xformers, triton.
         cls_only: compute the CLS row alone.
-        deterministic: gradients must not depend on the order of atomic additions. batched, native and triton
+        deterministic: gradients must not depend on the order of atomic additions. cpu_c and triton
             never use any, on a CPU nothing does; on CUDA `auto` takes triton then, and sdpa and xformers are refused.
 
     Returns:

@@ -3,8 +3,9 @@
 The first use of a shape times the backends that can run there, forward and backward, on random data of that
 shape; the choice is written to a JSON file in the user's cache folder (FROZEN_FAST_CACHE, by default
 ~/.cache/frozen_fast), so a resumed run computes what the run computed; other kernels are measured anew. Where the
-folder cannot be written, nothing is measured and the default is taken. Of two processes that measure at once, the
-first to write decides.
+folder cannot be written, nothing is measured and the default is taken. A backend that fails while it is measured is
+left out, whatever it raises; where all fail, nothing is stored. Of two processes that measure at once, the first to
+write decides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from frozen_kernels.cache import cache_folder
 logger = logging.getLogger(__name__)
 
 CACHE_FILE = "attention_choices.json"
-CANDIDATES = {"cpu": ("batched", "native", "sdpa"), "cuda": ("xformers", "triton", "sdpa")}
+CANDIDATES = {"cpu": ("cpu_c", "sdpa"), "cuda": ("xformers", "triton", "sdpa")}
 """Per device, the default first: another one must beat it by MARGIN."""
 MARGIN = 0.05
 TOKENS_MEASURED = {"cpu": 2048, "cuda": 32_768}
@@ -42,6 +43,8 @@ REPEATS = 3
 
 Compute = Callable[[str, Tensor, int, str], Tensor]
 """(backend, qkv_BS3ND, num_frames, axis) -> out_BSE."""
+Measured = tuple[dict[str, float], dict[str, str]]
+"""Milliseconds of the backends that ran, and why the others did not."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def chosen_backends() -> list[dict[str, Any]]:
     """What `auto` chose in this process, for the report: one row per case, in order of first use.
 
     Each row holds the case, "backend", "milliseconds" (forward + backward, by backend; empty where nothing was
-    measured) and "how": measured, cached or default.
+    measured), "failed" (backend -> why it was left out) and "how": measured, cached or default.
     """
     return [{**asdict(case), **choice} for case, choice in _chosen.items()]
 
@@ -85,7 +88,7 @@ def forget_choices() -> None:
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """What runs where nothing has been measured: xformers on CUDA if it can, batched on a CPU."""
+    """What runs where nothing has been measured: xformers on CUDA if it can, cpu_c on a CPU where a C compiler is."""
     return available_candidates(device, dtype)[0]
 
 
@@ -111,7 +114,12 @@ def choose_backend(qkv_BS3ND: Tensor, layout: Layout, axis: str, compute: Comput
         candidates = available_candidates(device, dtype)
         choice = _decide(case, candidates, lambda: _measure(candidates, device, dtype, case, compute))
         _chosen[case] = choice
-        logger.info("attention auto: %s over %s, %s", choice["backend"], case.key, choice["how"])
+        times = ", ".join(f"{name} {time:.3g} ms" for name, time in choice["milliseconds"].items())
+        logger.info(
+            "attention auto: %s for the %s axis, %d clips of %d frames in %s on %s (%s%s)",
+            choice["backend"], axis, case.batch, case.frames, case.dtype, case.device, choice["how"],
+            f": {times}" if times else "",
+        )  # fmt: skip
     return str(choice["backend"])
 
 
@@ -150,24 +158,27 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _decide(case: Case, candidates: list[str], measure: Callable[[], dict[str, float]]) -> dict[str, Any]:
+def _decide(case: Case, candidates: list[str], measure: Callable[[], Measured]) -> dict[str, Any]:
     """A choice with how it came about; the first choice on disk for a case stays."""
-    default = {"backend": candidates[0], "milliseconds": {}, "how": "default"}
+    default = {"backend": candidates[0], "milliseconds": {}, "failed": {}, "how": "default"}
     if len(candidates) == 1:
         return default
     path = cache_folder() / CACHE_FILE
     stored = _read_choices(path).get(case.key)
     if stored and stored["backend"] in candidates:
-        return {**stored, "how": "cached"}
+        return {"failed": {}, **stored, "how": "cached"}
     if not _writable(path.parent):
         logger.warning("attention auto: %s cannot be written, so nothing is measured", path.parent)
         return default
-    milliseconds = measure()
-    fastest = min(milliseconds, key=lambda name: milliseconds[name], default=candidates[0])
+    milliseconds, failed = measure()
+    if not milliseconds:  # the default then raises its own error where it is used
+        logger.warning("attention auto: every backend fails: %s", "; ".join(f"{k}: {v}" for k, v in failed.items()))
+        return {**default, "failed": failed}
+    fastest = min(milliseconds, key=lambda name: milliseconds[name])
     standing = milliseconds.get(candidates[0])
     if standing is not None and milliseconds[fastest] > (1 - MARGIN) * standing:
         fastest = candidates[0]
-    return _store(path, case, {"backend": fastest, "milliseconds": milliseconds}, candidates)
+    return _store(path, case, {"backend": fastest, "milliseconds": milliseconds, "failed": failed}, candidates)
 
 
 def _writable(folder: Path) -> bool:
@@ -197,7 +208,7 @@ def _store(path: Path, case: Case, choice: dict[str, Any], candidates: list[str]
         choices = _read_choices(path)
         first = choices.get(case.key)
         if first and first["backend"] in candidates:
-            return {**first, "how": "cached"}
+            return {"failed": {}, **first, "how": "cached"}
         choices[case.key] = choice
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(choices, indent=1) + "\n", encoding="utf-8")
@@ -207,16 +218,27 @@ def _store(path: Path, case: Case, choice: dict[str, Any], candidates: list[str]
 
 def _measure(
     candidates: list[str], device: torch.device, dtype: torch.dtype, case: Case, compute: Compute
-) -> dict[str, float]:
+) -> Measured:
     """Milliseconds of forward and backward by backend, the shortest of a few runs after one to warm up.
 
     The backends take turns, so that other load on the machine falls on all of them; one that fails is left out
-    with a warning.
+    with a warning. Every exception counts as a failure: Triton's own (a kernel that does not compile, or needs more
+    shared memory or registers than there are) derive from Exception alone.
+
+    Returns:
+        Milliseconds by backend, and the cause by backend that fails.
 
     It runs in a thread of its own: autocast, gradient mode and the hooks of activation checkpointing belong to
     the calling thread and stay out of it, and the random state is a private generator's.
     """
     milliseconds: dict[str, float] = {}
+    failed: dict[str, str] = {}
+
+    def fail(name: str, error: Exception) -> None:
+        lines = str(error).strip().splitlines()
+        failed[name] = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        logger.warning("attention auto: %s fails on %s: %s", name, case.key, failed[name])
+        milliseconds.pop(name, None)
 
     def work() -> None:
         if device.type == "cuda":
@@ -231,19 +253,24 @@ def _measure(
             for name, step in list(steps.items()):
                 try:
                     seconds = _time(step, device)
-                except (RuntimeError, ValueError) as error:
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    logger.warning("attention auto: %s fails on %s: %s", name, case.key, reason)
+                except Exception as error:
+                    fail(name, error)
                     del steps[name]
-                    milliseconds.pop(name, None)
                     continue
                 if repeat:
                     milliseconds[name] = min(1e3 * seconds, milliseconds.get(name, float("inf")))
 
-    thread = Thread(target=work, name="attention-measurement")
+    def guarded() -> None:
+        try:
+            work()
+        except Exception as error:  # the case's own tensors did not fit
+            for name in candidates:
+                fail(name, error)
+
+    thread = Thread(target=guarded, name="attention-measurement")
     thread.start()
     thread.join()
-    return milliseconds
+    return milliseconds, failed
 
 
 def _step(compute: Compute, name: str, qkv: Tensor, grad: Tensor, case: Case) -> None:

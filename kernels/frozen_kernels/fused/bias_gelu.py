@@ -1,6 +1,6 @@
 """Bias and exact GELU in one pass, the bias's gradient reduced in the pass that computes the input's.
 
-The plain form is `bias_gelu_reference`; the others are triton_bias_gelu and native_bias_gelu. It saves
+The plain form is `bias_gelu_reference`; the others are triton_bias_gelu and cpu_c_bias_gelu. It saves
 passes over the widest activations of a block. Legend: R rows (all axes but the last), D width.
 """
 
@@ -65,7 +65,7 @@ def bias_gelu(x: Tensor, bias_D: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         x: [..., D], fp32, bf16 or fp16: a matrix product without its bias.
         bias_D: the bias, in any of these dtypes.
-        backend: auto (Triton on CUDA, C on a CPU), plain, triton, or native.
+        backend: auto (Triton on CUDA, C on a CPU), plain, triton, or cpu_c.
 
     Returns:
         [..., D] in x's dtype; differentiable in both.

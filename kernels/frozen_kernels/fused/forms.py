@@ -8,7 +8,7 @@ import torch
 
 from frozen_kernels.availability import unavailable_backends
 
-FusedForm = Literal["plain", "triton", "native"]
+FusedForm = Literal["plain", "triton", "cpu_c"]
 
 
 def fused_form(backend: str, device: torch.device, dtype: torch.dtype) -> FusedForm:
@@ -27,7 +27,7 @@ def fused_form(backend: str, device: torch.device, dtype: torch.dtype) -> FusedF
         raise ValueError(f"backend: got {backend!r}; allowed: auto, {', '.join(forms)}")
     missing = unavailable_backends(device, dtype)
     if backend == "auto":
-        fastest: FusedForm = "triton" if device.type == "cuda" else "native"
+        fastest: FusedForm = "triton" if device.type == "cuda" else "cpu_c"
         return "plain" if fastest in missing else fastest
     if backend in missing:
         usable = [form for form in forms if form not in missing]

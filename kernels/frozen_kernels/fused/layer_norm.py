@@ -1,7 +1,7 @@
 """Residual sum and LayerNorm in one pass: the sum is written once and normalised while it is in registers.
 
 The plain form is `add_layer_norm_reference`; the others are frozen_kernels.fused.triton_layer_norm and
-native_layer_norm. Legend: R rows (all axes but the last), D width.
+cpu_c_layer_norm. Legend: R rows (all axes but the last), D width.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def add_layer_norm(
         bias_D: LayerNorm bias.
         eps: added to the variance; 1e-6 in the released model.
         out_dtype: dtype of the normalised result; none: that of the sum.
-        backend: auto (Triton on CUDA, C on a CPU), plain, triton, or native.
+        backend: auto (Triton on CUDA, C on a CPU), plain, triton, or cpu_c.
 
     Returns:
         (x + branch [..., D] in the wider of both dtypes, its LayerNorm [..., D]); differentiable in all tensors.

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from frozen_kernels.native.library import KINDS, in_parallel, load_native
+from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
 
 TASKS = 32
 """Parts of the rows in the backward pass, each with its own sum of the bias's gradient."""
@@ -15,7 +15,7 @@ TASKS = 32
 
 def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias)."""
-    library = load_native("bias_gelu.c", {"KIND": KINDS[x.dtype]})
+    library = load_kernels("bias_gelu.c", {"KIND": KINDS[x.dtype]})
     width = x.shape[-1]
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -25,7 +25,7 @@ def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
 
 def launch_backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and the bias; the bias's is added over the parts in a fixed order."""
-    library = load_native("bias_gelu.c", {"KIND": KINDS[x.dtype]})
+    library = load_kernels("bias_gelu.c", {"KIND": KINDS[x.dtype]})
     width = x.shape[-1]
     rows = x.numel() // width
     x, grad_out = x.contiguous(), grad_out.contiguous()

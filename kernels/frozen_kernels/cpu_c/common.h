@@ -1,4 +1,4 @@
-// What the native kernels share: elements of three types read as float, and an exponential that vectorises.
+// What the kernels share: elements of three types read as float, and an exponential that vectorises.
 // KIND of an element: 0 float32, 1 bfloat16, 2 float16. A kernel's kinds and sizes are macros, fixed when it is built.
 
 #include <math.h>

@@ -1,10 +1,10 @@
-"""Divided attention for CPUs by C kernels (frozen_kernels.native.library).
+"""Divided attention for CPUs by C kernels (frozen_kernels.cpu_c.library).
 
 The time axis is one pass over the packed qkv, forward and backward, in fp32 registers whatever the input's dtype:
 nothing is regrouped, and nothing but the CLS row and its log-sum-exp is kept for the backward pass. The space axis is
-matrix products, which a BLAS does best, frame by frame; C kernels, a head a task, gather their operands and put the
-results back, the CLS row on the way, in room for one frame, which stays in cache. Its probabilities are kept in the
-input's dtype. No gradient depends on the number of threads.
+matrix products, which a BLAS does best, over pieces of as many frames as stay in cache; C kernels gather their operands
+and put the results back, the CLS row on the way. Its probabilities are kept in the input's dtype. No gradient depends
+on the number of threads.
 
 Axis letters: see qkv_layout; G = B*T*N groups of the space axis, R its queries per group: P, or 1 + P at one
 frame, where CLS is a query like any other.
@@ -13,17 +13,19 @@ frame, where CLS is a query like any other.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from frozen_kernels.attention.qkv_layout import Layout, read_layout
-from frozen_kernels.native.library import KINDS, in_parallel, load_native
-from frozen_kernels.products.choice import product, scaled_product
+from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
 
 CHUNKS = 8
 """Ranges of positions per clip on the time axis: what threads share out."""
+PIECE_BYTES = 1 << 20
+"""Space axis: frames are worked on together up to so many bytes of queries, keys, values and probabilities."""
 
 
 class _Sizes(ctypes.Structure):
@@ -45,10 +47,10 @@ def _open_time(qkv: Tensor, layout: Layout) -> tuple[ctypes.CDLL, _Sizes]:
     macros = {"KIND": KINDS[qkv.dtype], "FRAMES": layout.frames, "WIDTH": layout.head_width}
     chunks = min(CHUNKS, layout.patches)
     sizes = _Sizes(layout.frames, layout.patches, layout.heads, chunks, layout.scale)
-    return load_native("attention_time.c", macros), sizes
+    return load_kernels("attention_time.c", macros), sizes
 
 
-@torch.library.custom_op("frozen_kernels::native_time", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("frozen_kernels::cpu_c_time", mutates_args=(), device_types="cpu")
 def time_forward(qkv: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
     """Output [B, S, E], and the CLS row with its log-sum-exp in fp32 [B, N, D+1]."""
     layout = read_layout(qkv, num_frames, "time")
@@ -61,7 +63,7 @@ def time_forward(qkv: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
     return out, state
 
 
-@torch.library.custom_op("frozen_kernels::native_time_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("frozen_kernels::cpu_c_time_backward", mutates_args=(), device_types="cpu")
 def time_backward(grad_out: Tensor, qkv: Tensor, state: Tensor, num_frames: int) -> Tensor:
     """The gradient of qkv, packed as qkv is."""
     layout = read_layout(qkv, num_frames, "time")
@@ -105,7 +107,7 @@ time_forward.register_autograd(_differentiate_time, setup_context=_save_time)
 def _open_space(qkv: Tensor, layout: Layout) -> tuple[ctypes.CDLL, _Sizes]:
     macros = {"KIND": KINDS[qkv.dtype], "WIDTH": layout.head_width}
     sizes = _Sizes(layout.frames, layout.patches, layout.heads, layout.frames, layout.scale)
-    return load_native("attention_space.c", macros), sizes
+    return load_kernels("attention_space.c", macros), sizes
 
 
 def _queries(layout: Layout) -> int:
@@ -113,9 +115,18 @@ def _queries(layout: Layout) -> int:
     return layout.patches + (layout.frames == 1)
 
 
-def _rows(layout: Layout, frame: int) -> slice:
-    """The groups of a frame, counted over clips."""
-    return slice(frame * layout.heads, (frame + 1) * layout.heads)
+def _frames_per_piece(qkv: Tensor, layout: Layout) -> int:
+    """As many frames as PIECE_BYTES allow, at least one."""
+    keys = layout.patches + 1
+    frame_bytes = layout.heads * keys * (keys + 3 * layout.head_width) * qkv.element_size()
+    return max(1, min(PIECE_BYTES // frame_bytes, layout.batch * layout.frames))
+
+
+def _pieces(qkv: Tensor, layout: Layout) -> Iterator[tuple[ctypes.c_long, slice]]:
+    """Runs of frames, counted over clips: the first frame, and the frames' groups."""
+    count, frames = _frames_per_piece(qkv, layout), layout.batch * layout.frames
+    for first in range(0, frames, count):
+        yield ctypes.c_long(first), slice(first * layout.heads, min(first + count, frames) * layout.heads)
 
 
 def _kept(qkv: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor]:
@@ -126,12 +137,19 @@ def _kept(qkv: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _matrices(qkv: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for a frame's queries [N, R, D], keys and values [N, 1+P, D]; every frame uses it in turn."""
-    keys = (layout.heads, layout.patches + 1, layout.head_width)
-    return qkv.new_empty(layout.heads, _queries(layout), layout.head_width), qkv.new_empty(keys), qkv.new_empty(keys)
+    """Room for a piece's queries [groups, R, D], keys and values [groups, 1+P, D]; every piece uses it in turn."""
+    groups = _frames_per_piece(qkv, layout) * layout.heads
+    keys = (groups, layout.patches + 1, layout.head_width)
+    return qkv.new_empty(groups, _queries(layout), layout.head_width), qkv.new_empty(keys), qkv.new_empty(keys)
 
 
-@torch.library.custom_op("frozen_kernels::native_space", mutates_args=(), device_types="cpu")
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """Scale * left @ right, into out if given."""
+    unread = left.new_empty(()).expand(left.shape[0], left.shape[1], right.shape[2])
+    return torch.baddbmm(unread, left, right, beta=0, alpha=scale, out=out)
+
+
+@torch.library.custom_op("frozen_kernels::cpu_c_space", mutates_args=(), device_types="cpu")
 def space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, S, E]; with keep the probabilities; at several frames the CLS row's state (see _kept)."""
     layout = read_layout(qkv, num_frames, "space")
@@ -140,45 +158,44 @@ def space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Ten
     out = qkv.new_empty(layout.batch, layout.tokens, layout.width)
     saved, state = _kept(qkv, layout, keep)
     running = _cls_tensors(qkv, layout, layout.frames)[0] if layout.frames > 1 else None
-    query, key, value = _matrices(qkv, layout)
+    room = _matrices(qkv, layout)
     with torch.autocast("cpu", enabled=False):
-        for frame in range(layout.batch * layout.frames):
-            index = ctypes.c_long(frame)
-            in_parallel(library.space_gather, layout.heads, sizes, index, qkv, query, key, value, running)
-            scores = scaled_product(query, key.transpose(1, 2), layout.scale)
-            probabilities = torch.softmax(scores, dim=-1, out=saved[_rows(layout, frame)] if keep else None)
-            product(probabilities, value, out=query)
-            in_parallel(library.space_rows, layout.heads, sizes, index, out, query, ctypes.c_long(0))
+        for first, groups in _pieces(qkv, layout):
+            tasks = groups.stop - groups.start
+            query, key, value = (matrix[:tasks] for matrix in room)
+            in_parallel(library.space_gather, tasks, sizes, first, qkv, query, key, value, running)
+            scores = _scaled_product(query, key.transpose(1, 2), layout.scale)
+            probabilities = torch.softmax(scores, dim=-1, out=saved[groups] if keep else None)
+            torch.bmm(probabilities, value, out=query)
+            in_parallel(library.space_rows, tasks, sizes, first, out, query, ctypes.c_long(0))
     if running is not None:
         in_parallel(library.cls_forward, layout.batch, sizes, qkv, out, running, state)
     return out, saved, state
 
 
-@torch.library.custom_op("frozen_kernels::native_space_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("frozen_kernels::cpu_c_space_backward", mutates_args=(), device_types="cpu")
 def space_backward(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, num_frames: int) -> Tensor:
     """The gradient of qkv, packed as qkv is."""
     layout = read_layout(qkv, num_frames, "space")
     library, sizes = _open_space(qkv, layout)
     qkv, grad_out = qkv.contiguous(), grad_out.contiguous()
-    query, key, value = _matrices(qkv, layout)
-    grad, grad_key, grad_value = _matrices(qkv, layout)
+    room, grad_room = _matrices(qkv, layout), _matrices(qkv, layout)
     grad_qkv = torch.empty_like(qkv)
-    frames = layout.batch * layout.frames
-    sums = qkv.new_empty(frames, layout.heads, 3, layout.head_width, dtype=torch.float32)
+    sums = qkv.new_empty(layout.batch * layout.frames, layout.heads, 3, layout.head_width, dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):
-        for frame in range(frames):
-            index, probabilities = ctypes.c_long(frame), saved[_rows(layout, frame)]
-            in_parallel(library.space_gather, layout.heads, sizes, index, qkv, query, key, value, None)
-            in_parallel(library.space_rows, layout.heads, sizes, index, grad_out, grad, ctypes.c_long(1))
-            product(probabilities.transpose(1, 2), grad, out=grad_value)
-            grad_probabilities = product(grad, value.transpose(1, 2))
+        for first, groups in _pieces(qkv, layout):
+            tasks, probabilities = groups.stop - groups.start, saved[groups]
+            query, key, value = (matrix[:tasks] for matrix in room)
+            grad, grad_key, grad_value = (matrix[:tasks] for matrix in grad_room)
+            in_parallel(library.space_gather, tasks, sizes, first, qkv, query, key, value, None)
+            in_parallel(library.space_rows, tasks, sizes, first, grad_out, grad, ctypes.c_long(1))
+            torch.bmm(probabilities.transpose(1, 2), grad, out=grad_value)
+            grad_probabilities = torch.bmm(grad, value.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, probabilities, -1, qkv.dtype)
-            scaled_product(grad_scores, key, layout.scale, out=grad)
-            scaled_product(grad_scores.transpose(1, 2), query, layout.scale, out=grad_key)
+            _scaled_product(grad_scores, key, layout.scale, out=grad)
+            _scaled_product(grad_scores.transpose(1, 2), query, layout.scale, out=grad_key)
             gradients = (grad, grad_key, grad_value)
-            in_parallel(
-                library.space_scatter, layout.heads, sizes, index, *gradients, qkv, grad_out, state, grad_qkv, sums
-            )
+            in_parallel(library.space_scatter, tasks, sizes, first, *gradients, qkv, grad_out, state, grad_qkv, sums)
     if layout.frames > 1:
         in_parallel(library.cls_backward, layout.batch, sizes, qkv, grad_out, state, grad_qkv, sums)
     return grad_qkv
@@ -209,7 +226,7 @@ def _differentiate_space(ctx: Any, grad_out: Tensor, *unused: None) -> tuple[Ten
 space_forward.register_autograd(_differentiate_space, setup_context=_save_space)
 
 
-def attention_native(qkv_BS3ND: Tensor, layout: Layout, axis: str) -> Tensor:
+def attention_cpu_c(qkv_BS3ND: Tensor, layout: Layout, axis: str) -> Tensor:
     """Divided attention of all tokens on a CPU -> [B, S, E]; fp32, bf16 or fp16; first derivatives only."""
     if axis == "time":
         return time_forward(qkv_BS3ND, layout.frames)[0]

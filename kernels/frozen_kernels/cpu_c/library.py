@@ -1,6 +1,6 @@
 """C kernels for CPUs: built by the machine's own C compiler at first use, for the sizes at hand, and kept on disk.
 
-The sources are in frozen_kernels/native. A build takes about a second and lies in frozen_kernels.cache's folder under a
+The sources are in frozen_kernels/cpu_c. A build takes about a second and lies in frozen_kernels.cache's folder under a
 hash of all that it depends on; sizes and element types are macros, so inner loops have fixed lengths. The compiler is
 that of the environment variable CC, otherwise cc, gcc or clang.
 """
@@ -47,7 +47,7 @@ def compiler() -> str:
 
 
 @torch.compiler.assume_constant_result
-def why_not_native() -> str:
+def why_not_cpu_c() -> str:
     """Why no C kernel can be built here; empty if one was (a small one, to find out)."""
     return _probe()
 
@@ -57,7 +57,7 @@ def _probe() -> str:
     if not compiler():
         return "no C compiler: CC is not set and none of cc, gcc, clang is on PATH"
     try:
-        load_native("probe.c", {"KIND": KINDS[torch.float16]})
+        load_kernels("probe.c", {"KIND": KINDS[torch.float16]})
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return str(error).splitlines()[0]
     return ""
@@ -69,7 +69,7 @@ def _load(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     flags = [*FLAGS, *_wide_vectors(), *_openmp_runtime(), *(f"-D{name}={value}" for name, value in macros)]
     identity = "\n".join((*flags, _compiler_version(), _processor())).encode()
     name = f"{source.removesuffix('.c')}_{hashlib.sha256(identity + text).hexdigest()[:24]}.so"
-    folder = cache_folder() / "native"
+    folder = cache_folder() / "cpu_c"
     if (folder / name).exists():
         return ctypes.CDLL(str(folder / name))
     try:
@@ -129,8 +129,8 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def load_native(source: str, macros: Mapping[str, int]) -> ctypes.CDLL:
-    """A source of frozen_kernels/native, built for these macros.
+def load_kernels(source: str, macros: Mapping[str, int]) -> ctypes.CDLL:
+    """A source of frozen_kernels/cpu_c, built for these macros.
 
     Raises:
         RuntimeError: if the compiler refuses it, with its first error.

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from frozen_kernels.native.library import KINDS, in_parallel, load_native
+from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
 
 TASKS = 32
 """Parts of the rows in the backward pass, each with its own sums of the weight's and bias's gradients."""
@@ -23,7 +23,7 @@ def _library(
     narrow: torch.dtype | None = None,
 ) -> ctypes.CDLL:
     kinds = {"X": x or total, "BRANCH": branch, "TOTAL": total, "NORMED": normed, "NARROW": narrow}
-    return load_native("layer_norm.c", {name: NONE if kind is None else KINDS[kind] for name, kind in kinds.items()})
+    return load_kernels("layer_norm.c", {name: NONE if kind is None else KINDS[kind] for name, kind in kinds.items()})
 
 
 def launch_forward(

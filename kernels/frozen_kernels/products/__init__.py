@@ -1,1 +1,0 @@
-"""Matrix products of bfloat16 activations on CPUs without bfloat16 units."""

@@ -1,7 +1,8 @@
-"""Read frames with torchcodec, exact seeking. It needs FFmpeg's shared libraries (4 to 8) on the machine."""
+"""Read frames with torchcodec, exact seeking. It needs FFmpeg's shared libraries on the machine."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,17 +16,35 @@ _TIME_TOLERANCE_SECONDS = 2e-3  # Matroska holds milliseconds
 
 
 def missing() -> str | None:
-    """Why torchcodec cannot be used here, or None."""
+    """Why torchcodec cannot be used here, or None; found out by reading a frame.
+
+    torchcodec 0.10 loads FFmpeg's libraries when it is imported, torchcodec 0.17 when something is decoded.
+    """
     try:
-        import torchcodec.decoders  # noqa: F401
+        from torchcodec.decoders import VideoDecoder
+
+        VideoDecoder(_smallest_video()).get_frame_at(0)
     except ImportError as error:
         return f"torchcodec is not installed ({error})"
     except (RuntimeError, OSError):  # a long report, one paragraph per FFmpeg version
         return (
-            "torchcodec finds no FFmpeg shared libraries (versions 4 to 8): install the system's ffmpeg package, or "
-            "set LD_LIBRARY_PATH to what `python -m frozen_fast.data.decode.ffmpeg_libraries` prints"
+            "torchcodec finds no FFmpeg shared libraries of a version it takes: install the system's ffmpeg package, "
+            "or set LD_LIBRARY_PATH to what `python -m frozen_fast.data.decode.ffmpeg_libraries` prints"
         )
     return None
+
+
+def _smallest_video() -> bytes:
+    """One black frame of 16 x 16 pixels, MJPEG in AVI."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), dtype=np.uint8), format="rgb24")
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    return file.getvalue()
 
 
 def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixels: int) -> np.ndarray:

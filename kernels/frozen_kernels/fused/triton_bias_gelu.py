@@ -35,7 +35,7 @@ def backward_kernel(grad_out, x, bias, grad, parts, rows, D, ROWS: tl.constexpr,
     part = tl.zeros([COLUMNS], dtype=tl.float32)
     for step in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + step
-        inside = (column < D) & (row < rows)
+        inside = column < tl.where(row < rows, D, 0)
         value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32) + shift
         upper = tl.load(grad_out + row * D + column, mask=inside, other=0.0).to(tl.float32)
         share = 0.5 * (1.0 + tl.erf(value * SQRT_HALF))

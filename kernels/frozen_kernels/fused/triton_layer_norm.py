@@ -23,7 +23,7 @@ def forward_kernel(
     shift = tl.load(bias + column, mask=wide, other=0.0).to(tl.float32)
     for step in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + step
-        inside = wide & (row < rows)
+        inside = column < tl.where(row < rows, D, 0)
         value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_BRANCH:
             value += tl.load(branch + row * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def backward_kernel(
     bias_part = tl.zeros([DP], dtype=tl.float32)
     for step in range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + step
-        inside = wide & (row < rows)
+        inside = column < tl.where(row < rows, D, 0)
         upper = tl.load(grad_normed + row * D + column, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(total + row * D + column, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(statistics + row * 2, mask=row < rows, other=0.0)

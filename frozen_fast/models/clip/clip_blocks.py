@@ -16,10 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from frozen_fast.errors import UserError
-from frozen_fast.models.linear import Linear
 from frozen_fast.models.video.blocks import FusedOps, ResidualNorm
-from frozen_kernels import cls_attention, divided_attention, linear
-from frozen_kernels.products.choice import multiplied_in
+from frozen_kernels import cls_attention, divided_attention
 
 Activation = Literal["quick_gelu", "gelu"]
 
@@ -53,7 +51,7 @@ class PackedAttention(nn.Module):
         self.backend = backend
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x_BSD: Tensor, mask: Tensor | None = None, first_only: bool = False) -> Tensor:
         """Attend.
@@ -69,24 +67,22 @@ class PackedAttention(nn.Module):
         if first_only:
             assert mask is None and not self.causal, "one row is computed without a mask"
             return self.out_proj(self._first_row(x_BSD))
-        qkv_BS3ND = linear(x_BSD, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        qkv_BS3ND = F.linear(x_BSD, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         if mask is None and not self.causal and x_BSD.shape[1] > 1:
             return self.out_proj(divided_attention(qkv_BS3ND, 1, "space", backend=self.backend))
         query, key, value = (part.transpose(1, 2) for part in qkv_BS3ND.unbind(2))
-        if query.device.type == "cpu":
-            query, key, value = (part.to(multiplied_in(part.dtype)) for part in (query, key, value))
         mask = None if mask is None else mask.to(query.dtype)
         with torch.autocast(query.device.type, enabled=False):
             out_BNSD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=self.causal)
-        return self.out_proj(out_BNSD.transpose(1, 2).flatten(2).to(qkv_BS3ND.dtype))
+        return self.out_proj(out_BNSD.transpose(1, 2).flatten(2))
 
     def _first_row(self, x_BSD: Tensor) -> Tensor:
         """Token 0's query over all keys and values -> [B, 1, D]."""
         sizes = (x_BSD.shape[-1], 2 * x_BSD.shape[-1])
         query_weight, kv_weight = self.in_proj_weight.split(sizes)
         query_bias, kv_bias = self.in_proj_bias.split(sizes)
-        query_B1ND = linear(x_BSD[:, :1], query_weight, query_bias).unflatten(-1, (self.heads, -1))
-        kv_BS2ND = linear(x_BSD, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1))
+        query_B1ND = F.linear(x_BSD[:, :1], query_weight, query_bias).unflatten(-1, (self.heads, -1))
+        kv_BS2ND = F.linear(x_BSD, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1))
         return cls_attention(query_B1ND, kv_BS2ND)
 
 
@@ -99,8 +95,8 @@ class ClipMlp(nn.Module):
         if activation not in ("quick_gelu", "gelu"):
             raise UserError(f"activation: got {activation!r}; allowed: quick_gelu, gelu")
         self.activation = activation
-        self.c_fc = Linear(width, hidden)
-        self.c_proj = Linear(hidden, width)
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; quick_gelu is x * sigmoid(1.702 x), the one that OpenAI's weights were trained with."""

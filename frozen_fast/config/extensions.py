@@ -174,3 +174,20 @@ strategies = ExtensionPoint(
     },
 )
 """frozen_fast.parallel.base.Parallel classes; the accelerate config of the launch chooses."""
+
+trackers = ExtensionPoint(
+    "trackers",
+    "tracking.trackers",
+    {
+        "tensorboard": "frozen_fast.records.trackers:tensorboard",
+        "wandb": "frozen_fast.records.trackers:wandb",
+        "mlflow": "frozen_fast.records.trackers:mlflow",
+        "comet_ml": "frozen_fast.records.trackers:comet_ml",
+        "aim": "frozen_fast.records.trackers:aim",
+        "clearml": "frozen_fast.records.trackers:clearml",
+        "dvclive": "frozen_fast.records.trackers:dvclive",
+        "swanlab": "frozen_fast.records.trackers:swanlab",
+        "trackio": "frozen_fast.records.trackers:trackio",
+    },
+)
+"""Functions from frozen_fast.records.tracking.TrackedRun to an accelerate.tracking.GeneralTracker."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from frozen_fast.config import yaml_text
+from frozen_fast.config import renamed, yaml_text
 from frozen_fast.config.convert import build
 from frozen_fast.config.fields import to_plain
 from frozen_fast.config.overrides import apply_overrides, copy_tree, merge
@@ -42,10 +42,11 @@ def config_from_mapping(
     tree: dict[str, Any], overrides: Sequence[str] = (), *, origins: Origins | None = None
 ) -> ExperimentConfig:
     """Type and check a mapping of plain values as `load_config` does a file."""
-    origins = dict(origins or {})
+    origins, tree = dict(origins or {}), copy_tree(tree)
+    renamed.rename_keys(tree, renamed.EXPERIMENT, origins)
     if overrides:
         tree = merge(to_plain(ExperimentConfig()), tree)
-        apply_overrides(tree, overrides, origins, ExperimentConfig)
+        apply_overrides(tree, overrides, origins, ExperimentConfig, renamed.EXPERIMENT)
     return name_sources(build(ExperimentConfig, replace_renamed_values(tree), origins=origins))
 
 
@@ -74,6 +75,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any
     if not isinstance(tree, dict):
         raise UserError(f"{path}: got a {type(tree).__name__} at the top; allowed: a mapping of keys")
     tree = copy_tree(tree)
+    renamed.rename_keys(tree, renamed.EXPERIMENT, origins)
     bases = tree.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from frozen_fast.config.fields import is_text, optional_type, type_at
-from frozen_fast.config.yaml_text import Origins, join_path, parse_scalar_or_flow
+from frozen_fast.config.renamed import Renames, current_path, rename_keys
+from frozen_fast.config.yaml_text import MAX_DEPTH, Origins, join_path, parse_scalar_or_flow
 from frozen_fast.errors import UserError
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]*"
@@ -23,10 +24,15 @@ def split_path(path: str) -> tuple[str | int, ...]:
     """
     if not _PATH.fullmatch(path):
         raise UserError(f"override: got the path {path!r}; allowed: names and [indices], as in data.sources[0].path")
-    return tuple(int(index) if index else name for index, name in _STEP.findall(path))
+    steps = tuple(int(index) if index else name for index, name in _STEP.findall(path))
+    if len(steps) > MAX_DEPTH:
+        raise UserError(f"override: got a path of {len(steps)} steps, {path[:40]}...; allowed: {MAX_DEPTH} or fewer")
+    return steps
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origins: Origins, cls: type) -> None:
+def apply_overrides(
+    tree: dict[str, Any], overrides: Sequence[str], origins: Origins, cls: type, renames: Renames
+) -> None:
     """Set values in the plain tree, in order; the index one past a list's end appends.
 
     Args:
@@ -34,6 +40,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origins: Ori
         overrides: texts `key.path=value`; the value is YAML.
         origins: gets an entry for each path that was set.
         cls: the schema's class of the tree: where it wants text, a number or a boolean is taken as it was typed.
+        renames: keys that may be given under former names.
 
     Raises:
         UserError: for text without `=`, a path that leads through a scalar, or an index past the end.
@@ -45,7 +52,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origins: Ori
         path = path.strip()
         steps = split_path(path)
         value = parse_scalar_or_flow(written, path)
-        hint, _ = type_at(cls, steps)
+        hint, _ = type_at(cls, split_path(current_path(path, renames)))
         nothing = not written.strip() and optional_type(hint) is None
         if is_text(hint) and (nothing or isinstance(value, (bool, int, float))):
             value = written.strip()
@@ -54,6 +61,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origins: Ori
             if end == len(path) or path[end] in ".[":
                 origins.setdefault(path[:end], "command line")
         origins[path] = "command line"
+        rename_keys(tree, renames, origins, overwrite=True)
 
 
 def merge(base: Any, over: Any) -> Any:

@@ -79,7 +79,7 @@ class SourceConfig:
     format: str = key("manifest", "layout on disk: a name of config.extensions.layouts (docs/datasets.md lists them), or of a plugin", names=extensions.layouts)
     path: str = key("", "manifest file, the data set's root folder, or the folder of packed shards")
     split: str = key("train", "train, val or test (a manifest's own values; empty: every line of a manifest, every clip of shards)")
-    cut: str = key("", "version of the data set's splits, where it has several (docs/datasets.md): msrvtt 1k-A, 1k-B or full, ucf101 1, 2 or 3")
+    split_version: str = key("", "version of the data set's splits, where it has several (docs/datasets.md): msrvtt 1k-A, 1k-B or full, ucf101 1, 2 or 3")
     split_counts: Literal["warn", "error", "off"] = key("warn", "where an annotation names another number of clips than is published for the split; files that are not on disk are counted apart and do not matter here")
     columns: Named[str] = key((), "csv and parquet: names of the file's columns for id, path, caption, kind, split, label, start_seconds, end_seconds (a mapping in YAML)")
     captions: Literal["random", "first", "paragraph", "all"] = key("random", "training draws one, takes the first, or joins a random number; evaluation reads all or joins all")
@@ -135,7 +135,7 @@ class DecodeConfig:
     prefetch_batches: int = key(2, "batches decoded ahead", ge=1)
     on_bad_clip: Literal["auto", "error", "skip"] = key("auto", "auto: skip in training, error in evaluation")
     max_bad_share: float = key(0.05, "a run fails past this share of unreadable clips", ge=0, le=1)
-    max_image_pixels: int = key(50_000_000, "a picture or frame with more pixels is a bad clip", ge=1)
+    max_pixels: int = key(50_000_000, "a picture or frame with more pixels is a bad clip", ge=1)
     read_timeout_seconds: float = key(120.0, "a batch that takes longer is an error, not a hang", gt=0)
 
 
@@ -302,12 +302,13 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WandbConfig:
-    """Weights & Biases."""
+class TrackingConfig:
+    """Experiment trackers; their addresses and secrets come from the environment, as each documents (WANDB_API_KEY, MLFLOW_TRACKING_URI)."""
 
-    mode: Literal["off", "offline", "online"] = key("off", "off, offline, online")
-    project: str = key("frozen_fast", "project")
-    name: str | None = key(None, "run name; none: the experiment's")
+    trackers: tuple[Annotated[str, OneOf(extensions.trackers)], ...] = key((), "where numbers go beside the run folder, several at once: tensorboard, wandb, mlflow and Accelerate's others, or a plugin's")
+    project: str = key("frozen_fast", "the project or experiment that runs are listed under", not_blank=True)
+    run_name: str | None = key(None, "the run's name there; none: the experiment's")
+    wandb_mode: Literal["online", "offline"] = key("online", "wandb: send at once, or write files for `wandb sync`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +327,7 @@ class ExperimentConfig:
     training: TrainingConfig = section(TrainingConfig, "engine")
     checkpoints: CheckpointConfig = section(CheckpointConfig, "checkpoints")
     evaluation: EvaluationConfig = section(EvaluationConfig, "evaluation")
-    wandb: WandbConfig = section(WandbConfig, "Weights & Biases")
+    tracking: TrackingConfig = section(TrackingConfig, "experiment trackers")
 
     @model_validator(mode="after")
     def _batch_sizes_name_sources(self) -> Self:

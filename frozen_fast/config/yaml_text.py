@@ -17,9 +17,27 @@ from frozen_fast.errors import UserError
 Origins = dict[str, str]
 """Path of a value (`data.sources[0].path`) -> where it was written (`configs/demo.yaml line 12`)."""
 
+MAX_DEPTH = 50
+"""Levels of mappings and lists in a document; the paths of overrides have no more steps either."""
+MAX_VALUES = 100_000
+"""Values of a document, each counted wherever an alias repeats it."""
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars and no duplicate keys."""
+    """SafeLoader with YAML 1.2's scalars, no duplicate keys and a limit on the depth."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node and what is below it; PyYAML calls itself here for every level."""
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            line = self.peek_event().start_mark.line + 1
+            raise UserError(f"{self.name} line {line}: got more than {MAX_DEPTH} levels; allowed: {MAX_DEPTH} or fewer")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 class _StrictDumper(yaml.SafeDumper):
@@ -87,6 +105,7 @@ def parse(text: str, *, name: str, root: str = "") -> tuple[Any, Origins]:
     loader = None
     try:
         loader = _StrictLoader(text)
+        loader.name = name
         node = loader.get_single_node()
         if node is None:
             return None, {}
@@ -162,6 +181,9 @@ def _note_lines(node: yaml.Node, path: str, name: str, origins: Origins, above: 
     if id(node) in above:
         raise UserError(f"{name} line {node.start_mark.line + 1}: {path}: an alias refers to what contains it")
     above = (*above, id(node))
+    if len(origins) >= MAX_VALUES:
+        got = f"got more than {MAX_VALUES} values, those that aliases repeat counted each time"
+        raise UserError(f"{name}: {got}; allowed: {MAX_VALUES} or fewer")
     origins[path] = f"{name} line {node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):

@@ -47,7 +47,7 @@ _MAY_CHANGE = (
     "training.",
     "checkpoints.",
     "evaluation.",
-    "wandb.",
+    "tracking.",
 )
 _MUST_NOT_CHANGE = ("training.precision",)
 _SOURCE_PATH = re.compile(r"data\.sources\[\d+\]\.path")  # moved data: RunState.sources tells whether it is the same

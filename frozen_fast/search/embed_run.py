@@ -152,7 +152,7 @@ def _embed_on_ranks(
                 discard(output)
             collection = collect(
                 request.source, format=request.format, split=request.split, span_seconds=request.span_seconds,
-                threads=request.threads, max_pixels=decode.max_image_pixels,
+                threads=request.threads, max_pixels=decode.max_pixels,
             )  # fmt: skip
             plan, listed = plan_job(output, info, collection), collection.bad_clips
             log.info("embed: %d clips, %d of them are embedded already", len(plan.rows), len(plan.places))

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from frozen_fast.common.files import append_json_line
-from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import load_config, to_plain
 from frozen_fast.errors import UserError
+from frozen_fast.records.tracking import Trackers
 from frozen_fast.sweep.devices import device_groups
 from frozen_fast.sweep.outcome import Cause, Outcome, classify, read_figures, telling_line, whole_lines
 from frozen_fast.sweep.process import ProcessResult, free_port, run_limited
@@ -31,7 +31,7 @@ from frozen_fast.sweep.winner import write_winner
 
 log = logging.getLogger(__name__)
 
-ALWAYS = ("wandb.mode=off",)
+ALWAYS = ("tracking.trackers=[]",)
 """Overrides of every trial's measurement: a trial is a row of the sweep's run at Weights & Biases, not a run."""
 
 
@@ -63,7 +63,7 @@ class Sweep:
         earlier = [outcome for row in whole_lines(self.results) if (outcome := self._usable(row))]
         self.outcomes = [outcome for outcome in earlier if outcome.cause not in again]
         self._stop = threading.Event()
-        self._tracker = Tracker()
+        self._trackers = Trackers()
 
     def run(self) -> Outcome | None:
         """Measure what is not measured yet, write the ranking and the winner; return the winner, None if all failed.
@@ -72,10 +72,9 @@ class Sweep:
             KeyboardInterrupt: the caller was told to stop; trials that were running are ended, and not results.
         """
         config = self.config
-        self._tracker = Tracker.start(
-            config.wandb, project=config.wandb_project, name=config.name, plain_config=to_plain(config),
-            folder=self.folder, field="wandb",
-        )  # fmt: skip
+        self._trackers = Trackers.start(
+            config.tracking, name=config.name, config=config, folder=self.folder, step=len(self.outcomes) or None
+        )
         try:
             names = list(self.trials)
             for index, rung_overrides in enumerate(self.rungs):
@@ -84,7 +83,7 @@ class Sweep:
                 speeds = {name: of_rung[name].clips_per_second_per_device for name in names}
                 names = survivors(speeds, config.keep_share)
         finally:
-            self._tracker.close()
+            self._trackers.close()
         log.info("ranking: %s", self._write_ranking(plots=True))
         best = rank(self.outcomes)[:1]
         if not best or best[0].cause != "ok":
@@ -178,7 +177,7 @@ class Sweep:
         self._write_ranking(plots=False)
         row = {name: value for name, value in outcome.to_row().items() if value is not None}
         settings = {f"settings/{name}": value for name, value in self.trials[outcome.trial].settings}
-        self._tracker.log({**row, **settings}, len(self.outcomes))
+        self._trackers.log({**row, **settings}, len(self.outcomes))
         speed = outcome.clips_per_second_per_device
         figure = f"{speed:.2f} clips/s/device" if speed is not None else f"{outcome.cause}: {outcome.message}"
         log.info("%s: %s", self.trials[outcome.trial].label(), figure)

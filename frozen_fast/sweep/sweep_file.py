@@ -11,6 +11,8 @@ from frozen_fast.config import yaml_text
 from frozen_fast.config.convert import build
 from frozen_fast.config.keys import Named, dataclass, key, section
 from frozen_fast.config.overrides import apply_overrides
+from frozen_fast.config.renamed import Renames, rename_keys, trackers_of_wandb_mode
+from frozen_fast.config.schema import TrackingConfig
 from frozen_fast.config.yaml_text import Origins
 from frozen_fast.errors import UserError
 from frozen_fast.sweep.space import ACCELERATE_AXIS, TOGETHER_PREFIX
@@ -50,8 +52,12 @@ class SweepConfig:
     devices_per_trial: int = key(1, "GPUs of one trial")
     epoch_clips: int = key(2_500_000, "clips of the epoch that GPU-hours are projected for")
     limits: LimitsConfig = section(LimitsConfig, "limits of one trial")
-    wandb: Literal["off", "offline", "online"] = key("off", "one run at Weights & Biases, a row per trial")
-    wandb_project: str = key("frozen_fast", "its project")
+    tracking: TrackingConfig = section(TrackingConfig, "experiment trackers: one run for the sweep, a row per trial")
+
+
+RENAMES: Renames = {"wandb": trackers_of_wandb_mode, "wandb_project": "tracking.project"}
+"""Keys of a sweep file under former names."""
+
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -67,7 +73,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     tree, origins = yaml_text.read(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: got a {type(tree).__name__} at the top; allowed: a mapping of keys")
-    apply_overrides(tree, overrides, origins, SweepConfig)
+    rename_keys(tree, RENAMES, origins)
+    apply_overrides(tree, overrides, origins, SweepConfig, RENAMES)
     config = _with_whole_paths(build(SweepConfig, tree, origins=origins), path.parent, origins)
     check(config)
     return config

@@ -1,4 +1,4 @@
-"""The record of steps: steps.jsonl, the log, the progress bar, Weights & Biases.
+"""The record of steps: steps.jsonl, the log, the progress bar, experiment trackers.
 
 Losses stay on the device until a window of steps is full (or something needs them), so that a GPU is not stopped to
 hear a number. On a CPU every step is written as it ends.
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frozen_fast.common.tracking import Tracker
 from frozen_fast.errors import UserError
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.records.tracking import Trackers
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Journal:
         self,
         folder: RunFolder,
         parallel: Parallel,
-        tracker: Tracker,
+        trackers: Trackers,
         *,
         total_steps: int,
         num_stages: int,
@@ -72,13 +72,13 @@ class Journal:
         Args:
             folder: where rank 0 writes.
             parallel: ranks and device.
-            tracker: Weights & Biases, or nothing.
+            trackers: experiment trackers; there may be none.
             total_steps: optimizer steps of the whole run.
             num_stages: stages of the whole run.
             log_every_steps: steps between lines of the log; also the length of a window on CUDA.
             advice: what to change when the loss is not finite.
         """
-        self._folder, self._parallel, self._tracker = folder, parallel, tracker
+        self._folder, self._parallel, self._trackers = folder, parallel, trackers
         self._total_steps, self._num_stages, self._log_every = total_steps, num_stages, log_every_steps
         self._advice = advice
         self._window = log_every_steps if parallel.device.type == "cuda" else 1
@@ -130,7 +130,7 @@ class Journal:
             )  # fmt: skip
             prefix = f"eval/{row['source']}/{row['protocol']}"
             sent = {**metrics, "loss": row["loss"]}
-            self._tracker.log({f"{prefix}/{name}": value for name, value in sent.items()}, row["step"])
+            self._trackers.log({f"{prefix}/{name}": value for name, value in sent.items()}, row["step"])
 
     def close(self) -> None:
         """Close the progress bar."""
@@ -146,7 +146,7 @@ class Journal:
     def _tell(self, row: dict[str, Any]) -> None:
         rate = row["clips"] / row["seconds"] if row["seconds"] else 0.0
         sent = {f"train/{key}": row[key] for key in _SENT}
-        self._tracker.log({**sent, "train/clips_per_second": rate}, row["step"])
+        self._trackers.log({**sent, "train/clips_per_second": rate}, row["step"])
         if sys.stderr.isatty():
             self._advance_bar(row, rate)
         elif row["step"] % self._log_every == 0 or row["step"] in (1, self._total_steps):

@@ -8,8 +8,14 @@ from typing import Any
 
 from frozen_fast.common.files import write_atomically, write_json
 from frozen_fast.common.logs import set_up_logging
-from frozen_fast.common.tracking import Tracker
-from frozen_fast.config import ExperimentConfig, dump_yaml, loss_batch_size, resolve_stages, to_plain
+from frozen_fast.config import (
+    ExperimentConfig,
+    config_from_mapping,
+    dump_yaml,
+    loss_batch_size,
+    resolve_stages,
+    to_plain,
+)
 from frozen_fast.errors import UserError
 from frozen_fast.losses import build_loss
 from frozen_fast.optimizers import build_optimizer, divergence_advice
@@ -26,6 +32,7 @@ from frozen_fast.records.checkpoint import (
     remove_leftovers,
 )
 from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.records.tracking import Trackers
 from frozen_fast.report.write_report import write_report
 from frozen_fast.training import compiling
 from frozen_fast.training.engine import Engine, RunParts
@@ -136,7 +143,7 @@ class _Run:
         self._owned = False
         self._engine: Engine | None = None
         self._journal: Journal | None = None
-        self._tracker = Tracker()
+        self._trackers = Trackers()
 
     def train(self, resume: str, stop: StopRequest) -> int:
         """Prepare, run, report; returns the exit code."""
@@ -146,18 +153,14 @@ class _Run:
         parts = self._build(checkpoint, state)
         with parallel.together():
             if parallel.is_main:
-                self._tracker = Tracker.start(
-                    config.wandb.mode,
-                    project=config.wandb.project,
-                    name=config.wandb.name or config.name,
-                    plain_config=to_plain(config),
-                    folder=folder.path,
-                    field="wandb.mode",
-                )
+                self._trackers = Trackers.start(
+                    config.tracking, name=config.name, config=config, folder=folder.path,
+                    step=None if state is None else state.step,
+                )  # fmt: skip
         self._journal = Journal(
             folder,
             parallel,
-            self._tracker,
+            self._trackers,
             total_steps=sum(plan.steps for plan in parts.plans),
             num_stages=len(parts.plans),
             log_every_steps=config.training.log_every_steps,
@@ -183,7 +186,7 @@ class _Run:
         """Close what writes."""
         if self._journal is not None:
             self._journal.close()
-        self._tracker.close()
+        self._trackers.close()
 
     def _prepare_folder(self, resume: str) -> tuple[Path | None, RunState | None, int]:
         """Choose the checkpoint and cut the folder back to it.
@@ -202,7 +205,8 @@ class _Run:
         with parallel.together():
             if found is not None:
                 state = read_state(found)
-                for change in check_same_run(state.config, to_plain(config)):
+                saved = to_plain(config_from_mapping(state.config))  # old names and keys added since included
+                for change in check_same_run(saved, to_plain(config)):
                     log.info("resuming with another %s", change)
             if parallel.is_main:
                 folder.create()

@@ -127,7 +127,7 @@ def test_videos_and_pictures_alternate(tmp_path: Path) -> None:
     write_webvid(tmp_path / "web", 4, write_clip=write_vp9_as_mp4)
     write_cc3m(tmp_path / "cc3m", 5, write_clip=write_picture)
     sources = {
-        "web": read_source(SourceConfig(format="webvid", path=str(tmp_path / "web"), cut="2M", name="web")),
+        "web": read_source(SourceConfig(format="webvid", path=str(tmp_path / "web"), split_version="2M", name="web")),
         "cc3m": read_source(SourceConfig(format="cc3m", path=str(tmp_path / "cc3m"))),
     }
     specs = plan_steps(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +46,24 @@ def test_values_of_every_kind(tmp_path: Path) -> None:
           sources:
             - {name: clips, path: a.jsonl, weight: 2}
             - {path: b.jsonl}
-          decode: {max_image_pixels: 1_000}
+          decode: {max_pixels: 1_000}
           augmentation: {crop_scale: [0.25, 1]}
         curriculum:
           stages: [{frames: 4, batch_sizes: {clips: 8, manifest: 16}, steps: 3}]
         optimizer: {learning_rate: 1e-5, eps: 1E-8, fused: on}
         training: {compile: true}
-        wandb: {mode: off}
+        tracking: {trackers: [wandb, tensorboard], wandb_mode: offline}
         """,
     )
     assert config.paper_row == "1=>4"
     assert config.model.text.tokenizer == "folder" and config.model.checkpoint is None
     assert [source.name for source in config.data.sources] == ["clips", "manifest"]
     assert config.data.sources[0].weight == 2.0 and isinstance(config.data.sources[0].weight, float)
-    assert config.data.decode.max_image_pixels == 1000
+    assert config.data.decode.max_pixels == 1000
     assert config.data.augmentation.crop_scale == (0.25, 1.0)
     assert config.curriculum.stages[0].batch_sizes == (("clips", 8), ("manifest", 16))
     assert config.optimizer.learning_rate == 1e-5 and config.optimizer.eps == 1e-8
-    assert config.optimizer.fused == "on" and config.wandb.mode == "off"
+    assert config.optimizer.fused == "on" and config.tracking.trackers == ("wandb", "tensorboard")
     assert config.training.compile is True
 
 
@@ -115,6 +118,47 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str | None) -> N
         load(tmp_path, text)
     assert re.search(message, str(caught.value)), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{b}, *{b}]\n" for b, c in pairwise("abcdefghijklmnopqrstuvwxyz"))
+DEEP = 3000
+LIMITS = [
+    (LAUGHS, r"got more than 100000 values"),
+    ("name: " + "[" * DEEP + "]" * DEEP, r"line 1: got more than 50 levels; allowed: 50"),
+    ("name: " + "{a: " * DEEP + "1" + "}" * DEEP, r"line 1: got more than 50 levels"),
+    ("\n".join(" " * level + "a:" for level in range(DEEP)), r"line 50: got more than 50 levels"),
+    ("name: " + "[" * DEEP, r"got more than 50 levels"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), LIMITS)
+def test_documents_too_deep_or_too_large_are_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
+    """Within a time that leaves no room for 2 ** 26 values; pytest-timeout ends a test that tries them."""
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("name=" + "[" * DEEP, "^name line 1: got more than 50 levels"),
+        ("name=" + "[" * DEEP + "]" * DEEP, "^name line 1: got more than 50 levels"),
+        (".".join("a" * DEEP) + "=1", "^override: got a path of 3000 steps"),
+        ("name" + "[0]" * DEEP + "=1", "^override: got a path of 3001 steps"),
+    ],
+)
+def test_overrides_too_deep_are_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        config_from_mapping({}, [override])
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_too_deep_exits_with_2(tmp_path: Path) -> None:
+    path = write(tmp_path, LIMITS[1][0])
+    command = [sys.executable, "-m", "frozen_fast", "train", "--config", str(path), "--print-config"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 def test_missing_file_folder_and_binary_file(tmp_path: Path) -> None:
@@ -182,7 +226,7 @@ def unusual(cls: type) -> dict[str, Any]:
 def test_dump_reads_back_as_the_same_config(tmp_path: Path, meanings: bool) -> None:
     tree = unusual(ExperimentConfig)
     tree |= {"name": "on", "run_folder": "1e5", "seed": 7}
-    tree["wandb"] = {"mode": "off", "project": "12:30", "name": "null"}
+    tree["tracking"] = {"trackers": ["wandb"], "project": "12:30", "run_name": "null"}
     tree["data"] |= {"sources": [{"path": "x # y: [z"}, {"path": "ünï", "name": "b", "split": "0x1"}]}
     tree["curriculum"] = {"stages": [{"steps": 2, "batch_sizes": {"b": 2}}, {"steps": 1, "frames": 2}]}
     tree["optimizer"] = {"learning_rate": 1e-7, "eps": 1e-12}

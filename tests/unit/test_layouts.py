@@ -102,7 +102,7 @@ class Case:
 
     def read(self, root: Path, **fields: Any) -> Source:
         """Read the folder, with the count of the split unchecked unless told otherwise."""
-        values = {"split": self.split, "cut": self.version, "split_counts": "off", **self.fields, **fields}
+        values = {"split": self.split, "split_version": self.version, "split_counts": "off", **self.fields, **fields}
         return read_source(SourceConfig(format=self.layout, path=str(root / self.path), **values), "data.sources[0]")
 
 
@@ -316,7 +316,7 @@ def test_didemo_with_and_without_moments(tmp_path: Path) -> None:
     folders.write_didemo(tmp_path, CLIPS)
     case = next(case for case in CASES if case.version == "moments")
     assert {clip.segments for clip in case.read(tmp_path).clips} == {((0.0, 5.0), (10.0, 15.0))}
-    assert {clip.segments for clip in case.read(tmp_path, cut="whole").clips} == {()}
+    assert {clip.segments for clip in case.read(tmp_path, split_version="whole").clips} == {()}
 
 
 def test_frames_of_moments_are_those_inside_them(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_howto100m_joins_five_neighbours(tmp_path: Path) -> None:
     assert [(clip.start_seconds, clip.end_seconds) for clip in clips] == [
         pytest.approx((0.0, 0.5)), pytest.approx((0.5, 1.0)), pytest.approx((1.0, 1.2)),
     ]
-    assert len(case.read(tmp_path, cut="pairs")) == folders.HOWTO_PAIRS
+    assert len(case.read(tmp_path, split_version="pairs")) == folders.HOWTO_PAIRS
 
 
 def test_howto100m_reads_speech_video_by_video(tmp_path: Path) -> None:
@@ -392,10 +392,10 @@ def test_coco_folds_are_contiguous_thousands(tmp_path: Path) -> None:
         (tmp_path / f"{number}.jpg").touch()
     config = {"format": "coco", "path": str(tmp_path), "split": "test", "split_counts": "error"}
     for fold in (1, 5):
-        clips = read_source(SourceConfig(cut=f"1k-{fold}", **config)).clips
+        clips = read_source(SourceConfig(split_version=f"1k-{fold}", **config)).clips
         assert (clips[0].id, clips[-1].id) == (f"{(fold - 1) * 1000}.jpg", f"{fold * 1000 - 1}.jpg")
     with pytest.raises(UserError, match=r"split: got 'train'; allowed: test"):
-        read_source(SourceConfig(cut="1k-1", **{**config, "split": "train"}))
+        read_source(SourceConfig(split_version="1k-1", **{**config, "split": "train"}))
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -440,14 +440,14 @@ def test_csv_fields(tmp_path: Path) -> None:
 
 
 def test_unknown_versions_and_splits_are_told() -> None:
-    with pytest.raises(UserError, match=r"cut: got '2M'; allowed: nothing, format manifest has no cuts"):
-        read_source(SourceConfig(format="manifest", path="nowhere", cut="2M"))
-    with pytest.raises(UserError, match=r"cut: got '1kA' \(did you mean '1k-A'\?\)"):
-        read_source(SourceConfig(format="msrvtt", path="nowhere", cut="1kA"))
+    with pytest.raises(UserError, match=r"got '2M'; allowed: nothing, format manifest has splits of one version"):
+        read_source(SourceConfig(format="manifest", path="nowhere", split_version="2M"))
+    with pytest.raises(UserError, match=r"split_version: got '1kA' \(did you mean '1k-A'\?\)"):
+        read_source(SourceConfig(format="msrvtt", path="nowhere", split_version="1kA"))
     for case in CASES:
         if case.layout == "csv":
             continue
-        with pytest.raises(UserError, match=r"data.sources\[0\].cut: got 'v9'"):
-            case.read(Path("nowhere"), cut="v9")
+        with pytest.raises(UserError, match=r"data.sources\[0\].split_version: got 'v9'"):
+            case.read(Path("nowhere"), split_version="v9")
         with pytest.raises(UserError, match=r"data.sources\[0\].split: got 'tst'"):
             case.read(Path("nowhere"), split="tst")

@@ -47,9 +47,10 @@ def test_values_are_yaml() -> None:
 
 
 def test_text_keys_take_numbers_as_typed() -> None:
-    config = config_from_mapping(TREE, ["name=007", "wandb.name=1e5", "paper_row=4", "data.sources[0].cut="])
-    assert (config.name, config.wandb.name, config.paper_row) == ("007", "1e5", "4")
-    assert config.data.sources[0].cut == ""
+    overrides = ["name=007", "tracking.run_name=1e5", "paper_row=4", "data.sources[0].split_version="]
+    config = config_from_mapping(TREE, overrides)
+    assert (config.name, config.tracking.run_name, config.paper_row) == ("007", "1e5", "4")
+    assert config.data.sources[0].split_version == ""
 
 
 def test_later_overrides_win_and_equals_signs_stay() -> None:

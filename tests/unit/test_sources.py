@@ -40,7 +40,7 @@ def test_packed_clips_come_back_as_they_were() -> None:
 @pytest.mark.parametrize(("cut", "split"), [("2M", "train"), ("2M", "val"), ("10M", "train")])
 def test_webvid(tmp_path: Path, cut: str, split: str) -> None:
     ids = datasets.write_webvid(tmp_path, 5, cut=cut, split=split)
-    source = read("webvid", tmp_path, cut=cut, split=split)
+    source = read("webvid", tmp_path, split_version=cut, split=split)
     assert [clip.id for clip in source.clips] == ids
     assert all(Path(clip.path).is_file() and clip.split == split for clip in source.clips)
     assert source.clips[1].captions == ("stock clip, number 1",)
@@ -57,7 +57,7 @@ def test_webvid_counts_each_row_that_it_leaves_out(tmp_path: Path, caplog: pytes
         file.write("1001,u,d,000001_000001,\n")  # a duplicate comes first
     (tmp_path / "videos/000000_000000/1002.mp4").unlink()
     with caplog.at_level(logging.WARNING, "frozen_fast"):
-        source = read("webvid", tmp_path, cut="2M", name="web")
+        source = read("webvid", tmp_path, split_version="2M", name="web")
     assert [clip.id for clip in source.clips] == ["1000", "1001", "1003"]
     assert source.drops == {"no page_dir": 2, "file not on disk": 3, "duplicate id": 2, "no videoid": 1}
     messages = [record.getMessage() for record in caplog.records]
@@ -69,7 +69,7 @@ def test_a_row_without_caption_is_counted(tmp_path: Path) -> None:
     datasets.write_webvid(tmp_path, 2)
     path = tmp_path / "metadata/results_2M_train.csv"
     path.write_text(path.read_text().replace('"stock clip, number 1"', ""))
-    assert read("webvid", tmp_path, cut="2M").drops == {"no caption": 1}
+    assert read("webvid", tmp_path, split_version="2M").drops == {"no caption": 1}
 
 
 def test_cc3m(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_cc3m(tmp_path: Path) -> None:
 )
 def test_msrvtt(tmp_path: Path, cut: str, split: str, expected: range) -> None:
     datasets.write_msrvtt(tmp_path, 8)
-    source = read("msrvtt", tmp_path, cut=cut, split=split)
+    source = read("msrvtt", tmp_path, split_version=cut, split=split)
     assert [clip.id for clip in source.clips] == [f"video{number}" for number in expected]
     for clip in source.clips:
         number = int(clip.id[5:])
@@ -107,7 +107,7 @@ def test_msrvtt(tmp_path: Path, cut: str, split: str, expected: range) -> None:
 )
 def test_msrvtt_clip4clip(tmp_path: Path, cut: str, split: str, expected: range) -> None:
     datasets.write_msrvtt_clip4clip(tmp_path, 8)
-    source = read("msrvtt_clip4clip", tmp_path, cut=cut, split=split)
+    source = read("msrvtt_clip4clip", tmp_path, split_version=cut, split=split)
     assert [clip.id for clip in source.clips] == [f"video{number}" for number in expected]
     one = cut != "full" and split == "test"
     for clip in source.clips:
@@ -121,7 +121,7 @@ def test_caption_indices_of_numpy_integers_are_read(tmp_path: Path) -> None:
     for protocol in range(6):
         for kind in (np.int64, np.int32, np.uint8, np.dtype(">i4").type):
             path.write_bytes(pickle.dumps({"video2": kind(2), "video3": kind(1)}, protocol=protocol))
-            source = read("msrvtt", tmp_path, cut="1k-A", split="test")
+            source = read("msrvtt", tmp_path, split_version="1k-A", split="test")
             assert [clip.captions[0] for clip in source.clips] == ["video2 caption 2", "video3 caption 1"]
     assert load_plain_pickle(_pickled(tmp_path, [np.int16(-3), {"a": [1, 2.5, True, None, b"x"]}])) == [
         -3, {"a": [1, 2.5, True, None, b"x"]},
@@ -164,7 +164,7 @@ def test_wrong_caption_indices_are_named(tmp_path: Path, indices: Any, message: 
     path = tmp_path / "high-quality/structured-symlinks/jsfusion_val_caption_idx.pkl"
     path.write_bytes(pickle.dumps(indices))
     with pytest.raises(UserError, match=message):
-        read("msrvtt", tmp_path, cut="1k-A", split="test")
+        read("msrvtt", tmp_path, split_version="1k-A", split="test")
 
 
 WRITERS = {
@@ -177,22 +177,22 @@ CUTS = {"webvid": "2M", "cc3m": "", "msrvtt": "1k-A", "msrvtt_clip4clip": "1k-A"
 @pytest.mark.parametrize("format", sorted(WRITERS))
 def test_each_missing_piece_is_named(tmp_path: Path, format: str) -> None:
     with pytest.raises(UserError, match=r"data.sources\[0\].path: got '.*nowhere', which is no folder"):
-        read(format, tmp_path / "nowhere", cut=CUTS[format])
+        read(format, tmp_path / "nowhere", split_version=CUTS[format])
     with pytest.raises(UserError, match="got nothing; allowed"):
         read_source(SourceConfig(format=format), "data.sources[0]")  # type: ignore[arg-type]
     WRITERS[format](tmp_path, 4)
     with pytest.raises(UserError, match=r"data.sources\[0\].split: got 'trian' \(did you mean 'train'\?\)"):
-        read(format, tmp_path, cut=CUTS[format], split="trian")
+        read(format, tmp_path, split_version=CUTS[format], split="trian")
     if CUTS[format]:
-        with pytest.raises(UserError, match=r"data.sources\[0\].cut: got '3M'"):
-            read(format, tmp_path, cut="3M")
+        with pytest.raises(UserError, match=r"data.sources\[0\].split_version: got '3M'"):
+            read(format, tmp_path, split_version="3M")
     metadata = [p for p in tmp_path.rglob("*") if p.suffix in (".csv", ".json", ".txt")]
     named = 0
     for path in metadata:
         content = path.read_bytes()
         path.unlink()
         try:
-            read(format, tmp_path, cut=CUTS[format])
+            read(format, tmp_path, split_version=CUTS[format])
         except UserError as error:
             assert path.name in str(error)
             named += 1
@@ -208,7 +208,7 @@ def test_a_missing_column_is_named(tmp_path: Path, format: str) -> None:
     for path in tmp_path.rglob("*.csv"):
         path.write_text(path.read_text().replace(column, "other"))
     with pytest.raises(UserError, match=rf"\.csv: missing column {column}; got: "):
-        read(format, tmp_path, cut=CUTS[format], split=split)
+        read(format, tmp_path, split_version=CUTS[format], split=split)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_broken_tables_are_named(tmp_path: Path, content: bytes, message: str) -
     datasets.write_webvid(tmp_path, 2)
     (tmp_path / "metadata/results_2M_train.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read("webvid", tmp_path, cut="2M")
+        read("webvid", tmp_path, split_version="2M")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_broken_annotations_are_named(tmp_path: Path, content: str, message: str
     datasets.write_msrvtt(tmp_path, 4)
     (tmp_path / "annotation/MSR_VTT.json").write_text(content)
     with pytest.raises(UserError, match=message):
-        read("msrvtt", tmp_path, cut="1k-A")
+        read("msrvtt", tmp_path, split_version="1k-A")
 
 
 def test_a_source_whose_clips_are_all_left_out_is_an_error(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_source_whose_clips_are_all_left_out_is_an_error(tmp_path: Path) -> No
         path.unlink()
     assert len(ids) == 3
     with pytest.raises(UserError, match=r"data.sources\[0\]: no clip is left of .*file not on disk: 3"):
-        read("webvid", tmp_path, cut="2M")
+        read("webvid", tmp_path, split_version="2M")
 
 
 def test_existence_costs_one_listing_per_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,23 +253,23 @@ def test_existence_costs_one_listing_per_folder(tmp_path: Path, monkeypatch: pyt
     listed: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda folder: listed.append(str(folder)) or scandir(folder))
-    assert len(read("webvid", tmp_path, cut="2M")) == 60
+    assert len(read("webvid", tmp_path, split_version="2M")) == 60
     assert len(listed) == len(set(listed)) == 2
 
 
 def test_max_clips_takes_the_first_readable_ones(tmp_path: Path) -> None:
     ids = datasets.write_webvid(tmp_path, 6)
     (tmp_path / f"videos/000000_000000/{ids[0]}.mp4").unlink()
-    source = read("webvid", tmp_path, cut="2M", max_clips=3)
+    source = read("webvid", tmp_path, split_version="2M", max_clips=3)
     assert [clip.id for clip in source.clips] == ids[1:4]
 
 
 def test_read_sources_wants_different_names(tmp_path: Path) -> None:
     datasets.write_webvid(tmp_path, 3)
-    one = SourceConfig(format="webvid", path=str(tmp_path), cut="2M")
+    one = SourceConfig(format="webvid", path=str(tmp_path), split_version="2M")
     with pytest.raises(UserError, match=r"data.sources\[1\].name: got 'webvid' twice"):
         read_sources([one, one])
-    two = SourceConfig(name="again", format="webvid", path=str(tmp_path), cut="2M")
+    two = SourceConfig(name="again", format="webvid", path=str(tmp_path), split_version="2M")
     assert list(read_sources([one, two])) == ["webvid", "again"]
 
 

@@ -195,7 +195,8 @@ def test_results_go_to_wandb_when_it_is_on(tmp_path: Path, monkeypatch: pytest.M
         original(self, data, step=step)
 
     monkeypatch.setattr(wandb.Run, "log", log)
-    sweep = make_sweep(tmp_path, [WORKS, CRASHES], wandb="offline", wandb_project="mine")
+    tracking = {"trackers": ["wandb"], "wandb_mode": "offline", "project": "mine"}
+    sweep = make_sweep(tmp_path, [WORKS, CRASHES], tracking=tracking)
     sweep.run()
     assert [step for _, step in sent] == [1, 2]
     rows = {row[f"settings/{SETTING}"]: row for row, _ in sent}

@@ -234,7 +234,7 @@ class EvaluationLoader:
         self._device = torch.device(device)
         self._prefetcher: Prefetcher[EvaluationBatch | _Dropped] | None = None
         self._reader = _WindowReader(
-            source, decoder_factory, prober, resolve_policy(decode, training=False), decode.max_image_pixels,
+            source, decoder_factory, prober, resolve_policy(decode, training=False), decode.max_pixels,
             decode.threads, frames, stride_seconds, max_windows, batch_size, resize, self._device.type == "cuda",
         )
 

@@ -46,7 +46,7 @@ def decoder_factory(decode: DecodeConfig, frames: FrameFormat, device: torch.dev
         mean=frames.mean,
         std=frames.std,
         threads=decode.threads,
-        max_pixels=decode.max_image_pixels,
+        max_pixels=decode.max_pixels,
     )
 
 

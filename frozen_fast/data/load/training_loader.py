@@ -261,7 +261,7 @@ class _ReaderFactory:
     def reader(self) -> ClipReader:
         return ClipReader(
             self.sources, self.decoder_factory(), self.tokenizer, self.augmentation,
-            resolve_policy(self.decode, training=True), self.decode.max_image_pixels, self.decode.threads, self.prober,
+            resolve_policy(self.decode, training=True), self.decode.max_pixels, self.decode.threads, self.prober,
         )
 
     def __call__(self) -> Callable[[BatchSpec], Batch]:

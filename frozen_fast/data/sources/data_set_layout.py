@@ -17,7 +17,7 @@ A clip that the annotation names and whose file or caption is missing is yielded
 """
 
 Published = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""Version (data.sources[].cut) -> split -> numbers of clips that are published for it; empty: none is.
+"""Version (data.sources[].split_version) -> split -> numbers of clips that are published for it; empty: none is.
 
 A data set without versions has the version "". Two numbers where two sets of files are in use under one name.
 """
@@ -46,14 +46,14 @@ class Layout:
             UserError: naming the key, the value and what is allowed.
         """
         versions = {"": {}} if self.published is None else self.published
-        if source.cut not in versions:
+        if source.split_version not in versions:
             if set(versions) == {""}:
-                allowed = f"nothing, format {source.format} has no cuts"
-                raise UserError(f"{key}.cut: got {source.cut!r}; allowed: {allowed}")
-            raise unknown_name(f"{key}.cut", source.cut, versions)
-        if self.published is not None and source.split not in versions[source.cut]:
-            raise unknown_name(f"{key}.split", source.split, versions[source.cut])
+                allowed = f"nothing, format {source.format} has splits of one version"
+                raise UserError(f"{key}.split_version: got {source.split_version!r}; allowed: {allowed}")
+            raise unknown_name(f"{key}.split_version", source.split_version, versions)
+        if self.published is not None and source.split not in versions[source.split_version]:
+            raise unknown_name(f"{key}.split", source.split, versions[source.split_version])
 
     def expected(self, source: SourceConfig) -> tuple[int, ...]:
         """The published numbers of clips of the chosen version and split; empty where none is."""
-        return () if self.published is None else self.published[source.cut][source.split]
+        return () if self.published is None else self.published[source.split_version][source.split]

@@ -44,7 +44,7 @@ def read_didemo(config: SourceConfig, key: str, collector: ClipCollector) -> Ite
         captions.setdefault(row["video"], []).append(row["description"].strip())
         moments.setdefault(row["video"], []).append(chosen_moment(row.get("times"), f"{annotation}: [{number}].times"))
     for video in read_list(require_file(lists / f"{config.split}_list.txt", key)):
-        segments = joined_seconds(moments.get(video, [])) if config.cut == "moments" else ()
+        segments = joined_seconds(moments.get(video, [])) if config.split_version == "moments" else ()
         path = videos.path(video, PurePath(video).stem)
         own = tuple(text for text in captions.get(video, []) if text)
         yield Clip(id=video, path=path, captions=own, split=config.split, segments=segments)

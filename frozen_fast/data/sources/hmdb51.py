@@ -24,7 +24,7 @@ def read_hmdb51(config: SourceConfig, key: str, collector: ClipCollector) -> Ite
     root = Path(config.path)
     lists = folder_with(root, LIST_FOLDERS, ".", key)
     videos = folder_with(root, VIDEO_FOLDERS, ".", key)
-    suffix = f"_test_split{config.cut}.txt"
+    suffix = f"_test_split{config.split_version}.txt"
     files = sorted(lists.glob(f"*{suffix}"))
     require_folder(lists if files else lists / f"*{suffix}", key)
     collector.classes = [in_words(file.name.removesuffix(suffix)) for file in files]

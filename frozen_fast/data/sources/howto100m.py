@@ -52,7 +52,7 @@ def read_howto100m(config: SourceConfig, key: str, collector: ClipCollector) -> 
         if pairs is None:
             collector.drop("no speech", video)
             continue
-        yield from _clips(video, pairs, f"{source}: {video}", videos.path(video), JOINED[config.cut])
+        yield from _clips(video, pairs, f"{source}: {video}", videos.path(video), JOINED[config.split_version])
 
 
 def _clips(video: str, pairs: Any, where: str, path: str, joined: int) -> Iterator[Clip]:

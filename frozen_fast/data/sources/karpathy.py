@@ -39,8 +39,8 @@ class KarpathyReader:
         pictures = folder_with(root, self.picture_folders, ".", key)
         rows = records(read_json(annotation), "images", ("filename", "split"), annotation)
         chosen = [row for row in rows if row["split"] in self.splits[config.split]]
-        if config.cut.startswith("1k-"):
-            fold = int(config.cut.removeprefix("1k-")) - 1
+        if config.split_version.startswith("1k-"):
+            fold = int(config.split_version.removeprefix("1k-")) - 1
             chosen = chosen[fold * FOLD : (fold + 1) * FOLD]
         for row in chosen:
             path = pictures / str(row.get("filepath", "")) / row["filename"]

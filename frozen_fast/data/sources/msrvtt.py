@@ -43,12 +43,12 @@ _VIDEO_FOLDERS = ("videos/all", "MSRVTT_Videos", "videos")
 
 def read_msrvtt(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
     """Clips of annotation/MSR_VTT.json, high-quality/structured-symlinks/*.txt and videos/all/<id>.mp4."""
-    name = RELEASED_LISTS[config.cut][config.split]
+    name = RELEASED_LISTS[config.split_version][config.split]
     root = require_folder(Path(config.path), key)
     lists = root / "high-quality" / "structured-symlinks"
     annotation = require_file(root / "annotation" / "MSR_VTT.json", key)
     captions = _captions_by_video(read_json(annotation), "annotations", "image_id", annotation)
-    index_file = _ONE_CAPTION_INDEX.get((config.cut, config.split))
+    index_file = _ONE_CAPTION_INDEX.get((config.split_version, config.split))
     chosen = _caption_indices(require_file(lists / index_file, key)) if index_file else None
     for video in read_list(require_file(lists / name, key)):
         own = captions.get(video, [])
@@ -62,18 +62,18 @@ def read_msrvtt_clip4clip(config: SourceConfig, key: str, collector: ClipCollect
 
     Videos lie in videos/all, MSRVTT_Videos or videos, whichever there is first.
     """
-    name = CLIP4CLIP_TABLES[config.cut][config.split]
+    name = CLIP4CLIP_TABLES[config.split_version][config.split]
     root = require_folder(Path(config.path), key)
     tables = folder_with(root, _TABLE_FOLDERS, "MSRVTT_data.json", key)
     videos = folder_with(root, _VIDEO_FOLDERS, ".", key)
-    if config.split == "test" and config.cut != "full":
+    if config.split == "test" and config.split_version != "full":
         for row in read_table(require_file(tables / name, key), ("video_id", "sentence")):
             yield _clip(row["video_id"], [row["sentence"]] if row["sentence"] else [], videos, config.split)
         return
     data_file = tables / "MSRVTT_data.json"
     data = read_json(data_file)
     captions = _captions_by_video(data, "sentences", "video_id", data_file)
-    if config.cut == "full":
+    if config.split_version == "full":
         rows = records(data, "videos", ("video_id", "split"), data_file)
         ids = [row["video_id"] for row in rows if row["split"] == name]
     else:

@@ -78,7 +78,7 @@ def _check_count(config: SourceConfig, key: str, layout: Layout, collector: Clip
         return None
     if collector.listed not in expected:
         numbers = " or ".join(f"{count:,}" for count in expected)
-        version = f" {config.cut}" if config.cut else ""
+        version = f" {config.split_version}" if config.split_version else ""
         found = f"{layout.data_set}{version}, split {config.split}: the annotation names {collector.listed:,} clips"
         message = f"{found}; {numbers} are published"
         if config.split_counts == "error":

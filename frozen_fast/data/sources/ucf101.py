@@ -25,7 +25,7 @@ def read_ucf101(config: SourceConfig, key: str, collector: ClipCollector) -> Ite
             raise UserError(f"{lists / 'classInd.txt'}:{number}: got {line!r:.80}; allowed: a number and a class")
         classes.add(cells[1])
     collector.classes = [in_words(name) for name in classes]
-    split_file = require_file(lists / f"{config.split}list0{config.cut}.txt", key)
+    split_file = require_file(lists / f"{config.split}list0{config.split_version}.txt", key)
     for number, line in enumerate(read_list(split_file), start=1):
         video = PurePosixPath(line.split()[0])
         if video.parent.name not in classes:

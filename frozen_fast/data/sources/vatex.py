@@ -30,7 +30,7 @@ def read_vatex(config: SourceConfig, key: str, collector: ClipCollector) -> Iter
     entries = read_json(annotation)
     if not isinstance(entries, dict):
         raise UserError(f"{annotation}: got {type(entries).__name__}; allowed: an object of clip to its captions")
-    for clip in read_list(require_file(lists / LISTS[config.cut][config.split], key)):
+    for clip in read_list(require_file(lists / LISTS[config.split_version][config.split], key)):
         captions = entries.get(clip, {"enCap": []})
         captions = captions.get("enCap") if isinstance(captions, dict) else None
         if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):

@@ -14,7 +14,7 @@ from frozen_fast.data.sources.data_set_layout import Layout
 def read_webvid(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
     """Clips of a WebVid folder; a row without page_dir has no path and is a counted drop."""
     root = require_folder(Path(config.path), key)
-    table = require_file(root / "metadata" / f"results_{config.cut}_{config.split}.csv", key)
+    table = require_file(root / "metadata" / f"results_{config.split_version}_{config.split}.csv", key)
     videos = root / "videos"
     for row in read_table(table, ("videoid", "name", "page_dir")):
         if not row["videoid"]:

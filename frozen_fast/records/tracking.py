@@ -1,0 +1,153 @@
+"""Numbers for experiment trackers (the table extensions.trackers); rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
+
+from frozen_fast.common.files import write_json
+from frozen_fast.config import to_plain
+from frozen_fast.config.extensions import trackers
+from frozen_fast.config.schema import TrackingConfig
+from frozen_fast.errors import UserError, reason
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """What a tracker needs to open a run.
+
+    Attributes:
+        project: the project or experiment that lists it.
+        name: its name there.
+        folder: where local files go.
+        known_id: its id at this tracker if it was opened before; then it continues.
+        id: known_id, or 32 hexadecimal digits for a new run where the tracker lets the caller choose.
+        step: the optimizer step that training continues after; None for a new run.
+        wandb_mode: "online" or "offline".
+    """
+
+    project: str
+    name: str
+    folder: Path
+    known_id: str | None
+    id: str
+    step: int | None
+    wandb_mode: str
+
+
+@dataclass(frozen=True)
+class TrackerSetUp:
+    """What a function of the table extensions.trackers returns.
+
+    Attributes:
+        tracker: not started yet.
+        run_id: called once it has started: the id under which the run can be continued.
+        takes_text: whether its log() takes texts beside numbers.
+        name_of: the name that a value such as `t2v/R@1` has there.
+    """
+
+    tracker: GeneralTracker
+    run_id: Callable[[], str]
+    takes_text: bool = True
+    name_of: Callable[[str], str] = str
+
+
+class Trackers:
+    """The trackers of a run, started; a tracker that fails later is left out with a warning."""
+
+    def __init__(self, started: Mapping[str, TrackerSetUp] | None = None) -> None:
+        self._started = dict(started or {})
+
+    @classmethod
+    def start(
+        cls, settings: TrackingConfig, *, name: str, config: Any, folder: Path, step: int | None = None
+    ) -> Trackers:
+        """Open a run at every tracker of the config, or continue the one that the folder knows.
+
+        The ids of the runs are kept in FOLDER/trackers.json.
+
+        Args:
+            settings: the config's section `tracking`.
+            name: the run's name where the section gives none.
+            config: a section of the schema whose values a new run is listed with.
+            folder: the run's folder.
+            step: the optimizer step that training continues after; None: a new run, whatever the folder holds.
+
+        Raises:
+            UserError: a tracker is not installed, or cannot start.
+        """
+        known = {} if step is None else _known_ids(folder)
+        started: dict[str, TrackerSetUp] = {}
+        ids = dict(known)
+        for kind in settings.trackers:
+            run = TrackedRun(
+                project=settings.project, name=settings.run_name or name, folder=folder, known_id=known.get(kind),
+                id=known.get(kind) or secrets.token_hex(16), step=step, wandb_mode=settings.wandb_mode,
+            )  # fmt: skip
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                set_up = trackers.load(kind)(run)
+                set_up.tracker.start()
+                if kind not in known:
+                    set_up.tracker.store_init_configuration(_flat(to_plain(config)))
+                ids[kind] = str(set_up.run_id())
+            except ImportError as error:
+                got = f"got {kind!r}, which is not installed ({error.name or error})"
+                raise UserError(f"tracking.trackers: {got}; allowed: trackers that are installed") from None
+            except Exception as error:  # the tracker's own: whatever it raises is told in one line
+                got = f"got {kind!r}, which does not start ({reason(error)})"
+                raise UserError(f"tracking.trackers: {got}; allowed: trackers that are set up") from error
+            started[kind] = set_up
+        if settings.trackers:
+            write_json(folder / "trackers.json", ids)
+        return cls(started)
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Send values at a step (an optimizer step of a run, a trial of a sweep); None values are left out."""
+        for kind, set_up in list(self._started.items()):
+            kinds = (int, float, str) if set_up.takes_text else (int, float)
+            sent = {set_up.name_of(name): value for name, value in values.items() if isinstance(value, kinds)}
+            try:
+                set_up.tracker.log(sent, step=step)
+            except Exception as error:  # a service that fails must not end a training
+                log.warning("tracker %s gets no more numbers: %s", kind, reason(error))
+                del self._started[kind]
+
+    def close(self) -> None:
+        """Finish the runs, so that nothing is lost at exit."""
+        for kind, set_up in self._started.items():
+            try:
+                set_up.tracker.finish()
+            except Exception as error:  # as in log
+                log.warning("tracker %s did not finish: %s", kind, reason(error))
+        self._started = {}
+
+
+def _known_ids(folder: Path) -> dict[str, str]:
+    """The runs that a folder's training has at its trackers; wandb_id is the file of earlier versions."""
+    path, earlier = folder / "trackers.json", folder / "wandb_id"
+    if path.is_file():
+        try:
+            return {str(kind): str(run_id) for kind, run_id in json.loads(path.read_text(encoding="utf-8")).items()}
+        except (ValueError, AttributeError):
+            log.warning("%s cannot be read: new runs are opened at the trackers", path)
+    return {"wandb": earlier.read_text(encoding="utf-8").strip()} if earlier.is_file() else {}
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested plain values as `a.b.0` -> scalar, which every tracker can list."""
+    if not isinstance(value, (dict, list)):
+        return {path: "null" if value is None else value}
+    flat: dict[str, Any] = {}
+    for step, below in value.items() if isinstance(value, dict) else enumerate(value):
+        flat |= _flat(below, f"{path}.{step}" if path else str(step))
+    return flat

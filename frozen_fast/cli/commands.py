@@ -62,7 +62,11 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         return _print_config(config, arguments)
     check_for_training(config)
+    from frozen_fast.evaluation.published import published_row
     from frozen_fast.training.run import train as train_run
+
+    if config.paper.table:
+        published_row(config.paper.table, config.paper.row)  # an unknown row is told before the run, not in its report
 
     return train_run(config, resume=arguments.resume)
 

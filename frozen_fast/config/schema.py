@@ -63,7 +63,7 @@ class TextTowerConfig:
 class ModelConfig:
     """The dual encoder."""
 
-    checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder or released .pth/.pth.tar file")
+    checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, else its newest) or released .pth/.pth.tar file")
     video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
     text: TextTowerConfig = section(TextTowerConfig, "text tower")
     embedding_width: int = key(256, "width of the common space", ge=1)
@@ -282,6 +282,7 @@ class EvaluationConfig:
     metrics: tuple[Annotated[str, OneOf(extensions.metrics)], ...] = key(("retrieval",), "families of metrics to compute: retrieval (recall, ranks), or a plugin's")
     keep_best: str = key("none", "keep the checkpoint with the best value on the first of evaluation.sources as checkpoints/best: validation_loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or any metric such as t2v/R@1; none: keep none")
     protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
+    average_sources: bool = key(False, "the report adds the mean over the sources: the folds of COCO's 1k protocol, the splits of UCF101 and HMDB51")
     frames: int | None = key(None, "frames per window, but no more than the model has learned by then; none: those of the stage", ge=1)
     stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle", ge=0)
     max_windows: int = key(0, "at most so many windows a clip, evenly spread, 0: all", ge=0)
@@ -312,6 +313,14 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PaperConfig:
+    """The printed retrieval numbers that the report shows beside this run's (paper_row: the hours of Table 4)."""
+
+    table: str = key("", "table of frozen_fast/evaluation/published.yaml, such as \"Table 2\"; empty: none")
+    row: str = key("", "its row, such as CC3M")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """One experiment: what to train, on what, for how long."""
 
@@ -319,6 +328,7 @@ class ExperimentConfig:
     seed: int = key(0, "seed of weights, sampling, augmentation and order", ge=0, le=2**32 - 1)
     run_folder: str = key("runs/{name}", "where results go; {name} is the experiment's name", not_blank=True)
     paper_row: Literal["none", "1", "4", "1=>4", "8", "1=>4=>8"] = key("none", "row of the paper's Table 4 that this experiment follows")
+    paper: PaperConfig = section(PaperConfig, "row of a printed table")
     model: ModelConfig = section(ModelConfig, "model")
     data: DataConfig = section(DataConfig, "training data")
     curriculum: CurriculumConfig = section(CurriculumConfig, "stages")

@@ -56,7 +56,7 @@ def read_model(path: Path, tokenizer: str | None = None, max_tokens: int | None 
     """Read a checkpoint of either kind.
 
     Args:
-        path: folder or released file.
+        path: checkpoint folder, run folder (its best checkpoint, else its newest) or released file.
         tokenizer: name or folder; None: the checkpoint's own.
         max_tokens: captions are cut to this many tokens; None: the checkpoint's value (a released file: 77, or as many
             as its text tower takes).
@@ -64,8 +64,24 @@ def read_model(path: Path, tokenizer: str | None = None, max_tokens: int | None 
     Raises:
         UserError: for a missing, damaged or foreign checkpoint.
     """
+    path = checkpoint_of_run(path)
     read = _read_folder if path.is_dir() else _read_released
     return read(path, tokenizer, max_tokens)
+
+
+def checkpoint_of_run(path: Path) -> Path:
+    """The best checkpoint of a run folder, the newest where none is kept as the best; any other path as it is.
+
+    Raises:
+        UserError: the run folder holds no checkpoint yet.
+    """
+    folder = path / "checkpoints"
+    if not folder.is_dir() or (path / CONFIG_FILE).exists():
+        return path
+    found = [folder / "best"] if (folder / "best").is_dir() else sorted(folder.glob("step_*"))
+    if not found:
+        raise UserError(f"checkpoint: got {str(path)!r}, a run folder without checkpoints; allowed: one with some")
+    return found[-1]
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

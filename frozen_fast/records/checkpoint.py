@@ -38,6 +38,7 @@ _MAY_CHANGE = (
     "name",
     "run_folder",
     "paper_row",
+    "paper.",
     "data.decode.",
     "model.video.attention",
     "model.video.checkpointed_blocks",

@@ -31,8 +31,10 @@ from frozen_fast.report.document import (
     to_markdown,
 )
 from frozen_fast.report.html import to_html
+from frozen_fast.report.mean_over_sources import mean_over_sources_section
 from frozen_fast.report.paper_comparison import compare_with_paper
 from frozen_fast.report.plots import hours_plot, loss_plot
+from frozen_fast.report.published_comparison import published_section
 from frozen_fast.report.retrieval import retrieval_section
 from frozen_fast.report.run_data import RunData, StageTotals, read_run
 
@@ -68,6 +70,8 @@ def build_report(run: RunData) -> Document:
     sections = [
         _state(run),
         retrieval_section(run),
+        mean_over_sources_section(run),
+        published_section(run),
         _stages(run),
         _paper(run),
         _loss(run),

@@ -16,22 +16,15 @@ from frozen_fast.config import (
     resolve_stages,
     source_name,
 )
+from frozen_fast.data.sources import karpathy
+from frozen_fast.evaluation.published import published_row, row_names, table_names
 from frozen_fast.profiling.paper import table_4
 from frozen_fast.training.parts import build_model, read_evaluation_sources, read_training_sources
-from support import datasets
+from support.config_data import CONFIGS, experiments, with_data, write_data
 from support.towers import make_text_tower
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "configs"
-EXPERIMENT_FOLDERS = ("pretrain", "finetune", "eval")
-EXPERIMENTS = sorted(
-    path.relative_to(CONFIGS).as_posix()
-    for path in (
-        *CONFIGS.glob("*.yaml"),
-        *(path for name in EXPERIMENT_FOLDERS for path in CONFIGS.glob(f"{name}/*.yaml")),
-    )
-    if not path.name.startswith("_")
-)
+EXPERIMENTS = experiments()
 ACCELERATE = sorted(path.name for path in (CONFIGS / "accelerate").glob("*.yaml"))
 FRAMES_TO_BATCH = {1: 96, 4: 24, 8: 16}
 CLIPS = 240
@@ -50,24 +43,8 @@ def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data sets that the configs name, in their own layouts, with files that are no clips."""
     root = tmp_path_factory.mktemp("data")
-    for split in ("train", "val"):
-        datasets.write_webvid(root / "WebVid", CLIPS, split=split)
-        datasets.write_cc3m(root / "CC3M", CLIPS, split=split)
-    datasets.write_msrvtt(root / "MSRVTT", CLIPS)
-    for name in ("train", "test"):
-        datasets.manifest_folder(root / "own", CLIPS).rename(root / "own" / f"{name}.jsonl")
+    write_data(root, EXPERIMENTS, CLIPS)
     return root
-
-
-def with_data(name: str, data: Path) -> ExperimentConfig:
-    """The config with its data/ moved into the test's folder."""
-    overrides = []
-    config = config_of(name)
-    for key, sources in (("data", config.data.sources), ("evaluation", config.evaluation.sources)):
-        for index, source in enumerate(sources):
-            assert source.path.startswith("data/"), f"{name}: paths in configs are under data/"
-            overrides.append(f"{key}.sources[{index}].path={data / Path(source.path).relative_to('data')}")
-    return config_of(name, *overrides)
 
 
 def test_the_expected_files_are_there() -> None:
@@ -113,8 +90,35 @@ def test_every_experiment_says_what_it_is_and_has_its_own_name(name: str) -> Non
     assert names.count(config.name) == 1
 
 
+BACKBONES = "Table A.2"  # configs/pretrain/backbones/
+OWN_MODELS = ("CLIP2Video", "Collaborative Experts", "TeachText")  # other models, with configs of their own
+
+
+def test_every_row_of_the_paper_has_a_config() -> None:
+    """Each row of each table is followed by a file, and what follows a row has its frames."""
+    followed: dict[tuple[str, str], list[str]] = {}
+    for name in EXPERIMENTS:
+        config = config_of(name)
+        if not config.paper.table:
+            continue
+        row = published_row(config.paper.table, config.paper.row)
+        followed.setdefault((row.table, row.name), []).append(name)
+        frames = config.evaluation.frames or config.curriculum.stages[-1].frames
+        assert row.frames in (None, frames), f"{name}: {frames} frames, the row has {row.frames}"
+    for table in table_names():
+        if table not in (BACKBONES, *OWN_MODELS):
+            assert {(table, row) for row in row_names(table)} <= followed.keys(), table
+    readme = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    for names in followed.values():
+        for name in names:
+            assert name in readme, f"configs/README.md does not name {name}"
+
+
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "/" in name])
-def test_sources_are_read_from_their_layouts_and_stages_resolve(name: str, data: Path) -> None:
+def test_sources_are_read_from_their_layouts_and_stages_resolve(
+    name: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(karpathy, "FOLD", CLIPS // 5)
     config = with_data(name, data)
     evaluated = read_evaluation_sources(config)
     assert evaluated and all(source.clips for source in evaluated.values())
@@ -128,7 +132,7 @@ def test_sources_are_read_from_their_layouts_and_stages_resolve(name: str, data:
         assert len(plans) == len(config.curriculum.stages)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("pretrain/webvid_")])
+@pytest.mark.parametrize("name", [f"pretrain/webvid_{row}.yaml" for row in ("1", "4", "1_4", "8", "1_4_8")])
 def test_a_row_of_table_4_follows_the_paper(name: str) -> None:
     config = config_of(name)
     stages = config.curriculum.stages

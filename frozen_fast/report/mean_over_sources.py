@@ -1,0 +1,24 @@
+"""The mean over evaluation sources that are folds or splits of one benchmark (evaluation.average_sources)."""
+
+from __future__ import annotations
+
+from frozen_fast.report.document import Section, Table, Text, number
+from frozen_fast.report.run_data import RunData
+
+
+def mean_over_sources_section(run: RunData) -> Section | None:
+    """The mean of every metric over the sources of the last evaluation; None unless the config asks for it."""
+    if not (run.config.get("evaluation") or {}).get("average_sources") or not run.evaluations:
+        return None
+    last = [row for row in run.evaluations if row["step"] == run.evaluations[-1]["step"]]
+    rows = []
+    for protocol in dict.fromkeys(row["protocol"] for row in last):
+        own = [row for row in last if row["protocol"] == protocol]
+        for metric in own[0]["metrics"]:
+            values = [row["metrics"][metric] for row in own if metric in row["metrics"]]
+            spread = f"{number(min(values))} to {number(max(values))}"
+            rows.append([protocol, metric, str(len(values)), number(sum(values) / len(values)), spread])
+    sources = ", ".join(dict.fromkeys(row["source"] for row in last))
+    text = Text(f"Mean over {sources}, after step {last[0]['step']:,}.")
+    header = ["Protocol", "Metric", "Sets", "Mean", "Smallest to largest"]
+    return Section("Mean over sets", [text, Table(header, rows, words=2)])

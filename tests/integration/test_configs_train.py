@@ -1,0 +1,87 @@
+"""Every experiment file under configs/ trains for two steps, or evaluates, on tiny folders in the published layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from frozen_fast.common.files import read_json_lines
+from frozen_fast.config import ExperimentConfig, config_from_mapping
+from frozen_fast.config.fields import to_plain
+from frozen_fast.data.sources import karpathy
+from frozen_fast.training.run import train
+from support.config_data import experiments, with_data, write_data
+from support.datasets import WriteClip
+from support.runs import make_data, read_json, without_reports, write_clip, write_picture
+
+CLIPS = 20  # a split; five folds of four pictures for COCO's 1k protocol
+
+
+def copied(folder: Path, suffix: str, write: WriteClip) -> WriteClip:
+    """Write four files once and copy them, whatever suffix the copy has: decoders go by the content."""
+    files = [folder / f"{number}{suffix}" for number in range(4)]
+    folder.mkdir()
+    for number, file in enumerate(files):
+        write(file, number)
+
+    def write_copy(path: Path, number: int) -> None:
+        path.write_bytes(files[number % len(files)].read_bytes())
+
+    return write_copy
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    clip = copied(root / "clips", ".avi", write_clip)
+    picture = copied(root / "pictures", ".png", write_picture)
+    write_data(root, experiments(), CLIPS, clip=clip, picture=picture)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("tower"), videos=1, pictures=1)["tower"]
+
+
+def tiny(config: ExperimentConfig, tower: Path, run_folder: Path) -> ExperimentConfig:
+    """The experiment at two or three optimizer steps, with a pico tower and a small random text tower."""
+    tree = to_plain(config)
+    tree["run_folder"] = str(run_folder)
+    tree["model"]["checkpoint"] = None
+    tree["model"]["video"].update(size="pico_patch16_32", weights="none", attention="sdpa")
+    tree["model"]["text"].update(
+        name=str(tower), weights="random", tokenizer=None, max_tokens=12, pooling="cls", frozen_layers=0
+    )
+    tree["data"]["decode"].update(backend="pyav", threads=1)
+    stages = tree["curriculum"]["stages"]
+    tree["curriculum"].update(budget_epochs=None, budget_clips=None)
+    for stage in stages:
+        sizes = {name: 4 for name in stage["batch_sizes"]}
+        stage.update(share=None, steps=2 if len(stages) == 1 else 1, global_batch_size=4, batch_sizes=sizes)
+    tree["training"].update(device="cpu", precision="fp32", expected_world_size=None)
+    tree["checkpoints"]["every_steps"] = 0
+    tree["evaluation"].update(every="end", frames=None, resize=36, stride_seconds=0.0, batch_size=8)
+    if not tree["data"]["sources"]:  # an evaluation: train on its own clips, then evaluate as it says
+        tree["data"]["sources"] = tree["evaluation"]["sources"][:1]
+        tree["curriculum"]["stages"] = [{"frames": 4, "global_batch_size": 4, "steps": 2}]
+    return config_from_mapping(tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", experiments())
+def test_trains_and_evaluates(
+    name: str, data: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(karpathy, "FOLD", CLIPS // 5)
+    config = tiny(with_data(name, data), tower, tmp_path / "run")
+    with without_reports():
+        assert train(config) == 0
+    steps = read_json_lines(tmp_path / "run" / "steps.jsonl")
+    assert len(steps) == sum(stage.steps or 0 for stage in config.curriculum.stages)
+    rows = read_json(tmp_path / "run" / "metrics.json")
+    rows = rows["evaluations"] if isinstance(rows, dict) else rows
+    assert {row["source"] for row in rows} == {source.name for source in config.evaluation.sources}
+    if config.evaluation.sources and config.evaluation.sources[0].captions == "paragraph":
+        assert {row["protocol"] for row in rows} == {"paragraph"}

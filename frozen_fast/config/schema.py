@@ -126,6 +126,15 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Which frames of a clip the model sees."""
+
+    rule: Literal["segments", "fixed_rate"] = key("segments", "segments: one frame of each of T equal segments, short clips repeat frames; fixed_rate: CLIP2Video's, T of the frames at a fixed rate, short clips are padded and masked (for models that take masks)")
+    frames_per_second: float = key(5.0, "fixed_rate: rate of the frames to choose from", gt=0)
+    divisor: int = key(1, "fixed_rate: those frames are first thinned evenly to one of so many (2 on MSR-VTT, 1 on MSVD and VATEX)", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """How clips become frames."""
 
@@ -146,6 +155,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = key((), "sources; a batch comes from one of them")
     order: Literal["round_robin", "weighted"] = key("round_robin", "how batches alternate: in turn by weight, or drawn by weight")
     epoch_ends: Literal["first", "shortest", "longest", "all"] = key("first", "an epoch is over when this has been read once: the first source, the one with the fewest clips, with the most clips, or every source")
+    sampling: SamplingConfig = section(SamplingConfig, "which frames of a clip, in training and evaluation")
     decode: DecodeConfig = section(DecodeConfig, "decoding")
     augmentation: AugmentationConfig = section(AugmentationConfig, "augmentation")
 

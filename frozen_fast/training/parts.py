@@ -103,6 +103,7 @@ def build_training_loader(
         tokenizer,
         augmentation=config.data.augmentation,
         decode=config.data.decode,
+        sampling=config.data.sampling,
         device=device,
     )
 
@@ -125,6 +126,7 @@ def build_evaluation_loader(
         decode=config.data.decode,
         device=device,
         frames=frames,
+        sampling=config.data.sampling,
         rank=rank,
         world_size=world_size,
     )

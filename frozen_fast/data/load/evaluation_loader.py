@@ -15,14 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from frozen_fast.config.schema import DecodeConfig
+from frozen_fast.config.schema import DecodeConfig, SamplingConfig
 from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, TestView
 from frozen_fast.data.decode.threads import map_in_threads
 from frozen_fast.data.load.bad_clips import BadClip
 from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, stream_from_workers
 from frozen_fast.data.load.reading import probe
-from frozen_fast.data.load.training_loader import Policy, Prober, probe_clip, resolve_policy, unreadable
-from frozen_fast.data.plan.frame_sampling import stride_in_frames, test_windows
+from frozen_fast.data.load.training_loader import (
+    Policy,
+    Prober,
+    fixed_rate,
+    pinned,
+    probe_clip,
+    resolve_policy,
+    stacked,
+    unreadable,
+)
+from frozen_fast.data.plan.frame_sampling import FixedRate, stride_in_frames, test_windows
 from frozen_fast.data.sources import Clip, Source
 from frozen_fast.errors import UserError
 
@@ -34,18 +43,28 @@ class EvaluationBatch:
     """Some windows; those of one clip may span batches.
 
     Attributes:
-        windows: float32, normalised; N is at most the batch size.
+        windows: float32, normalised [N, T, 3, H, W], N at most the batch size; with padded short clips a dict of
+            "video" and "frame_mask" [N, T].
         clip_indices: the clip of each window, as an index into source.clips.
         clip_windows: for each window, how many windows its clip has.
     """
 
-    windows: Tensor
+    windows: Tensor | dict[str, Tensor]
     clip_indices: list[int]
     clip_windows: list[int]
 
     def pin_memory(self) -> EvaluationBatch:
         """Itself in page-locked memory."""
-        return self if self.windows.is_cuda else replace(self, windows=self.windows.pin_memory())
+        if isinstance(self.windows, dict):
+            return replace(self, windows={name: pinned(tensor) for name, tensor in self.windows.items()})
+        return replace(self, windows=pinned(self.windows))
+
+    def to(self, device: torch.device) -> EvaluationBatch:
+        """Itself on a device; copies from page-locked memory do not wait."""
+        if isinstance(self.windows, dict):
+            moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.windows.items()}
+            return replace(self, windows=moved)
+        return replace(self, windows=self.windows.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,7 @@ class _WindowReader:
     batch_size: int
     resize: int
     pin: bool
+    rule: FixedRate | None
 
     def of_worker(self, indices: range, worker: int, workers: int) -> Iterator[EvaluationBatch | _Dropped]:
         """This worker's share of a rank's clips."""
@@ -134,7 +154,7 @@ class _WindowReader:
     def _batch(self, ready: deque[_Window]) -> EvaluationBatch:
         taken = [ready.popleft() for _ in range(min(self.batch_size, len(ready)))]
         batch = EvaluationBatch(
-            torch.stack([window.frames_TCHW for window in taken]),
+            stacked([window.frames_TCHW for window in taken], None if self.rule is None else self._num_frames),
             [window.clip for window in taken],
             [window.clip_windows for window in taken],
         )
@@ -173,10 +193,17 @@ class _WindowReader:
             info, numbers = probe_clip(clip, self.prober, self.max_pixels)
         except ClipError as error:
             return error
-        frames = 1 if self.source.kind == "image" else self.frames
+        frames = self._num_frames
+        if self.rule is not None:
+            window = self.rule.test(len(numbers), info.frames_per_second, frames)
+            return clip, [[numbers[frame] for frame in window]]
         stride = stride_in_frames(self.stride_seconds, info.frames_per_second)
         windows = test_windows(len(numbers), frames, stride_frames=stride, max_windows=self.max_windows)
         return clip, [[numbers[frame] for frame in window] for window in windows]
+
+    @property
+    def _num_frames(self) -> int:
+        return 1 if self.source.kind == "image" else self.frames
 
     def _dropped(self, index: int, clip: Clip, error: ClipError) -> _Dropped:
         if self.policy == "error":
@@ -204,6 +231,7 @@ class EvaluationLoader:
         max_windows: int,
         batch_size: int,
         resize: int,
+        sampling: SamplingConfig | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
@@ -220,6 +248,8 @@ class EvaluationLoader:
             max_windows: at most so many a clip, 0: all.
             batch_size: windows of a batch.
             resize: short side before the centre crop.
+            sampling: which frames of a clip; None: windows over T equal segments. Its fixed_rate gives one window a
+                clip, whatever stride_seconds says.
             rank: this process.
             world_size: number of processes.
             device: where batches are delivered.
@@ -236,6 +266,7 @@ class EvaluationLoader:
         self._reader = _WindowReader(
             source, decoder_factory, prober, resolve_policy(decode, training=False), decode.max_pixels,
             decode.threads, frames, stride_seconds, max_windows, batch_size, resize, self._device.type == "cuda",
+            fixed_rate(sampling),
         )
 
     def batches(self) -> Iterator[EvaluationBatch]:
@@ -270,7 +301,7 @@ class EvaluationLoader:
                 if isinstance(item, _Dropped):
                     self.dropped[item.index] = item.bad_clip
                 else:
-                    yield replace(item, windows=item.windows.to(self._device, non_blocking=True))
+                    yield item.to(self._device)
         finally:
             prefetcher.close()
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from frozen_fast.config.schema import DecodeConfig, EvaluationConfig
+from frozen_fast.config.schema import DecodeConfig, EvaluationConfig, SamplingConfig
 from frozen_fast.data.decode import Decoder
 from frozen_fast.data.load.evaluation_loader import EvaluationLoader
 from frozen_fast.data.load.reading import build_decoder
@@ -58,6 +58,7 @@ def build_evaluation_loader(
     decode: DecodeConfig,
     device: torch.device,
     frames: int,
+    sampling: SamplingConfig | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> EvaluationLoader:
@@ -70,6 +71,7 @@ def build_evaluation_loader(
         decode: how clips become frames.
         device: where batches are delivered.
         frames: frames of a window.
+        sampling: which frames of a clip; None: windows over T equal segments.
         rank: this process.
         world_size: number of processes.
     """
@@ -82,6 +84,7 @@ def build_evaluation_loader(
         max_windows=evaluation.max_windows,
         batch_size=evaluation.batch_size,
         resize=max(1, round(evaluation.resize * format.resolution / RESIZE_RESOLUTION)),
+        sampling=sampling,
         rank=rank,
         world_size=world_size,
         device=device,

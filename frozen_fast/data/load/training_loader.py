@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from frozen_fast.config.schema import AugmentationConfig, DecodeConfig
+from frozen_fast.config.schema import AugmentationConfig, DecodeConfig, SamplingConfig
 from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, VideoInfo
 from frozen_fast.data.decode.threads import map_in_threads
 from frozen_fast.data.load.bad_clips import BadClip
 from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, map_in_workers
 from frozen_fast.data.load.reading import probe
-from frozen_fast.data.plan.frame_sampling import train_frames
+from frozen_fast.data.plan.frame_sampling import FixedRate, train_frames
 from frozen_fast.data.plan.samplers import BatchSpec
 from frozen_fast.data.plan.seeds import keyed_rng
 from frozen_fast.data.plan.views import draw_train_view
@@ -41,7 +41,7 @@ class Batch:
 
     Attributes:
         video: float32, normalised, [B, T, 3, resolution, resolution]; for a model that reads several tensors per clip,
-            a dict of tensors with first axis B.
+            a dict of tensors with first axis B: with padded short clips "video", and "frame_mask" [B, T], 1 on frames.
         text: the tokenizer's tensors, input_ids and attention_mask, [B, L] each.
         captions: the captions as drawn.
         clip_ids: the clips as read (a replacement carries its own id).
@@ -64,7 +64,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Itself with CPU tensors in page-locked memory, so that copies to the device can overlap."""
-        return replace(self, video=_map(_pinned, self.video), text=_map(_pinned, self.text))
+        return replace(self, video=_map(pinned, self.video), text=_map(pinned, self.text))
 
     def to(self, device: torch.device) -> Batch:
         """Itself on a device; copies from page-locked memory do not wait."""
@@ -82,8 +82,36 @@ def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return {name: function(tensor) for name, tensor in value.items()} if isinstance(value, dict) else function(value)
 
 
-def _pinned(tensor: Tensor) -> Tensor:
+def pinned(tensor: Tensor) -> Tensor:
+    """A CPU tensor in page-locked memory; a CUDA tensor as it is."""
     return tensor if tensor.is_cuda else tensor.pin_memory()
+
+
+def stacked(clips: Sequence[Tensor], num_frames: int | None) -> Tensor | dict[str, Tensor]:
+    """Clips [T, 3, H, W] as one tensor.
+
+    Args:
+        clips: of one size; of one T where num_frames is None.
+        num_frames: pad every clip to so many frames with zeros, and tell which are real.
+
+    Returns:
+        [B, T, 3, H, W], or {"video": that, "frame_mask": [B, num_frames], 1 on real frames}.
+    """
+    if num_frames is None:
+        return torch.stack(list(clips))
+    video = clips[0].new_zeros(len(clips), num_frames, *clips[0].shape[1:])
+    mask = clips[0].new_zeros(len(clips), num_frames, dtype=torch.float32)
+    for row, clip_TCHW in enumerate(clips):
+        video[row, : len(clip_TCHW)] = clip_TCHW
+        mask[row, : len(clip_TCHW)] = 1
+    return {"video": video, "frame_mask": mask}
+
+
+def fixed_rate(sampling: SamplingConfig | None) -> FixedRate | None:
+    """The rule of data.sampling, None for segments."""
+    if sampling is None or sampling.rule == "segments":
+        return None
+    return FixedRate(sampling.frames_per_second, sampling.divisor)
 
 
 def resolve_policy(decode: DecodeConfig, *, training: bool) -> Policy:
@@ -136,6 +164,7 @@ class ClipReader:
         max_pixels: a larger frame is a bad clip.
         threads: files probed at the same time.
         prober: finds out what a file holds.
+        rule: which frames; None: one of each of T equal segments.
     """
 
     sources: Mapping[str, Source]
@@ -146,6 +175,7 @@ class ClipReader:
     max_pixels: int
     threads: int = 1
     prober: Prober = probe
+    rule: FixedRate | None = None
 
     def read(self, spec: BatchSpec) -> Batch:
         """Read a batch.
@@ -168,7 +198,7 @@ class ClipReader:
         decoded = [slot.decoded for slot in slots if slot.decoded is not None]
         captions = [slot.caption for slot in slots]
         return Batch(
-            video=torch.stack([item.frames_TCHW for item in decoded]),
+            video=stacked([item.frames_TCHW for item in decoded], None if self.rule is None else frames),
             text=self.tokenizer(captions),
             captions=captions,
             clip_ids=[slot.clip.id for slot in slots],
@@ -209,12 +239,15 @@ class ClipReader:
             info, numbers = probe_clip(clip, self.prober, self.max_pixels)
         except ClipError as error:
             return error
-        indices = tuple(numbers[index] for index in train_frames(len(numbers), frames, rng))
+        if self.rule is None:
+            chosen = train_frames(len(numbers), frames, rng)
+        else:
+            chosen = self.rule.train(len(numbers), info.frames_per_second, frames, rng)
         view = draw_train_view(
             rng, info.height, info.width, scale=self.augmentation.crop_scale, ratio=self.augmentation.crop_ratio,
             flip_probability=self.augmentation.horizontal_flip,
         )
-        return DecodeRequest(clip.path, clip.kind, indices, view)
+        return DecodeRequest(clip.path, clip.kind, tuple(numbers[index] for index in chosen), view)
 
     def _replace(self, slot: _Slot, error: ClipError, source: Source, spec: BatchSpec) -> BadClip:
         """Give a slot another clip of the source, or raise where the policy or the attempts say so."""
@@ -257,11 +290,13 @@ class _ReaderFactory:
     augmentation: AugmentationConfig
     decode: DecodeConfig
     prober: Prober
+    rule: FixedRate | None
 
     def reader(self) -> ClipReader:
         return ClipReader(
             self.sources, self.decoder_factory(), self.tokenizer, self.augmentation,
             resolve_policy(self.decode, training=True), self.decode.max_pixels, self.decode.threads, self.prober,
+            self.rule,
         )
 
     def __call__(self) -> Callable[[BatchSpec], Batch]:
@@ -279,6 +314,7 @@ class TrainingLoader:
         *,
         augmentation: AugmentationConfig,
         decode: DecodeConfig,
+        sampling: SamplingConfig | None = None,
         device: torch.device | str = "cpu",
         prober: Prober = probe,
     ) -> None:
@@ -291,10 +327,12 @@ class TrainingLoader:
             augmentation: crop and flip.
             decode: decode.workers 0 reads in a background thread (DALI decodes on the device there), more read in so
                 many processes.
+            sampling: which frames of a clip; None: one of each of T equal segments.
             device: where batches are delivered.
             prober: finds out what a file holds.
         """
-        self._factory = _ReaderFactory(sources, decoder_factory, tokenizer, augmentation, decode, prober)
+        rule = fixed_rate(sampling)
+        self._factory = _ReaderFactory(sources, decoder_factory, tokenizer, augmentation, decode, prober, rule)
         self._decode = decode
         self._device = torch.device(device)
         self._prefetcher: Prefetcher[Batch] | None = None

@@ -7,6 +7,8 @@ i = 0, stride, 2 * stride and so on: "Frame sampling" in Bain et al., "Frozen in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from frozen_fast.errors import UserError
@@ -67,6 +69,59 @@ def test_windows(num_available: int, num_frames: int, *, stride_frames: int, max
 
 
 test_windows.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of the name
+
+
+@dataclass(frozen=True)
+class FixedRate:
+    """CLIP2Video's rule: frames at a fixed rate, thinned out evenly; a short clip gives fewer frames than asked for.
+
+    Attributes:
+        frames_per_second: rate of the list of frames (5 in the released code, which reads extracted pictures).
+        divisor: the list is thinned evenly to its length divided by this (2 on MSR-VTT, 1 on MSVD and VATEX).
+    """
+
+    frames_per_second: float
+    divisor: int
+
+    def train(
+        self, num_available: int, clip_frames_per_second: float, num_frames: int, rng: np.random.Generator
+    ) -> list[int]:
+        """Evenly spaced frames, those between the first and the last moved by up to half their distance.
+
+        They are moved only where half the distance, in listed frames, is more than 2.
+
+        Args:
+            num_available: frames of the clip, L, at least 1.
+            clip_frames_per_second: rate of the clip's own frames.
+            num_frames: most frames wanted, T, at least 1.
+            rng: advanced where frames are moved.
+
+        Returns:
+            At most T frame indices, not falling.
+        """
+        listed = self._listed(num_available, clip_frames_per_second)
+        places = _evenly(len(listed), num_frames)
+        half = int(places[1] - places[0]) // 2 if 2 < num_frames <= len(listed) else 0
+        if len(listed) > num_frames and half > 2:
+            places[1:-1] += rng.integers(-half, half, size=num_frames - 2)
+        return [listed[place] for place in places.tolist()]
+
+    def test(self, num_available: int, clip_frames_per_second: float, num_frames: int) -> list[int]:
+        """Evenly spaced frames: as `train`, nothing moved."""
+        listed = self._listed(num_available, clip_frames_per_second)
+        return [listed[place] for place in _evenly(len(listed), num_frames).tolist()]
+
+    def _listed(self, num_available: int, clip_frames_per_second: float) -> list[int]:
+        """The frames to choose from: at the fixed rate, thinned by the divisor, at least one."""
+        step = clip_frames_per_second / self.frames_per_second
+        count = max(1, round(num_available / step))
+        kept = np.linspace(0, count - 1, num=max(1, count // self.divisor), dtype=int)
+        return [min(int(index * step), num_available - 1) for index in kept.tolist()]
+
+
+def _evenly(available: int, wanted: int) -> np.ndarray:
+    """At most `wanted` places among `available`, first and last included."""
+    return np.linspace(0, available - 1, num=min(available, wanted), dtype=int)
 
 
 def stride_in_frames(stride_seconds: float, frames_per_second: float) -> int:

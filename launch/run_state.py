@@ -1,4 +1,4 @@
-"""Print what a run says of itself (running, done, stopped, failed), or "unknown" where it said nothing since a time.
+"""Print how a run stands: running, done, stopped, failed, dead (killed without a word), or "unknown" since a time.
 
 usage: python launch/run_state.py [--since UNIX_SECONDS] [--exit-code] EXPERIMENT.yaml [key=value ...]
 """
@@ -6,21 +6,27 @@ usage: python launch/run_state.py [--since UNIX_SECONDS] [--exit-code] EXPERIMEN
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from frozen_fast.config import load_config
 from frozen_fast.errors import UserError
+from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.records.run_lock import is_alive
 
 
 def read_status(run_folder: Path, since: float, field: str) -> str:
-    """A field of a run folder's status.json, "unknown" where there is none or it is older than `since`."""
-    path = run_folder / "status.json"
-    if not path.exists() or path.stat().st_mtime < since:
+    """A field of a run folder's status.json, "unknown" where there is none or it is older than `since`.
+
+    A run that says "running" while no process holds its folder is "dead".
+    """
+    folder = RunFolder(run_folder)
+    if not folder.status.exists() or folder.status.stat().st_mtime < since:
         return "unknown"
-    value = json.loads(path.read_text())[field]
-    return "unknown" if value is None else str(value)
+    status = folder.last_status()
+    if field == "state" and status.get("state") == "running" and not is_alive(folder):
+        return "dead"
+    return "unknown" if status.get(field) is None else str(status[field])
 
 
 def main() -> int:

@@ -22,11 +22,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 
@@ -35,24 +39,77 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def append_json_line(path: Path, value: Any) -> None:
-    """Append one value as one JSON line."""
+def overwrite(path: Path, content: str) -> None:
+    """Write a short file in place, padded with spaces to the size that it has: needs no space on a full disk.
+
+    A kill in between can leave a damaged file, so this is for when write_atomically has failed.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        data = content.encode()
+        _write_all(descriptor, data + b" " * (os.fstat(descriptor).st_size - len(data)))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append text whole or not at all: what a full disk has taken of it is cut off again.
+
+    Raises:
+        OSError: nothing was appended.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            _write_all(descriptor, text.encode())
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Append one value as one JSON line, whole or not at all."""
+    append_text(path, json.dumps(value) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a last line cut short by a kill is dropped, another bad line raises."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise
+    rows, problems = read_rows(path)
+    if problems and problems[0][0] <= path.read_bytes().rstrip().count(b"\n"):
+        raise ValueError(f"line {problems[0][0]}: {problems[0][1]}")
     return rows
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
+    """Read a JSON-lines file of objects, as far as it can be read.
+
+    Returns:
+        (the objects, (line number from 1, what is wrong) of each line that is none). A missing file has no lines.
+    """
+    rows: list[dict[str, Any]] = []
+    problems: list[tuple[int, str]] = []
+    if not path.exists():
+        return rows, problems
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append((number, getattr(error, "msg", None) or type(error).__name__))
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            problems.append((number, "no JSON object"))
+    return rows, problems
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]

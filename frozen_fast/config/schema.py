@@ -280,7 +280,12 @@ class CheckpointConfig:
     """What is saved and when."""
 
     every_steps: int = key(500, "optimizer steps between checkpoints, 0: only at stage ends", ge=0)
+    every_minutes: float = key(30.0, "minutes between checkpoints, whatever every_steps says, 0: by steps only", ge=0)
     keep: int = key(2, "newest so many are kept, beside the best (evaluation.keep_best)", ge=1)
+    keep_every_steps: int = key(0, "checkpoints whose step is a multiple of this are kept too, 0: none", ge=0)
+    keep_stage_ends: bool = key(False, "the checkpoint at the end of each stage is kept too")
+    asynchronous: bool = key(True, "a thread writes a snapshot in host memory (as large as weights and optimizer state) while training continues; false: training waits")
+    give_up_minutes: float = key(60.0, "a disk that refuses every checkpoint for so long ends the run; until then it is tried again and again", gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from frozen_fast.common.checksums import MANIFEST, find_damage
 from frozen_fast.common.files import write_json
 from frozen_fast.errors import UserError, some
 from frozen_fast.models.learned_scale import LearnedScale
@@ -125,7 +126,11 @@ class StoredModel:
 
 
 def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None) -> StoredModel:
-    """A frozen_fast checkpoint folder."""
+    """A frozen_fast checkpoint folder; a run's checkpoint has checksums, which its model's files must match."""
+    if (path / MANIFEST).is_file():
+        damage = find_damage(path, [file.name for file in path.iterdir() if file.name != "training_state.pt"])
+        if damage is not None:
+            raise UserError(f"checkpoint: got {path}, which is damaged: {damage}; allowed: files as they were written")
     config = _read_config(path / CONFIG_FILE)
     try:
         state = load_file(path / WEIGHTS_FILE)

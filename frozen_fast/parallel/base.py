@@ -40,6 +40,8 @@ class Parallel(RankAgreement):
 
     accelerate_types: tuple[str, ...] = ("NO", "MULTI_CPU", "MULTI_GPU")
     """Accelerate's distributed types under which this strategy runs."""
+    gathers_copies = False
+    """weights() and optimizer_state() return copies on the CPU, which no later step changes."""
 
     def __init__(self, accelerator: Accelerator, config: ExperimentConfig, precision: tuple[str, str]) -> None:
         super().__init__(accelerator.process_index, accelerator.num_processes)

@@ -25,6 +25,7 @@ class ShardedParallel(Parallel, ABC):
     beyond its shards; rank 0 keeps them on the CPU.
     """
 
+    gathers_copies = True
     _hollow: nn.Module | None = None
 
     @abstractmethod
@@ -37,7 +38,7 @@ class ShardedParallel(Parallel, ABC):
         if not self.is_main:
             return {}
         order = self.model.state_dict().keys()
-        buffers = {name: tensor.detach().cpu() for name, tensor in self.model.named_buffers() if name in order}
+        buffers = {name: tensor.detach().cpu().clone() for name, tensor in self.model.named_buffers() if name in order}
         return {name: {**gathered, **buffers}[name] for name in order}
 
     @contextlib.contextmanager

@@ -1,21 +1,27 @@
 """What a run leaves behind: one folder, whose files are listed in docs/architecture.md.
 
-Only rank 0 writes. A resumed run goes on in the same files: rows written after its checkpoint are cut off first, so
-that no step stands twice.
+Only rank 0 writes. A resumed run continues in the same files: rows written after its checkpoint are cut off first, so
+that no step is there twice. What a full or failing disk refuses is kept in memory and written later.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from frozen_fast.common.files import append_json_line, read_json_lines, write_atomically, write_json
+from frozen_fast.common.files import append_text, overwrite, read_rows, write_atomically, write_json
 from frozen_fast.errors import UserError
 
 Row = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -29,13 +35,21 @@ class RunFolder:
         self.stages = self.path / "stages.json"
         self.bad_clips = self.path / "bad_clips.jsonl"
         self.metrics = self.path / "metrics.json"
+        self.events = self.path / "events.jsonl"
         self.status = self.path / "status.json"
+        self.lock = self.path / "run.lock"
         self.checkpoints = self.path / "checkpoints"
         self.traces = self.path / "traces"
+        self.hangs = self.path / "hangs"
+        self._unwritten_rows: dict[Path, str] = {}
+        self._unwritten_values: dict[Path, Any] = {}
+        self._told: set[Path] = set()
+        self._status: Row = {}
+        self._status_guard = threading.Lock()
 
     def holds_a_run(self) -> bool:
         """Whether a run has got as far as its first step here."""
-        return (self.steps.exists() and self.steps.stat().st_size > 0) or any(self.checkpoints.glob("step_*"))
+        return (self.steps.exists() and self.steps.stat().st_size > 0) or any(self.checkpoints.glob("*step_*"))
 
     def create(self) -> None:
         """Make the folder.
@@ -64,47 +78,167 @@ class RunFolder:
                 "allowed: --resume auto to go on with it, or another run_folder"
             )
 
+    # Status
+
     def write_status(
-        self, state: str, *, step: int, stage: int, exit_code: int | None = None, message: str = ""
+        self,
+        state: str,
+        *,
+        step: int,
+        stage: int,
+        exit_code: int | None = None,
+        message: str = "",
+        checkpoint: int | None = None,
     ) -> None:
-        """Say how the run stands: state is running, done, stopped or failed."""
-        where = {"step": step, "stage": stage, "time": time.time()}
-        write_json(self.status, {"state": state, "exit_code": exit_code, "message": message, **where})
+        """Say how the run stands.
+
+        Args:
+            state: running, done, stopped or failed.
+            step: optimizer steps done.
+            stage: index of the stage.
+            exit_code: of the process; None while it runs.
+            message: why it stopped or failed.
+            checkpoint: step of the newest checkpoint; None: as written before.
+
+        Raises:
+            OSError: not even the old file can be written over.
+        """
+        now = time.time()
+        with self._status_guard:
+            known = self._status.get("checkpoint") if checkpoint is None else checkpoint
+            where = {"step": step, "stage": stage, "checkpoint": known, "time": now, "heartbeat": now}
+            process = {"host": socket.gethostname(), "pid": os.getpid()}
+            self._status = {"state": state, "exit_code": exit_code, "message": message, **where, **process}
+            self._put_status()
+
+    def note_checkpoint(self, step: int) -> None:
+        """Say in status.json that the checkpoint of a step is on disk."""
+        with self._status_guard:
+            if self._status:
+                self._status["checkpoint"] = step
+                self._put_status()
+
+    def beat(self) -> None:
+        """Renew the heartbeat of status.json: a reader can tell a dead run from one that is between two messages."""
+        with self._status_guard:
+            if self._status:
+                self._status["heartbeat"] = time.time()
+                self._put_status()
+
+    def last_status(self) -> Row:
+        """What an earlier process wrote into status.json; empty where there is nothing that can be read."""
+        try:
+            status = json.loads(self.status.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return status if isinstance(status, dict) else {}
+
+    def _put_status(self) -> None:
+        text = json.dumps(self._status, indent=2) + "\n"
+        try:
+            write_atomically(self.status, text)
+        except OSError:
+            overwrite(self.status, text)
+
+    # What a run appends and replaces
 
     def update_environment(self, **changes: Any) -> None:
         """Replace some keys of environment.json."""
-        known = json.loads(self.environment.read_text(encoding="utf-8"))
-        write_json(self.environment, {**known, **changes})
+        known = self._value(self.environment, dict)
+        self._put(self.environment, {**known, **changes})
 
     def append_steps(self, rows: Sequence[Row]) -> None:
         """Append rows to steps.jsonl in one write."""
-        if rows:
-            with self.steps.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._append(self.steps, rows)
 
     def append_bad_clips(self, rows: Sequence[Row]) -> None:
         """Append rows to bad_clips.jsonl."""
-        for row in rows:
-            append_json_line(self.bad_clips, row)
+        self._append(self.bad_clips, rows)
+
+    def append_event(self, kind: str, message: str, **details: Any) -> None:
+        """Append a row to events.jsonl: what happened to the run that is neither a step nor an evaluation."""
+        self._append(self.events, [{"time": time.time(), "kind": kind, "message": message, **details}])
 
     def evaluations(self) -> list[Row]:
         """The evaluations in metrics.json so far."""
-        if not self.metrics.exists():
-            return []
-        return list(json.loads(self.metrics.read_text(encoding="utf-8"))["evaluations"])
+        return list(self._value(self.metrics, dict).get("evaluations", []))
 
     def add_evaluations(self, rows: Sequence[Row]) -> None:
         """Add evaluations to metrics.json."""
-        write_json(self.metrics, {"evaluations": [*self.evaluations(), *rows]})
+        self._put(self.metrics, {"evaluations": [*self.evaluations(), *rows]})
 
     def stage_rows(self) -> list[Row]:
         """The stages in stages.json so far."""
-        return list(json.loads(self.stages.read_text(encoding="utf-8"))) if self.stages.exists() else []
+        return list(self._value(self.stages, list))
 
     def put_stage_row(self, row: Row) -> None:
         """Add a stage's row to stages.json, in place of an earlier one of the same stage."""
         rows = [other for other in self.stage_rows() if other["stage"] != row["stage"]]
-        write_json(self.stages, sorted([*rows, row], key=lambda other: other["stage"]))
+        self._put(self.stages, sorted([*rows, row], key=lambda other: other["stage"]))
+
+    def write_pending(self) -> list[Path]:
+        """Write what the disk has refused before; returns the files that it still refuses."""
+        for path in list(self._unwritten_rows):
+            self._append(path, [])
+        for path, value in list(self._unwritten_values.items()):
+            self._put(path, value)
+        return [*self._unwritten_rows, *self._unwritten_values]
+
+    def _append(self, path: Path, rows: Sequence[Row]) -> None:
+        text = self._unwritten_rows.pop(path, "") + "".join(json.dumps(row) + "\n" for row in rows)
+        if not text:
+            return
+        try:
+            append_text(path, text)
+        except OSError as error:
+            self._unwritten_rows[path] = text
+            self._tell(path, error)
+
+    def _put(self, path: Path, value: Any) -> None:
+        try:
+            write_json(path, value)
+            self._unwritten_values.pop(path, None)
+        except OSError as error:
+            self._unwritten_values[path] = value
+            self._tell(path, error)
+
+    def _value(self, path: Path, kind: type) -> Any:
+        """A JSON file's content as written last, maybe only in memory; an empty one of its kind where it is missing."""
+        if path in self._unwritten_values:
+            return self._unwritten_values[path]
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else kind()
+
+    def _tell(self, path: Path, error: OSError) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            log.warning("%s could not be written (%s): kept in memory, the run continues", path, error)
+
+    # Resuming
+
+    def repair(self) -> list[str]:
+        """Make the files of an earlier process readable; what is damaged is copied aside first.
+
+        Returns:
+            One line for each file with damage: what was left out, and the copy's name; also logged.
+        """
+        lines = []
+        for path, kind in ((self.environment, dict), (self.stages, list), (self.metrics, dict)):
+            if path.exists() and not _is_sound(path, kind):
+                aside = _aside(path)
+                path.rename(aside)
+                lines.append(f"{path.name} cannot be read: kept as {aside.name}, a new one is begun")
+        for path, key in ((self.steps, "step"), (self.bad_clips, "step"), (self.events, "kind")):
+            rows, problems = read_rows(path)
+            sound = [row for row in rows if isinstance(row.get(key), int if key == "step" else str)]
+            left_out = len(problems) + len(rows) - len(sound)
+            if left_out:
+                aside = _aside(path)
+                os.link(path, aside)
+                write_atomically(path, "".join(json.dumps(row) + "\n" for row in sound))
+                lines.append(f"{path.name}: {left_out} line(s) cannot be read and are left out; kept as {aside.name}")
+        for line in lines:
+            log.warning(line)
+        return lines
 
     def cut_back(self, step: int, stage: int, *, stage_complete: bool, evaluated: bool = False) -> None:
         """Drop what was written after a checkpoint at the end of `step` in `stage`.
@@ -112,7 +246,7 @@ class RunFolder:
         Args:
             step: the checkpoint's optimizer step; 0: back to an empty run.
             stage: the stage it lies in.
-            stage_complete: the checkpoint closes its stage, so that the stage's evaluation and row may stand.
+            stage_complete: the checkpoint closes its stage, so that the stage's evaluation and row may stay.
             evaluated: an evaluation inside the stage, after this step, was done before the checkpoint's last word.
         """
         last = stage if stage_complete else stage - 1
@@ -122,7 +256,9 @@ class RunFolder:
         # Clips that nothing replaced are those of an evaluation.
         _rewrite(
             self.bad_clips,
-            lambda row: row["step"] < step or (row["step"] == step and (kept_here or row["replaced_by"] is not None)),
+            lambda row: (
+                row["step"] < step or (row["step"] == step and (kept_here or row.get("replaced_by") is not None))
+            ),
         )
         if self.stages.exists():
             write_json(self.stages, finished)
@@ -131,7 +267,31 @@ class RunFolder:
             write_json(self.metrics, {"evaluations": kept})
 
 
+def _is_sound(path: Path, kind: type) -> bool:
+    """Whether a JSON file is of its kind, and its rows have a step or a stage."""
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, kind):
+            return False
+        if path.name == "stages.json":
+            return all(isinstance(row["stage"], int) for row in value)
+        if path.name == "metrics.json":
+            return all(isinstance(row["step"], int) for row in value["evaluations"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return True
+
+
+def _aside(path: Path) -> Path:
+    """A free name beside a file, such as steps.damaged_1.jsonl."""
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.damaged_{number}{path.suffix}")).exists():
+        number += 1
+    return aside
+
+
 def _rewrite(path: Path, keep: Callable[[Row], bool]) -> None:
     """Keep the rows of a JSON-lines file for which keep() holds."""
     if path.exists():
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_json_lines(path) if keep(row)))
+        rows, _ = read_rows(path)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if keep(row)))

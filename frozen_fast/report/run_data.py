@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from frozen_fast.common.files import read_json_lines
+from frozen_fast.common.files import read_rows
 from frozen_fast.errors import UserError
-from frozen_fast.records.checkpoint import best_checkpoint
+from frozen_fast.records.checkpoint_folder import best_checkpoint
+from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.records.run_lock import is_alive
 
 Row = dict[str, Any]
+
+# Fields of a row that the report counts with, and their kinds.
+_NUMBER = (int, float)
+_STEP = {"step": int, "stage": int, "frames": int, "clips": int, "seconds": _NUMBER, "stall_seconds": _NUMBER}
+_STEP |= {"warmup": bool, "loss": _NUMBER}
+_STAGE = {"stage": int, "steps": int, "clips": int, "seconds": _NUMBER, "training_seconds": _NUMBER}
+_STAGE |= {"stall_seconds": _NUMBER, "warmup_seconds": _NUMBER, "gpu_hours": _NUMBER, "evaluation_gpu_hours": _NUMBER}
+_EVALUATION = {"step": int, "stage": int, "source": str, "protocol": str, "frames": int, "metrics": dict}
 
 # stages.json may differ from the sums of steps.jsonl by this share: rounding, and time between two steps.
 AGREEMENT = 0.02
@@ -54,7 +63,7 @@ class StageTotals:
 class RunData:
     """A run folder's content.
 
-    `best_step` is the step of the checkpoint that checkpoints/best names; `missing` names files that are not there or
+    `events` are the rows of events.jsonl; `alive` says that a process is writing to the folder. `best_step` is the step of the checkpoint that checkpoints/best names; `missing` names files that are not there or
     cannot be read, with what that means.
     """
 
@@ -69,6 +78,8 @@ class RunData:
     bad_clips: list[Row]
     kernels: list[Row]
     batch_sizes: Row
+    events: list[Row] = field(default_factory=list)
+    alive: bool = False
     best_step: int | None = None
     missing: list[str] = field(default_factory=list)
 
@@ -147,26 +158,29 @@ def read_run(folder: str | Path) -> RunData:
     if not (folder / "config.yaml").is_file() and not (folder / "steps.jsonl").is_file():
         raise UserError(f"run folder: got {str(folder)!r}; allowed: a folder with config.yaml or steps.jsonl of a run")
     reader = _Reader(folder)
-    config_text = reader.read("config.yaml", str, "", "the settings are unknown")
+    config_text = reader.read_text("config.yaml", "the settings are unknown")
     config = reader.parse_yaml(config_text)
     evaluates = _evaluates(config) or (folder / "metrics.json").exists()
-    metrics = reader.read("metrics.json", json.loads, {}, "no evaluation has finished") if evaluates else {}
+    metrics = reader.read_json("metrics.json", {}, "no evaluation has finished") if evaluates else {}
+    stages = reader.read_json("stages.json", [], "no stage has finished; figures are from steps.jsonl")
     return RunData(
         folder=folder,
         config=config,
         config_text=config_text,
-        environment=reader.read("environment.json", json.loads, {}, "versions and devices are unknown"),
-        status=reader.read("status.json", json.loads, {}, "how the run ended is unknown"),
-        steps=reader.read_lines("steps.jsonl", "no step has finished"),
-        stages=reader.read("stages.json", json.loads, [], "no stage has finished; figures are from steps.jsonl"),
-        evaluations=list(metrics.get("evaluations", [])),
+        environment=reader.read_json("environment.json", {}, "versions and devices are unknown"),
+        status=reader.read_json("status.json", {}, "how the run ended is unknown"),
+        steps=reader.sound("steps.jsonl", reader.read_lines("steps.jsonl", "no step has finished"), _STEP),
+        stages=reader.sound("stages.json", stages, _STAGE),
+        evaluations=reader.sound("metrics.json", metrics.get("evaluations", []), _EVALUATION),
         bad_clips=reader.read_lines("bad_clips.jsonl", None),
         kernels=[
             table
             for path in sorted(folder.glob("traces/*.kernels.json"))
-            if (table := reader.read(f"traces/{path.name}", json.loads, None, None))
+            if (table := reader.read_json(f"traces/{path.name}", {}, None))
         ],
-        batch_sizes=reader.read("batch_sizes.json", json.loads, {}, None),
+        batch_sizes=reader.read_json("batch_sizes.json", {}, None),
+        events=reader.read_lines("events.jsonl", None),
+        alive=is_alive(RunFolder(folder)),
         best_step=_best_step(folder),
         missing=reader.missing,
     )
@@ -179,18 +193,34 @@ class _Reader:
         self.folder = folder
         self.missing: list[str] = []
 
-    def read(self, name: str, parse: Callable[[str], Any], default: Any, means: str | None) -> Any:
-        """A file's content; with `means` None its absence is normal."""
+    def read_text(self, name: str, means: str | None) -> str:
+        """A file's text; with `means` None its absence is normal."""
         path = self.folder / name
         if not path.is_file():
             if means is not None:
                 self.missing.append(f"{name} is missing: {means}")
+            return ""
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            self.missing.append(f"{name} cannot be read ({error}): {means or 'it is left out'}")
+            return ""
+
+    def read_json(self, name: str, default: Any, means: str | None) -> Any:
+        """A JSON file's content, of the default's kind; with `means` None its absence is normal."""
+        text = self.read_text(name, means)
+        if not text:
             return default
         try:
-            return parse(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
             self.missing.append(f"{name} cannot be read ({error}): {means or 'it is left out'}")
             return default
+        if isinstance(value, type(default)):
+            return value
+        wanted = "list" if isinstance(default, list) else "object"
+        self.missing.append(f"{name} cannot be read (it holds no {wanted}): {means or 'it is left out'}")
+        return default
 
     def read_lines(self, name: str, means: str | None) -> list[Row]:
         """Rows of a JSON-lines file; with `means` None its absence is normal."""
@@ -199,16 +229,28 @@ class _Reader:
             if means is not None:
                 self.missing.append(f"{name} is missing: {means}")
             return []
-        try:
-            return read_json_lines(path)
-        except ValueError as error:
-            self.missing.append(f"{name} cannot be read ({error}): {means or 'its rows are left out'}")
-            return []
+        rows, problems = read_rows(path)
+        if problems:
+            first = f"line {problems[0][0]}: {problems[0][1]}"
+            self.missing.append(f"{name}: {len(problems)} line(s) cannot be read ({first}) and are left out")
+        return rows
+
+    def sound(self, name: str, rows: Any, kinds: dict[str, Any]) -> list[Row]:
+        """The rows that have every field that the report counts with; the others are named."""
+        rows = rows if isinstance(rows, list) else [rows]
+        kept = []
+        for row in rows:
+            wrong = [key for key, kind in kinds.items() if not isinstance(row, dict) or not _fits(row.get(key), kind)]
+            if not wrong:
+                kept.append(row)
+        if len(kept) < len(rows):
+            self.missing.append(f"{name} cannot be read in full: {len(rows) - len(kept)} row(s) are left out")
+        return kept
 
     def parse_yaml(self, text: str) -> Row:
         try:
             values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             why = " ".join(str(error).split())
             self.missing.append(f"config.yaml cannot be read ({why}): the settings are unknown")
             return {}
@@ -219,6 +261,10 @@ def _best_step(folder: Path) -> int | None:
     """The step of the checkpoint that checkpoints/best names; None where there is none."""
     best = best_checkpoint(folder / "checkpoints")
     return None if best is None else int(best.name.removeprefix("step_"))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _evaluates(config: Row) -> bool:

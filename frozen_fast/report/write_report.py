@@ -10,6 +10,7 @@ from typing import Any
 from frozen_fast.common.files import write_atomically
 from frozen_fast.report.clips import bad_clips_section, sources_section
 from frozen_fast.report.compare import compare_runs
+from frozen_fast.report.events import describe_events
 from frozen_fast.report.document import (
     Block,
     Bullets,
@@ -42,7 +43,8 @@ __all__ = ["build_report", "compare_runs", "write_report"]
 
 STATES = {
     "done": "finished",
-    "running": "still running, or killed without a word",
+    "running": "running",
+    "dead": "killed: it says that it is running, but no process writes to its folder; it can be resumed",
     "stopped": "stopped by a signal after a checkpoint; it can be resumed",
     "failed": "failed",
 }
@@ -155,6 +157,8 @@ def _one_frame_note(row: dict[str, Any]) -> str:
 def _state(run: RunData) -> Section | None:
     blocks: list[Block] = []
     state = run.status.get("state")
+    if state == "running" and not run.alive:
+        state = "dead"
     if state != "done":
         words = STATES.get(str(state), "unknown")
         message = f": {run.status['message']}" if run.status.get("message") else ""
@@ -162,6 +166,8 @@ def _state(run: RunData) -> Section | None:
         blocks.append(Caution(f"This run is not complete. State: {words}{message}{code}"))
     if run.missing:
         blocks += [Text("Not in the run folder:"), Bullets(run.missing)]
+    if run.events:
+        blocks += [Text("What happened to the run:"), Bullets(describe_events(run.events))]
     return Section("State", blocks) if blocks else None
 
 

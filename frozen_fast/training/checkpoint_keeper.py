@@ -1,12 +1,15 @@
-"""When a run's checkpoints are written, what they say of its evaluations, and which of them is the best."""
+"""A run's checkpoints: when they are due, what they say of its evaluations, and which of them is the best."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from frozen_fast.config import ExperimentConfig, to_plain
 from frozen_fast.data import DataPosition
@@ -15,19 +18,17 @@ from frozen_fast.evaluation.metric_table import VALIDATION_LOSS, check_metric, i
 from frozen_fast.models import DualEncoder
 from frozen_fast.optimizers import divergence_advice
 from frozen_fast.parallel.base import Parallel
-from frozen_fast.records.checkpoint import (
-    RunState,
-    checkpoint_name,
-    checkpoints,
-    link_best,
-    restore_best,
-    save_checkpoint,
-    write_state,
-)
+from frozen_fast.records.checkpoint import OptimizerState, RunState, checkpoint_name, save_checkpoint, write_state
+from frozen_fast.records.checkpoint_folder import Retention, checkpoints, link_best, prune, restore_best
 from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.training.checkpoint_writer import CheckpointWriter, Snapshot, not_saved, total_bytes
 from frozen_fast.training.stages import OpenStage
 
 log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 10.0
+_STOP_PATIENCE_SECONDS = 60.0
+"""A run that was told to stop gives a disk that refuses so long, not checkpoints.give_up_minutes."""
 
 
 class CheckpointKeeper:
@@ -51,6 +52,12 @@ class CheckpointKeeper:
         self._model, self._fingerprints = model, fingerprints
         self._metric = config.evaluation.keep_best
         check_metric(self._metric, config.evaluation.metrics)
+        self._writer, self._snapshot = CheckpointWriter(), Snapshot()
+        self._saved_seconds = time.monotonic()
+        kept = config.checkpoints
+        self._retention = Retention(
+            newest=kept.keep, every_steps=kept.keep_every_steps, stage_ends=kept.keep_stage_ends
+        )
         # A run that goes on from another folder's checkpoint has a best of its own.
         self._last = state if state is not None and self._is_here(state.step) else None
         self.best = None if self._last is None else self._last.best
@@ -67,8 +74,17 @@ class CheckpointKeeper:
         """Whether the last checkpoint that this run wrote or went on from is of this step."""
         return self._last is not None and self._last.step == step
 
+    @property
+    def is_due(self) -> bool:
+        """Whether checkpoints.every_minutes have passed since the last checkpoint; rank 0's clock counts."""
+        minutes = self._config.checkpoints.every_minutes
+        return bool(minutes) and self._parallel.is_main and time.monotonic() - self._saved_seconds >= 60 * minutes
+
     def save(self, stage: OpenStage, steps_in_stage: int, position: DataPosition, bad_clips: dict[str, Any]) -> None:
-        """Write a checkpoint; refuses weights that are not finite, so that the last good one stays the newest.
+        """Take a snapshot and let it be written; refuses weights that are not finite.
+
+        The meter's section "checkpoint" is the time in which training stands still: the snapshot, and the wait for an
+        earlier checkpoint that is still being written.
 
         Args:
             stage: the stage that is running.
@@ -77,9 +93,11 @@ class CheckpointKeeper:
             bad_clips: the ledger's counts.
 
         Raises:
-            UserError: the weights are not finite, or the disk refuses; on every rank.
+            UserError: the weights are not finite, or the disk has refused for checkpoints.give_up_minutes; on every
+                rank.
         """
         parallel, model = self._parallel, self._model
+        began = time.perf_counter()
         with stage.meter.section("checkpoint"):
             if not parallel.weights_are_finite():
                 raise UserError(
@@ -100,15 +118,74 @@ class CheckpointKeeper:
                 sources=dict(self._fingerprints),
                 best=self.best,
             )
+            if parallel.is_main:
+                self._writer.settle()
             weights, optimizer = parallel.weights(), parallel.optimizer_state()
             with parallel.together():
                 if parallel.is_main:
-                    write = partial(model.save_pretrained, state=weights)
-                    keep = self._config.checkpoints.keep
-                    path = save_checkpoint(self._folder.checkpoints, state, write, optimizer, keep=keep)
-                    self._folder.write_status("running", step=position.step, stage=stage.plan.index)
-                    log.info("saved %s", path)
-        self._restate(state, stage)  # with the time that writing took
+                    self._writer.check(60 * self._config.checkpoints.give_up_minutes)
+                    if not parallel.gathers_copies:
+                        weights, optimizer = self._snapshot.take(weights, optimizer)
+                    self._writer.submit(partial(self._write, state, weights, optimizer, began, time.perf_counter()))
+                    if not self._config.checkpoints.asynchronous:
+                        self._writer.wait_for_attempt()
+        self._saved_seconds = time.monotonic()
+        self._restate(state, stage)  # with the time that the snapshot took
+
+    def settle(self) -> None:
+        """Wait until what is being written is on disk; every rank calls it."""
+        with self._parallel.together():
+            if self._parallel.is_main:
+                self._writer.wait_for_attempt()
+                self._writer.check(60 * self._config.checkpoints.give_up_minutes)
+
+    def finish(self, *, stopped: bool) -> None:
+        """Wait for the last checkpoint; every rank calls it before the run says that it is done or stopped.
+
+        Args:
+            stopped: the run was told to stop and has little time.
+
+        Raises:
+            UserError: it could not be written for checkpoints.give_up_minutes, or for a minute where it was told to
+                stop.
+        """
+        parallel = self._parallel
+        patience = 60 * self._config.checkpoints.give_up_minutes
+        patience = min(patience, _STOP_PATIENCE_SECONDS) if stopped else patience
+        deadline = time.monotonic() + patience
+        while True:
+            written = not parallel.is_main or self._writer.wait(min(_POLL_SECONDS, patience))
+            error: Exception | None = None
+            if parallel.is_main and not written and self._writer.failure and time.monotonic() >= deadline:
+                assert self._last is not None
+                error = not_saved(self._last.step, self._writer.failure)
+            _, (waiting,) = parallel.agree(error, counts=(int(not written),))
+            if not waiting:
+                break
+        with parallel.together():
+            if parallel.is_main:
+                self._writer.check(patience)
+
+    def close(self) -> None:
+        """Wait for what is being written, unless the disk refuses it; for a run that ends with an error."""
+        if self._parallel.is_main:
+            self._writer.wait_for_attempt()
+            self._writer.close()
+
+    def _write(
+        self, state: RunState, weights: dict[str, Tensor], optimizer: OptimizerState, began: float, snapshot: float
+    ) -> None:
+        """Write one checkpoint, in the writer's thread."""
+        folder = self._folder
+        path = save_checkpoint(
+            folder.checkpoints, state, partial(self._model.save_pretrained, state=weights), optimizer
+        )
+        prune(folder.checkpoints, self._retention)
+        folder.note_checkpoint(state.step)
+        log.info(
+            "saved %s: training stood still for %.2f s, %.2f s to write, snapshot of %.1f MB",
+            path, snapshot - began, time.perf_counter() - snapshot, total_bytes(weights, optimizer) / 1e6,
+        )  # fmt: skip
 
     def evaluated(self, stage: OpenStage, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Note in the step's checkpoint, if it has one, that its evaluation is done, and keep the best.
@@ -128,10 +205,12 @@ class CheckpointKeeper:
         if self._last is None or not self.is_saved(step):
             return
         self._restate(replace(self._last, evaluated=True, best=self.best), stage)
-        with self._parallel.together():
-            if better and self._parallel.is_main:
-                link_best(self._folder.checkpoints, step)
-                log.info("best so far by %s (%.4f): step %d", self._metric, value, step)
+        if better and self._parallel.is_main:
+            self._writer.submit(partial(self._link_best, step, value))
+
+    def _link_best(self, step: int, value: float | None) -> None:
+        link_best(self._folder.checkpoints, step)
+        log.info("best so far by %s (%.4f): step %d", self._metric, value, step)
 
     def _is_here(self, step: int) -> bool:
         """Whether the run folder has a checkpoint of a step; asks rank 0."""
@@ -143,13 +222,9 @@ class CheckpointKeeper:
     def _restate(self, state: RunState, stage: OpenStage) -> None:
         """Write a checkpoint's state again, with the stage's totals as they are now."""
         self._last = replace(state, meter=stage.totals())
-        with self._parallel.together():
-            if self._parallel.is_main:
-                path = self._folder.checkpoints / checkpoint_name(state.step)
-                try:
-                    write_state(path, self._last)
-                except OSError as error:
-                    raise UserError(f"run_folder: could not write {path / 'state.json'} ({error})") from error
+        if self._parallel.is_main:
+            path = self._folder.checkpoints / checkpoint_name(state.step)
+            self._writer.submit(partial(write_state, path, self._last))
 
 
 def selection_value(metric: str, row: Mapping[str, Any]) -> float | None:

@@ -98,6 +98,7 @@ class Engine:
             self._ledger.resume(state.bad_clips)
         self._keeper = CheckpointKeeper(config, parallel, folder, parts.model, parts.fingerprints, state)
         self._stopped = False
+        self._save_wanted = False
         self.stage = 0 if state is None else state.stage
         self.decode_backends: dict[str, Counter[str]] = {name: Counter() for name in parts.sources}
 
@@ -128,11 +129,27 @@ class Engine:
         self._ledger.check(final=True)
         return True
 
+    def finish(self, *, stopped: bool) -> None:
+        """Wait until the last checkpoint is on disk; every rank calls it.
+
+        Args:
+            stopped: the run was told to stop.
+
+        Raises:
+            UserError: the disk refuses it.
+        """
+        self._keeper.finish(stopped=stopped)
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written, where the run ends with an error."""
+        self._keeper.close()
+
     def _run_stage(self, plan: StagePlan, state: RunState | None) -> bool:
         self.stage = plan.index
         done = 0 if state is None else state.steps_in_stage
         stage = self._open(plan, state)
         log.info("stage %d/%d: %s", plan.index + 1, len(self._parts.plans), describe_plan(plan))
+        self._keeper.settle()  # what is being written tells of the model's frames
         with stage.meter.section("warmup"):
             self._prepare(plan)
         graphs = compiling.compiled_graphs()
@@ -209,8 +226,9 @@ class Engine:
         """Save and evaluate where that is due after a step inside the stage; False when told to stop (then saved)."""
         every = self._config.checkpoints.every_steps
         inside = done < stage.plan.steps
-        if self._stopped or (inside and every and self.step % every == 0):
+        if self._stopped or (inside and (self._save_wanted or (every and self.step % every == 0))):
             self._save(stage, done)
+            self._save_wanted = False
         return not self._stopped and (not inside or self._evaluate_inside(stage, done))
 
     def _evaluate_inside(self, stage: OpenStage, done: int) -> bool:
@@ -285,9 +303,11 @@ class Engine:
                 error = caught
             if error is not None and stop_explains(error, lambda: self._stop.asked):
                 error = None
-            counts = (0 if batch is None else len(batch.bad_clips), int(batch is None))
-            stop, (bad, without) = self._parallel.agree(error, stop=self._stop.asked, counts=counts)
+            wanted = self._stop.take_save_request() or self._keeper.is_due
+            counts = (0 if batch is None else len(batch.bad_clips), int(batch is None), int(wanted))
+            stop, (bad, without, save) = self._parallel.agree(error, stop=self._stop.asked, counts=counts)
         self._stopped = self._stopped or stop
+        self._save_wanted = self._save_wanted or save > 0
         if without:
             raise _StepGivenUp
         assert batch is not None

@@ -23,15 +23,17 @@ from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.energy import energy_meter
 from frozen_fast.profiling.peak import device_peak
 from frozen_fast.records import environment
-from frozen_fast.records.checkpoint import (
-    RunState,
-    check_same_run,
-    newest_checkpoint,
-    read_state,
-    read_tensors,
+from frozen_fast.records.checkpoint import RunState, read_state, read_tensors, verify
+from frozen_fast.records.checkpoint_folder import (
+    Survey,
     remove_leftovers,
+    set_aside,
+    set_aside_before,
+    survey,
 )
 from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.records.run_lock import RunLock
+from frozen_fast.records.same_run import check_same_run
 from frozen_fast.records.tracking import Trackers
 from frozen_fast.report.write_report import write_report
 from frozen_fast.training import compiling
@@ -56,6 +58,7 @@ EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
 
 
 def train(config: ExperimentConfig, *, resume: str = "none") -> int:
@@ -75,7 +78,7 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
     parallel = Parallel.start(config)
     set_up_logging(rank=parallel.rank)
     run = _Run(config, parallel)
-    failed = True
+    failed, at_once = True, False
     try:
         with StopRequest() as stop:
             code = run.train(resume, stop)
@@ -83,10 +86,11 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
         return code
     except BaseException as error:
         failed = not (parallel.failure_is_shared or isinstance(error, UserError))
+        at_once = isinstance(error, KeyboardInterrupt)
         run.note_failure(error)
         raise
     finally:
-        run.close()
+        run.close(at_once=at_once)
         parallel.close(failed=failed)
 
 
@@ -140,6 +144,7 @@ class _Run:
     def __init__(self, config: ExperimentConfig, parallel: Parallel) -> None:
         self._config, self._parallel = config, parallel
         self._folder = RunFolder(config.run_folder.format(name=config.name))
+        self._lock = RunLock(self._folder)
         self._owned = False
         self._engine: Engine | None = None
         self._journal: Journal | None = None
@@ -176,43 +181,58 @@ class _Run:
         if not self._owned or not self._parallel.is_main:
             return
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_ERROR
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else code
         message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         try:
             self._write_status("failed", exit_code=code, message=message)
         except OSError as second:
             log.warning("status.json could not be written: %s", second)
 
-    def close(self) -> None:
-        """Close what writes."""
+    def close(self, *, at_once: bool) -> None:
+        """Close what writes, and give the folder back.
+
+        Args:
+            at_once: leave without waiting for a checkpoint that is being written.
+        """
+        if self._engine is not None and not at_once:
+            self._engine.close()
         if self._journal is not None:
             self._journal.close()
         self._trackers.close()
+        self._lock.release()
 
     def _prepare_folder(self, resume: str) -> tuple[Path | None, RunState | None, int]:
-        """Choose the checkpoint and cut the folder back to it.
+        """Lock the folder, choose the checkpoint and cut the folder back to it.
 
         Returns:
             (checkpoint, its state, how many stages are closed: evaluated and in stages.json).
         """
         config, parallel, folder = self._config, self._parallel, self._folder
-        found: Path | None = None
+        found = Survey(None, {})
         with parallel.together():
             if parallel.is_main:
-                found = find_checkpoint(folder, resume)
-        found = parallel.gather_objects(found)[0]
+                if resume != "auto":  # a mistake leaves no folder behind
+                    found = find_checkpoint(folder, resume)
+                folder.create()
+                self._lock.acquire()
+                if resume == "auto":
+                    found = find_checkpoint(folder, resume)
+        checkpoint = parallel.gather_objects(found.usable)[0]
         state: RunState | None = None
         closed = 0
         with parallel.together():
-            if found is not None:
-                state = read_state(found)
+            if checkpoint is not None:
+                state = read_state(checkpoint)
                 saved = to_plain(config_from_mapping(state.config))  # old names and keys added since included
                 for change in check_same_run(saved, to_plain(config)):
                     log.info("resuming with another %s", change)
             if parallel.is_main:
-                folder.create()
                 self._owned = True
+                events = folder.repair() + set_aside(found.damaged)
                 remove_leftovers(folder.checkpoints)
                 if state is None:
+                    if folder.holds_a_run():
+                        log.warning("%s holds steps but no checkpoint was written: starting at step 1", folder.path)
                     folder.cut_back(0, 0, stage_complete=False)
                 else:
                     folder.cut_back(
@@ -220,16 +240,18 @@ class _Run:
                     )
                     rows = folder.stage_rows()
                     closed = state.stage + any(row["stage"] == state.stage for row in rows)
+                for event in events:
+                    folder.append_event("damage", event)
                 write_atomically(folder.config, dump_yaml(config))
-                self._write_status("running")
-        if found is not None and state is not None:
-            log.info("resuming from %s", found)
+                self._write_status("running", checkpoint=None if state is None else state.step)
+        if checkpoint is not None and state is not None:
+            log.info("resuming from %s", checkpoint)
             if state.world_size != parallel.world_size:
                 log.warning(
                     "resuming on %d processes instead of %d: the same clips in the same steps, but not bit for bit",
                     parallel.world_size, state.world_size,
                 )  # fmt: skip
-        return found, state, parallel.gather_objects(closed)[0]
+        return checkpoint, state, parallel.gather_objects(closed)[0]
 
     def _build(self, checkpoint: Path | None, state: RunState | None) -> RunParts:
         """Read the sources, settle the stages, build model, optimizer and loader."""
@@ -288,47 +310,102 @@ class _Run:
         )
 
     def _finish(self, complete: bool) -> None:
-        """Final status and report."""
+        """Final checkpoint on disk, final status, report."""
+        assert self._engine is not None
+        self._engine.finish(stopped=not complete)
         with self._parallel.together():
             if self._parallel.is_main:
+                refused = self._folder.write_pending()
+                if refused:
+                    names = ", ".join(path.name for path in refused)
+                    log.warning("%s could not be written to the end: the disk of %s refuses", names, self._folder.path)
                 if complete:
                     self._write_status("done", exit_code=EXIT_DONE)
                 else:
                     message = "stopped by a signal after a checkpoint; --resume auto goes on"
                     self._write_status("stopped", exit_code=EXIT_STOPPED, message=message)
-                log.info("report: %s", write_report(self._folder.path)[1])
+                self._report()
 
-    def _write_status(self, state: str, *, exit_code: int | None = None, message: str = "") -> None:
+    def _report(self) -> None:
+        """Write the report; the results are on disk already, so a failure here is told and no more."""
+        try:
+            log.info("report: %s", write_report(self._folder.path)[1])
+        except Exception as error:  # noqa: BLE001  whatever fails in a report, the run has not failed
+            log.warning(
+                "the report could not be written (%s: %s); `frozen-fast report %s` writes it later",
+                type(error).__name__, error, self._folder.path,
+            )  # fmt: skip
+
+    def _write_status(
+        self, state: str, *, exit_code: int | None = None, message: str = "", checkpoint: int | None = None
+    ) -> None:
         step, stage = (0, 0) if self._engine is None else (self._engine.step, self._engine.stage)
-        self._folder.write_status(state, step=step, stage=stage, exit_code=exit_code, message=message)
+        self._folder.write_status(
+            state, step=step, stage=stage, exit_code=exit_code, message=message, checkpoint=checkpoint
+        )
 
 
-def find_checkpoint(folder: RunFolder, resume: str) -> Path | None:
-    """What to go on from.
+def find_checkpoint(folder: RunFolder, resume: str) -> Survey:
+    """What to continue from.
 
     Args:
         folder: the run's folder.
         resume: "none", "auto" or a checkpoint's path.
 
+    Returns:
+        The checkpoint (None: begin), and newer ones that are damaged.
+
     Raises:
-        UserError: there is a run that would be overwritten, or no such checkpoint.
+        UserError: there is a run that would be overwritten, no such checkpoint, or none that can be used.
     """
     if resume == "none":
         folder.refuse_to_overwrite()
-        return None
-    newest = newest_checkpoint(folder.checkpoints)
+        return Survey(None, {})
     if resume == "auto":
-        return newest
+        found = survey(folder.checkpoints)
+        if found.usable is None:
+            _refuse_to_start_over(folder, found)
+        return found
     path = Path(resume).resolve() if Path(resume).is_symlink() else Path(resume)  # checkpoints/best
     if not (path / "state.json").is_file():
         raise UserError(f"--resume: got {resume!r}; allowed: none, auto, or a checkpoint folder of a run (step_...)")
+    verify(path)
     if path.resolve().parent != folder.checkpoints.resolve():
         folder.refuse_to_overwrite()
-    elif newest is not None and newest.name != path.name:
+        return Survey(path, {})
+    found = survey(folder.checkpoints)
+    if found.usable is not None and found.usable.name != path.name:
         raise UserError(
-            f"--resume: got {resume!r}, but this run has got to {newest.name}; allowed: auto, or another run_folder"
+            f"--resume: got {resume!r}, but this run has got to {found.usable.name}; allowed: auto, or another "
+            "run_folder"
         )
-    return path
+    return found
+
+
+def _refuse_to_start_over(folder: RunFolder, found: Survey) -> None:
+    """Refuse to begin where a run has checkpoints, or had some: beginning would delete its results.
+
+    Raises:
+        UserError: names what is there, and what continues or begins anew.
+    """
+    why = "; ".join(found.damaged.values())
+    if not why and set_aside_before(folder.checkpoints):
+        why = "its checkpoints are damaged: " + ", ".join(path.name for path in set_aside_before(folder.checkpoints))
+    saved = folder.last_status().get("checkpoint")
+    if not why and (saved is not None or _has_stage_rows(folder)):
+        why = f"its checkpoints are gone (the last one was of step {saved})" if saved else "its checkpoints are gone"
+    if why:
+        raise UserError(
+            f"--resume auto: {folder.path} holds a run that cannot be continued: {why}; allowed: another run_folder to "
+            f"start anew, the files put back from a copy to continue, or this folder deleted to start anew in it"
+        )
+
+
+def _has_stage_rows(folder: RunFolder) -> bool:
+    try:
+        return bool(folder.stage_rows())
+    except ValueError:  # damaged: a stage has closed, so there was a checkpoint
+        return True
 
 
 def _check_same_clips(saved: dict[str, str], current: dict[str, str]) -> None:

@@ -1,4 +1,7 @@
-"""SIGTERM, SIGINT and the launcher's death become a wish to stop, which the loop grants after the step it is in."""
+"""SIGTERM, SIGINT and the launcher's death become a wish to stop, which the loop grants after the step it is in.
+
+SIGUSR1 is a wish for a checkpoint; the run continues.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +25,28 @@ _POLL_SECONDS = 0.05
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGINT while in its context; another SIGINT after some seconds interrupts at once.
+    """Listens for SIGTERM, SIGINT and SIGUSR1 while in its context; a second stop after some seconds leaves at once.
 
     One sooner is the same wish: Ctrl-C reaches this process from the terminal, and again from torchrun, which passes
     on the signal that it got itself.
 
-    `accelerate launch` of one process dies of a SIGTERM without passing it on: its child would train on, unseen. So a
-    process that it started also stops when its parent is gone. Outside the main thread signals cannot be heard.
+    `accelerate launch` of one process dies of a SIGTERM without passing it on, and a launcher that is killed leaves its
+    processes behind: they would train on, unseen. So a process that a launcher started also stops when its parent is
+    gone. Outside the main thread signals cannot be heard.
     """
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._save = threading.Event()
         self._heard_seconds: float | None = None
         self._previous: dict[int, Any] = {}
-        self._launcher = os.getppid() if _started_by_accelerate_alone() else None
+        self._launcher = os.getppid() if _started_by_a_launcher() else None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._hear)
+            self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._hear_save)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -52,18 +58,29 @@ class StopRequest:
     def asked(self) -> bool:
         """Whether this process was told to stop."""
         if self._launcher is not None and os.getppid() != self._launcher and not self._event.is_set():
-            log.warning("accelerate launch is gone: stopping after this step, with a checkpoint")
+            log.warning("the launcher is gone: stopping after this step, with a checkpoint")
             self._event.set()
         return self._event.is_set()
+
+    def take_save_request(self) -> bool:
+        """Whether this process was asked for a checkpoint (SIGUSR1) since the last call."""
+        asked = self._save.is_set()
+        self._save.clear()
+        return asked
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._heard_seconds is None:
             self._heard_seconds = now
-        elif number == signal.SIGINT and now - self._heard_seconds >= _SIGNAL_SPREAD_SECONDS:
-            raise KeyboardInterrupt
+        elif now - self._heard_seconds >= _SIGNAL_SPREAD_SECONDS:
+            name = signal.Signals(number).name
+            raise KeyboardInterrupt(f"a second {name}: leaving at once, without a checkpoint")
         self._event.set()
         log.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+
+    def _hear_save(self, number: int, frame: FrameType | None) -> None:
+        self._save.set()
+        log.warning("SIGUSR1: a checkpoint after this step")
 
 
 def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
@@ -86,6 +103,6 @@ def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
     return True
 
 
-def _started_by_accelerate_alone() -> bool:
-    """Whether accelerate's launcher of a single process started this one (torchrun passes signals on by itself)."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+def _started_by_a_launcher() -> bool:
+    """Whether accelerate's or torch's launcher started this process and lives as long as it."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ

@@ -12,7 +12,8 @@ import torch
 
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.errors import UserError
-from frozen_fast.records.checkpoint import newest_checkpoint, read_tensors
+from frozen_fast.records.checkpoint import read_tensors
+from frozen_fast.records.checkpoint_folder import survey
 from frozen_fast.training.run import train
 from support.runs import losses, make_data, read_json, tiny_config
 
@@ -88,7 +89,7 @@ def test_evaluation_refuses_a_bad_clip_and_can_be_told_to_leave_it_out(data: dic
     config = tiny_config(data, tmp_path / "run", **sections)
     with pytest.raises(UserError, match="cannot be read: .*allowed: data.decode.on_bad_clip=skip leaves it out"):
         train(config)
-    assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
+    assert survey(tmp_path / "run" / "checkpoints").usable is not None
     decode = {"backend": "pyav", "threads": 1, "on_bad_clip": "skip", "max_bad_share": 0.5}
     sources = [{"name": "videos", "path": str(data["videos"])}]
     assert train(
@@ -122,7 +123,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_is_good(
         train(config)
     assert "\n" not in str(caught.value)
     assert read_json(tmp_path / "run" / "status.json")["exit_code"] == 2
-    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    newest = survey(tmp_path / "run" / "checkpoints").usable
     assert newest is not None
     assert all(bool(tensor.isfinite().all()) for tensor in read_tensors(newest)[0].values())
     assert torch.isfinite(torch.tensor(losses(tmp_path / "run"))).all()

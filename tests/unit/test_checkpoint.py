@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,17 +17,9 @@ from safetensors.torch import save_file
 
 from frozen_fast.errors import UserError
 from frozen_fast.records import checkpoint as module
-from frozen_fast.records.checkpoint import (
-    RunState,
-    check_same_run,
-    checkpoint_name,
-    checkpoints,
-    newest_checkpoint,
-    read_state,
-    read_tensors,
-    remove_leftovers,
-    save_checkpoint,
-)
+from frozen_fast.records.checkpoint import RunState, checkpoint_name, read_state, read_tensors, save_checkpoint, verify
+from frozen_fast.records.checkpoint_folder import Retention, checkpoints, prune, remove_leftovers, set_aside, survey
+from frozen_fast.records.same_run import check_same_run
 
 
 def state(step: int = 7, **changes: object) -> RunState:
@@ -42,11 +35,13 @@ def optimizer_state(value: float) -> dict:
     return {"w": {"exp_avg": torch.full((3,), value), "exp_avg_sq": torch.full((3,), value), "step": torch.tensor(7.0)}}
 
 
-def save(folder: Path, step: int, value: float = 1.0, keep: int = 2) -> Path:
+def save(folder: Path, step: int, value: float = 1.0, keep: int = 2, **changes: object) -> Path:
     def write_model(temporary: Path) -> None:
         save_file({"w": torch.full((3,), value)}, temporary / "model.safetensors")
 
-    return save_checkpoint(folder, state(step), write_model, optimizer_state(value), keep=keep)
+    path = save_checkpoint(folder, state(step, **changes), write_model, optimizer_state(value))
+    prune(folder, Retention(newest=keep))
+    return path
 
 
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -97,20 +92,85 @@ def test_a_kill_while_writing_leaves_the_previous_one_good(tmp_path: Path) -> No
     assert done.returncode == -signal.SIGKILL
     leftovers = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert len(leftovers) == 1
-    newest = newest_checkpoint(tmp_path)
+    newest = survey(tmp_path).usable
     assert newest is not None and newest.name == "step_00000001"
     assert torch.equal(read_tensors(newest)[0]["w"], torch.full((3,), 0.5))
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_incomplete_and_damaged_ones_are_passed_over(tmp_path: Path) -> None:
+def test_incomplete_and_damaged_ones_are_named_and_kept_aside(tmp_path: Path) -> None:
     save(tmp_path, 1, keep=5)
     (save(tmp_path, 2, keep=5) / "state.json").write_text("{", encoding="utf-8")
     (save(tmp_path, 3, keep=5) / "training_state.pt").unlink()
-    newest = newest_checkpoint(tmp_path)
-    assert newest is not None and newest.name == "step_00000001"
-    assert newest_checkpoint(tmp_path / "nowhere") is None
+    found = survey(tmp_path)
+    assert found.usable == tmp_path / "step_00000001"
+    reasons = [why.rpartition(": ")[2] for why in found.damaged.values()]
+    assert reasons[0] == "training_state.pt is missing" and "state.json" in list(found.damaged.values())[1]
+    told = set_aside(found.damaged)
+    assert ["kept as damaged_step_0000000" in line for line in told] == [True, True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged_step_00000002", "damaged_step_00000003", "step_00000001",
+    ]  # fmt: skip
+    assert survey(tmp_path / "nowhere").usable is None
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_flipped_bit_or_a_truncation_is_always_seen(tmp_path: Path, seed: int) -> None:
+    """One random change to one random file of the newest checkpoint: the one before is used."""
+    save(tmp_path, 1, keep=5)
+    newest = save(tmp_path, 2, keep=5)
+    rng = random.Random(seed)
+    file = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+    data = bytearray(file.read_bytes())
+    if rng.random() < 0.3:
+        data = data[: rng.randrange(len(data))]
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+    found = survey(tmp_path)
+    assert found.usable == tmp_path / "step_00000001"
+    assert list(found.damaged) == [newest]
+    with pytest.raises(UserError, match="step_00000002") as caught:
+        verify(newest)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_from_before_checksums_is_read_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path, 1)
+    values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    for key in ("sha256", "manifest_sha256", "rollbacks"):
+        del values[key]
+    (path / "state.json").write_text(json.dumps({**values, "format": 1}), encoding="utf-8")
+    with pytest.raises(UserError, match="state.json does not match its checksum"):
+        verify(path)  # a manifest shows that the checksum was taken away
+    (path / "manifest.json").unlink()
+    assert verify(path) == state(1)
+    assert "its files are not verified" in caplog.text
+
+
+def test_a_disk_that_returns_other_bytes_is_noticed_before_the_checkpoint_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flush_and_lose_a_bit(folder: Path) -> None:
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(module, "_flush", flush_and_lose_a_bit)
+    with pytest.raises(UserError, match="read back after writing, model.safetensors does not match"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_every_nth_and_the_ends_of_stages_stay(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        save(tmp_path, step, keep=20, stage_complete=step in (3, 7))
+    prune(tmp_path, Retention(newest=1, every_steps=4, stage_ends=True))
+    assert [int(path.name[-2:]) for path in checkpoints(tmp_path)] == [9, 8, 7, 4, 3]
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -145,7 +205,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     values = json.loads((path / "state.json").read_text(encoding="utf-8"))
     (path / "state.json").write_text(json.dumps({**values, "format": 99}), encoding="utf-8")
-    with pytest.raises(UserError, match="got format 99; allowed: 1"):
+    with pytest.raises(UserError, match="got format 99; allowed: 2"):
         read_state(path)
 
 

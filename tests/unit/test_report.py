@@ -13,6 +13,8 @@ import pytest
 from torch.autograd import DeviceType
 
 from frozen_fast.errors import UserError
+from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.records.run_lock import RunLock
 from frozen_fast.profiling.trace import most_expensive
 from frozen_fast.report import retrieval
 from frozen_fast.report import write_report as report_module
@@ -231,6 +233,48 @@ def test_missing_and_broken_files_are_named(run: Path, name: str) -> None:
     (run / name).unlink()
     missing, html = report_of(run)
     assert f"{name} is missing: " in missing and f"{name} is missing: " in html
+
+
+@pytest.mark.usefixtures("drawn")
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("stages.json", b'{"stage": 1}', "stages.json cannot be read (it holds no list)"),
+        ("stages.json", b'[{"stage": 0, "steps": "many"}, 5]', "stages.json cannot be read in full: 2 row(s)"),
+        ("metrics.json", b'{"evaluations": 5}', "metrics.json cannot be read in full: 1 row(s)"),
+        ("metrics.json", b'{"evaluations": [{"step": 3}]}', "metrics.json cannot be read in full: 1 row(s)"),
+        ("metrics.json", b"[" * 50_000, "metrics.json cannot be read"),
+        ("status.json", b"[1]", "status.json cannot be read (it holds no object)"),
+        ("environment.json", b"\xff\xfe", "environment.json cannot be read"),
+        ("steps.jsonl", b"\0" * 300, "steps.jsonl: 1 line(s) cannot be read (line 1"),
+        ("steps.jsonl", b'{"step": "a", "stage": 0}\n', "steps.jsonl cannot be read in full: 1 row(s)"),
+        ("config.yaml", b"\xff", "config.yaml cannot be read"),
+        ("events.jsonl", b'{"kind": 5, "time": "x"}\n{', "events.jsonl: 1 line(s) cannot be read"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named_in_its_report(run: Path, name: str, content: bytes, told: str) -> None:
+    (run / name).write_bytes(content)
+    assert told in report_of(run)[0]
+
+
+@pytest.mark.usefixtures("drawn")
+def test_what_happened_to_a_run_is_told(run: Path) -> None:
+    rows = [{"time": 1.76e9, "kind": "damage", "message": f"number {index}"} for index in range(25)]
+    (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    markdown, _ = report_of(run)
+    assert "2025-10-09 08:53 UTC damage: number 24" in markdown and "number 4" not in markdown
+    assert "5 earlier ones are in events.jsonl" in markdown
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_run_that_was_killed_is_told_from_one_that_runs(run: Path) -> None:
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "state": "running", "exit_code": None}))
+    assert "State: killed: it says that it is running" in report_of(run)[0]
+    lock = RunLock(RunFolder(run))
+    lock.acquire()
+    assert "State: running" in report_of(run)[0]
+    lock.release()
 
 
 @pytest.mark.usefixtures("drawn")

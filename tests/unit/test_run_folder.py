@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from frozen_fast.common.files import read_json_lines
+from frozen_fast.common.files import read_json_lines, write_json
 from frozen_fast.errors import UserError
+from frozen_fast.records import run_folder as run_folder_module
 from frozen_fast.records.run_folder import RunFolder
 
 
@@ -110,3 +113,92 @@ def test_status_names_the_step_and_the_exit_code(tmp_path: Path) -> None:
     folder.write_status("stopped", step=4, stage=1, exit_code=75, message="SIGTERM")
     status = json.loads(folder.status.read_text(encoding="utf-8"))
     assert (status["state"], status["exit_code"], status["step"], status["stage"]) == ("stopped", 75, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("metrics.json", b"{", "metrics.json cannot be read: kept as metrics.damaged_1.json"),
+        ("metrics.json", b'{"evaluations": [{"metrics": {}}]}', "metrics.json cannot be read"),
+        ("stages.json", b"[1, 2]", "stages.json cannot be read: kept as stages.damaged_1.json"),
+        ("stages.json", b"\xff\xfe\x00", "stages.json cannot be read"),
+        ("environment.json", b"[" * 100_000, "environment.json cannot be read"),
+        ("steps.jsonl", b'{"step": 1, "stage": 0}\n\0\0\0\0\n{"step": "x"}\n', "steps.jsonl: 2 line"),
+        ("bad_clips.jsonl", b'{"step": 1}\n[]\n', "bad_clips.jsonl: 1 line"),
+        ("steps.jsonl", b'{"step": 1, "stage": 0}\n{"step": 2, "st', "steps.jsonl: 1 line"),
+    ],
+)
+def test_damaged_files_are_kept_aside_and_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    folder = filled(tmp_path)
+    folder.write_status("running", step=0, stage=0)
+    (tmp_path / name).write_bytes(content)
+    lines = folder.repair()
+    assert len(lines) == 1 and lines[0].startswith(told)
+    aside = next(tmp_path.glob("*.damaged_1.*"))
+    assert aside.read_bytes() == content
+    folder.cut_back(2, 0, stage_complete=False)
+    folder.update_environment(a=1)
+    assert folder.repair() == []
+
+
+class FullDisk:
+    """A disk that refuses to be written to, for as long as `full` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full = True
+        write = os.write
+
+        def refuse(descriptor: int, data: bytes) -> int:
+            if self.full and write(descriptor, data[:3]):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, data)
+
+        monkeypatch.setattr(os, "write", refuse)
+        monkeypatch.setattr(run_folder_module, "write_json", self._write_json)
+
+    def _write_json(self, path: Path, value: object) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_json(path, value)
+
+
+def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = filled(tmp_path)
+    before = content(folder)
+    disk = FullDisk(monkeypatch)
+    folder.append_steps([{"step": 7, "stage": 1}])
+    folder.add_evaluations([{"step": 7, "stage": 1}])
+    folder.put_stage_row({"stage": 2, "steps": 1})
+    assert [row["step"] for row in folder.evaluations()] == [3, 6, 7]
+    assert [row["step"] for row in read_json_lines(folder.steps)] == before[0], "a part of a row is cut off again"
+    assert len(folder.write_pending()) == 3
+    disk.full = False
+    folder.append_steps([{"step": 8, "stage": 1}])
+    assert folder.write_pending() == []
+    assert content(folder)[0] == [*before[0], 7, 8]
+    assert [row["stage"] for row in json.loads(folder.stages.read_text())] == [0, 1, 2]
+
+
+def test_a_full_disk_takes_a_new_status_in_the_old_ones_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_status("running", step=1000, stage=10, message="x" * 200)
+
+    def refuse(path: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder_module, "write_atomically", refuse)
+    size = folder.status.stat().st_size
+    folder.write_status("failed", step=2, stage=0, exit_code=1)
+    assert json.loads(folder.status.read_text())["state"] == "failed"
+    assert folder.status.stat().st_size == size
+
+
+def test_a_heartbeat_renews_the_status_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.beat()
+    assert not folder.status.exists()
+    folder.write_status("running", step=1, stage=0, checkpoint=1)
+    first = json.loads(folder.status.read_text())
+    folder.beat()
+    second = json.loads(folder.status.read_text())
+    assert second.pop("heartbeat") > first.pop("heartbeat") and second == first and first["checkpoint"] == 1

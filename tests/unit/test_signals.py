@@ -32,6 +32,22 @@ def test_a_later_interrupt_is_not_made_to_wait(monkeypatch: pytest.MonkeyPatch) 
         assert stop.asked
 
 
+def test_a_later_second_term_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_SIGNAL_SPREAD_SECONDS", 0.0)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt, match="a second SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_usr1_asks_for_one_checkpoint_and_for_no_stop() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not stop.asked
+        assert (stop.take_save_request(), stop.take_save_request()) == (True, False)
+
+
 def test_an_interrupt_that_comes_twice_at_once_is_one_wish() -> None:
     """From the terminal, and from torchrun."""
     with StopRequest() as stop:
@@ -44,11 +60,11 @@ def test_an_interrupt_that_comes_twice_at_once_is_one_wish() -> None:
     ("variables", "stops"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "no"}, True),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "TORCHELASTIC_RUN_ID": "1"}, False),
+        ({"TORCHELASTIC_RUN_ID": "1"}, True),
         ({}, False),
     ],
 )
-def test_accelerates_child_stops_when_its_launcher_is_gone(
+def test_a_launchers_child_stops_when_the_launcher_is_gone(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], stops: bool
 ) -> None:
     for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):

@@ -1,0 +1,176 @@
+"""Checkpoints are written by a thread while training continues: a snapshot in host memory, at most one in flight."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from frozen_fast.errors import UserError
+from frozen_fast.records.checkpoint import CheckpointWriteError, OptimizerState
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 20.0
+
+
+class CheckpointWriter:
+    """Runs actions in their order in one thread; one that the disk refuses is tried again until it works.
+
+    An action raises CheckpointWriteError or OSError for a disk that refuses; any other error is a defect or a mistake,
+    and check() raises it.
+    """
+
+    def __init__(self) -> None:
+        self._actions: deque[Callable[[], None]] = deque()
+        self._condition = threading.Condition(threading.RLock())
+        self._running = self._closed = False
+        self._error: Exception | None = None
+        self._failure = ""
+        self._failing_since: float | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, action: Callable[[], None]) -> None:
+        """Let the thread do something after all that was submitted before."""
+        with self._condition:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="frozen_fast checkpoints", daemon=True)
+                self._thread.start()
+            self._actions.append(action)
+            self._condition.notify_all()
+
+    def wait_for_attempt(self) -> None:
+        """Wait until everything is written or the disk has refused it."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._running and (not self._actions or bool(self._failure)))
+
+    def settle(self) -> None:
+        """Wait as above, then forget what the disk refuses, because something newer is about to come."""
+        with self._condition:
+            self.wait_for_attempt()
+            self._actions.clear()
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait until everything is written; returns whether it is."""
+        with self._condition:
+            return self._condition.wait_for(
+                lambda: self._error is not None or (not self._running and not self._actions), timeout_seconds
+            )
+
+    def check(self, give_up_seconds: float) -> None:
+        """Raise what the thread could not deal with.
+
+        Args:
+            give_up_seconds: a disk that has refused everything for so long is an error.
+
+        Raises:
+            CheckpointWriteError: the disk has refused for too long.
+        """
+        with self._condition:
+            error, since, failure = self._error, self._failing_since, self._failure
+        if error is not None:
+            raise error
+        if since is not None and time.monotonic() - since >= give_up_seconds:
+            raise CheckpointWriteError(
+                f"{failure}; nothing could be saved for {give_up_seconds / 60:.3g} minutes "
+                "(checkpoints.give_up_minutes)"
+            )
+
+    def close(self) -> None:
+        """End the thread after the action in progress; what is waiting is not written."""
+        with self._condition:
+            self._closed = True
+            self._actions.clear()
+            self._condition.notify_all()
+
+    @property
+    def failure(self) -> str:
+        """Why the disk refuses just now; empty: it does not."""
+        return self._failure
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: bool(self._actions) or self._closed)
+                if self._closed:
+                    return
+                action = self._actions[0]
+                self._running = True
+            failure, error = "", None
+            try:
+                action()
+            except (CheckpointWriteError, OSError) as caught:
+                failure = str(caught)
+            except Exception as caught:  # noqa: BLE001  check() raises it in the main thread
+                error = caught
+            with self._condition:
+                self._running = False
+                if failure:
+                    self._note_failure(failure)
+                else:
+                    if self._actions:
+                        self._actions.popleft()
+                    self._error = self._error or error
+                    if self._failure:
+                        log.warning("checkpoints can be written again")
+                    self._failure, self._failing_since = "", None
+                self._condition.notify_all()
+                if failure:  # a newer snapshot cuts the pause short
+                    self._condition.wait_for(lambda: not self._actions or self._actions[0] is not action, RETRY_SECONDS)
+
+    def _note_failure(self, failure: str) -> None:
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
+            log.warning("%s; the last good checkpoint stays, training continues, it is tried again", failure)
+        self._failure = failure
+
+
+class Snapshot:
+    """Copies of tensors in host memory; page-locked and used again where the tensors are on a GPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, weights: Mapping[str, Tensor], optimizer: OptimizerState) -> tuple[dict[str, Tensor], OptimizerState]:
+        """Copy weights and optimizer state; the copies of the last call are overwritten on a GPU.
+
+        Args:
+            weights: by name.
+            optimizer: by parameter name and key.
+
+        Returns:
+            The same on the CPU.
+        """
+        copied = {name: self._copy(name, tensor) for name, tensor in weights.items()}
+        state = {
+            name: {key: self._copy(f"{name}/{key}", tensor) for key, tensor in tensors.items()}
+            for name, tensors in optimizer.items()
+        }
+        if any(tensor.is_cuda for tensor in weights.values()):
+            torch.cuda.synchronize()
+        return copied, state
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if not tensor.is_cuda:
+            return tensor.clone()
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return buffer.copy_(tensor, non_blocking=True)
+
+
+def total_bytes(weights: Mapping[str, Tensor], optimizer: OptimizerState) -> int:
+    """Memory of a snapshot."""
+    tensors = [*weights.values(), *(tensor for state in optimizer.values() for tensor in state.values())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def not_saved(step: int, failure: str) -> UserError:
+    """The error of a run whose last checkpoint could not be written."""
+    return CheckpointWriteError(f"{failure}; the checkpoint of step {step} is lost, --resume auto continues before it")

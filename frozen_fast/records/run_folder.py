@@ -267,10 +267,10 @@ class RunFolder:
             write_json(self.metrics, {"evaluations": kept})
 
 
-def _is_sound(path: Path, kind: type) -> bool:
+def _is_sound(path: Path, kind: Any) -> bool:
     """Whether a JSON file is of its kind, and its rows have a step or a stage."""
     try:
-        value = json.loads(path.read_bytes())
+        value: Any = json.loads(path.read_bytes())
         if not isinstance(value, kind):
             return False
         if path.name == "stages.json":

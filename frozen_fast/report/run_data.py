@@ -63,8 +63,9 @@ class StageTotals:
 class RunData:
     """A run folder's content.
 
-    `events` are the rows of events.jsonl; `alive` says that a process is writing to the folder. `best_step` is the step of the checkpoint that checkpoints/best names; `missing` names files that are not there or
-    cannot be read, with what that means.
+    `events` are the rows of events.jsonl; `alive` says that a process writes to the folder. `best_step` is the step of
+    the checkpoint that checkpoints/best names; `missing` names files that are not there or cannot be read, with what
+    that means.
     """
 
     folder: Path

@@ -10,7 +10,6 @@ from typing import Any
 from frozen_fast.common.files import write_atomically
 from frozen_fast.report.clips import bad_clips_section, sources_section
 from frozen_fast.report.compare import compare_runs
-from frozen_fast.report.events import describe_events
 from frozen_fast.report.document import (
     Block,
     Bullets,
@@ -31,6 +30,7 @@ from frozen_fast.report.document import (
     significant,
     to_markdown,
 )
+from frozen_fast.report.events import describe_events
 from frozen_fast.report.html import to_html
 from frozen_fast.report.mean_over_sources import mean_over_sources_section
 from frozen_fast.report.paper_comparison import compare_with_paper

@@ -19,7 +19,14 @@ from frozen_fast.models import DualEncoder
 from frozen_fast.optimizers import divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.records.checkpoint import OptimizerState, RunState, checkpoint_name, save_checkpoint, write_state
-from frozen_fast.records.checkpoint_folder import Retention, checkpoints, link_best, prune, restore_best
+from frozen_fast.records.checkpoint_folder import (
+    Retention,
+    best_checkpoint,
+    checkpoints,
+    link_best,
+    prune,
+    restore_best,
+)
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training.checkpoint_writer import CheckpointWriter, Snapshot, not_saved, total_bytes
 from frozen_fast.training.stages import OpenStage
@@ -180,6 +187,10 @@ class CheckpointKeeper:
         path = save_checkpoint(
             folder.checkpoints, state, partial(self._model.save_pretrained, state=weights), optimizer
         )
+        if state.best is not None:  # the disk may have refused the link before
+            best = folder.checkpoints / checkpoint_name(state.best["step"])
+            if best.is_dir() and best_checkpoint(folder.checkpoints) != best:
+                link_best(folder.checkpoints, state.best["step"])
         prune(folder.checkpoints, self._retention)
         folder.note_checkpoint(state.step)
         log.info(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -121,7 +122,10 @@ class CheckpointWriter:
                     self._failure, self._failing_since = "", None
                 self._condition.notify_all()
                 if failure:  # a newer snapshot cuts the pause short
-                    self._condition.wait_for(lambda: not self._actions or self._actions[0] is not action, RETRY_SECONDS)
+                    self._condition.wait_for(partial(self._is_superseded, action), RETRY_SECONDS)
+
+    def _is_superseded(self, action: Callable[[], None]) -> bool:
+        return not self._actions or self._actions[0] is not action
 
     def _note_failure(self, failure: str) -> None:
         if self._failing_since is None:
@@ -136,7 +140,9 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, weights: Mapping[str, Tensor], optimizer: OptimizerState) -> tuple[dict[str, Tensor], OptimizerState]:
+    def take(
+        self, weights: Mapping[str, Tensor], optimizer: OptimizerState
+    ) -> tuple[dict[str, Tensor], OptimizerState]:
         """Copy weights and optimizer state; the copies of the last call are overwritten on a GPU.
 
         Args:

@@ -13,9 +13,9 @@ import pytest
 from torch.autograd import DeviceType
 
 from frozen_fast.errors import UserError
+from frozen_fast.profiling.trace import most_expensive
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.records.run_lock import RunLock
-from frozen_fast.profiling.trace import most_expensive
 from frozen_fast.report import retrieval
 from frozen_fast.report import write_report as report_module
 from frozen_fast.report.document import duration, joules, significant

@@ -33,6 +33,7 @@ def unknown_name(field: str, got: str, allowed: Iterable[str]) -> UserError:
 def unknown_value(got: str, allowed: Iterable[str]) -> str:
     """Say that a name is not in a table, with the nearest valid name: "got ...; allowed: ..."."""
     names = sorted(allowed)
+    got = got if len(got) <= MOST_CHARACTERS else got[:MOST_CHARACTERS] + ".."
     near = get_close_matches(got, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"got {got!r}{hint}; allowed: {', '.join(names)}"

@@ -22,6 +22,7 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 
 OTHER_RANKS_WAIT_SECONDS = 5.0
+MOST_MESSAGE_CHARACTERS = 2000
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("train the stages of a config, evaluate, report", commands.train_arguments, commands.train),
@@ -97,10 +98,16 @@ def run_and_report(function: Callable[[], int]) -> int:
         return function()
     except UserError as error:
         mistakes = error.args if isinstance(error, UserErrors) else (str(error),)
-        _tell([" ".join(str(mistake).split()) for mistake in mistakes])
+        _tell([_shortened(" ".join(str(mistake).split())) for mistake in mistakes])
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def _shortened(message: str) -> str:
+    """A message with its middle left out where it echoes what nobody can read on a terminal."""
+    half = MOST_MESSAGE_CHARACTERS // 2
+    return message if len(message) <= MOST_MESSAGE_CHARACTERS else f"{message[:half]} [..] {message[-half:]}"
 
 
 def _tell(messages: Sequence[str]) -> None:

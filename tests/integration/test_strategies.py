@@ -71,7 +71,7 @@ def mapping(data: dict[str, Path], folder: Path, **sections: Any) -> dict[str, A
             "text_learning_rate_scale": 0.5,
         },
         "loss": {"temperature": 0.02},  # keeps the losses of so few clips away from that of guessing
-        "checkpoints": {"every_steps": SAVED, "keep": 10},
+        "checkpoints": {"every_steps": SAVED, "keep": 10, "asynchronous": False},  # a kill follows
         "evaluation": {
             "every": "end",
             "sources": [{"name": "held_out", "path": str(data["videos"])}],

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from frozen_fast.data.decode import ClipError, VideoInfo, probe
+from frozen_fast.data.decode import ClipError, VideoInfo, probe, pyav
 from frozen_fast.data.decode import frame_index as index_module
 from frozen_fast.data.decode.containers import structure_fault
 from frozen_fast.data.decode.frame_index import _is_shown, _vp9_frames, read_index
 from support import videos
+
+probe_module = sys.modules["frozen_fast.data.decode.probe"]  # the package has a function of this name
 
 MAX_PIXELS = 50_000_000
 
@@ -198,3 +202,77 @@ def test_matroska_structure(tmp_path: Path, unknown: bool) -> None:
     at = whole.index(b"\xa3", len(head) + 30)
     assert fault_of(whole[:at] + b"\x99" + whole[at + 1 :]) == "decode_failed"
     assert fault_of(head) == "truncated"
+
+
+def without_frames(path: Path, dropped: tuple[int, ...], *, keeps_chunks: bool) -> Path:
+    """An AVI in which some frames hold nothing, as recorders write it: a chunk of size 0, or only an index entry."""
+    whole = path.read_bytes()
+    movi, index = whole.find(b"movi"), whole.rfind(b"idx1")
+    entries = whole[index + 8 :]
+    body, table = b"", b""
+    for number in range(len(entries) // 16):
+        name, flags, offset, size = struct.unpack("<4sIII", entries[16 * number : 16 * number + 16])
+        start = movi + offset + 8
+        data = b"" if number in dropped else whole[start : start + size]
+        table += struct.pack("<4sIII", name, flags, 4 + len(body), len(data))
+        if data or keeps_chunks:
+            body += name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) & 1)
+    lists = struct.pack("<I", 4 + len(body)) + b"movi" + body + b"idx1" + struct.pack("<I", len(table)) + table
+    changed = whole[: movi - 4] + lists
+    path = path.with_name(f"dropped_{keeps_chunks}.avi")
+    path.write_bytes(changed[:4] + struct.pack("<I", len(changed) - 8) + changed[8:])
+    return path
+
+
+@pytest.mark.parametrize("keeps_chunks", [True, False])
+def test_an_avi_with_dropped_frames_is_whole_and_one_without_their_entries_is_not(
+    tmp_path: Path, keeps_chunks: bool
+) -> None:
+    source = videos.write_video(tmp_path / "all.avi", "mjpeg", pixel_format="yuvj420p", options=videos.MJPEG)
+    path = without_frames(source, (4, 9), keeps_chunks=keeps_chunks)
+    index = read_index(str(path), max_pixels=MAX_PIXELS)
+    assert index.info.num_frames == 18
+    frames = pyav.read_frames(str(path), index, list(range(18)), MAX_PIXELS)
+    assert [videos.read_code(frame) for frame in frames] == [number for number in range(20) if number not in (4, 9)]
+    data = path.read_bytes()
+    path.write_bytes(data[:data.rfind(b"idx1")])  # the frames are gone and no index says so
+    with pytest.raises(ClipError, match="truncated|claims"):
+        read_index(str(path), max_pixels=MAX_PIXELS)
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "libx264"])
+def test_an_mp4_whose_times_run_out_of_order_is_read_in_the_order_of_its_times(tmp_path: Path, codec: str) -> None:
+    order = [0, 1, 3, 2, 4, 5, 8, 6, 7, 9]
+    path = tmp_path / "unordered.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width = stream.height = 96
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.max_b_frames, stream.codec_context.gop_size = 0, 4
+        packets = []
+        for number in range(len(order)):
+            frame = av.VideoFrame.from_ndarray(videos.code_frame(number, 96, 96), format="rgb24")
+            packets += stream.encode(frame)
+        for number, packet in enumerate([*packets, *stream.encode(None)]):
+            packet.dts, packet.pts, packet.time_base = number - 10, order[number], Fraction(1, 10)
+            packet.stream = stream
+            container.mux(packet)
+    index = read_index(str(path), max_pixels=MAX_PIXELS)
+    frames = pyav.read_frames(str(path), index, list(range(len(order))), MAX_PIXELS)
+    assert [videos.read_code(frame) for frame in frames] == [order.index(time) for time in range(len(order))]
+    single = [pyav.read_frames(str(path), index, [place], MAX_PIXELS)[0] for place in (2, 6, 8)]
+    assert [videos.read_code(frame) for frame in single] == [3, 7, 6]
+
+
+def test_a_disk_that_fails_once_makes_no_bad_clip_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = videos.write_video(tmp_path / "good.avi", "mjpeg", pixel_format="yuvj420p", options=videos.MJPEG)
+    real = probe_module.read_index
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(probe_module, "read_index", fail)
+    with pytest.raises(ClipError, match="Input/output error"):
+        probe(path, "video", max_pixels=MAX_PIXELS)
+    monkeypatch.setattr(probe_module, "read_index", real)
+    assert probe(path, "video", max_pixels=MAX_PIXELS).num_frames == 20

@@ -56,7 +56,7 @@ def test_absolute_paths_and_byte_order_marks_are_fine(tmp_path: Path) -> None:
         (GOOD | {"id": "b", "path": ""}, "own.jsonl:2: path: got ''"),
         (GOOD | {"id": "b", "path": "a\0"}, "own.jsonl:2: path: got"),
         ({key: GOOD[key] for key in ("captions", "kind")} | {"id": "b"}, "own.jsonl:2: path: got nothing"),
-        (GOOD | {"id": "b", "captions": []}, r"own.jsonl:2: captions: got \[\]; allowed: a list of at least one"),
+        (GOOD | {"id": "b", "captions": []}, r"own.jsonl:2: captions: got \[\]; allowed: a list with at least one"),
         (GOOD | {"id": "b", "captions": "text"}, "own.jsonl:2: captions: got 'text'"),
         (GOOD | {"id": "b", "captions": ["x", ""]}, "own.jsonl:2: captions: got"),
         (GOOD | {"id": "b", "captions": ["x\ud800"]}, "own.jsonl:2: captions: got"),
@@ -74,6 +74,12 @@ def test_absolute_paths_and_byte_order_marks_are_fine(tmp_path: Path) -> None:
         (GOOD | {"id": "b", "twin": ""}, "own.jsonl:2: twin: got ''"),
         (GOOD | {"id": "b", "twin": "nobody"}, "own.jsonl:2: twin: got 'nobody'; allowed: the id of another line"),
         (GOOD | {"id": "b", "twin": "b"}, "own.jsonl:2: twin: got 'b'"),
+        ('{"id": "b", "id": "c"}', "own.jsonl:2: key: got 'id' twice; allowed: each key once"),
+        (GOOD | {"id": "b", "path": "a\0"}, "path: got .*; allowed: a non-empty string without NUL characters"),
+        (GOOD | {"id": "b", "start_seconds": 2e9}, r"start_seconds: got 2000000000.0; .* seconds, from 0 to 1e\+09"),
+        (GOOD | {"id": "b", "kind": "x" * 10_000}, "own.jsonl:2: kind: got 'xxx"),
+        (GOOD | {"id": "b", "y" * 10_000: 1}, "own.jsonl:2: key: got 'yyy"),
+        ("z" * 1_000_000, "own.jsonl:2: not JSON"),
         (GOOD, "own.jsonl:2: id: got 'a', already on line 1; allowed: unique"),
     ],
 )
@@ -96,6 +102,15 @@ def test_missing_and_empty_manifests_are_named(tmp_path: Path) -> None:
             read(path)
     with pytest.raises(UserError, match="got no lines"):
         read(write(tmp_path, [""]))
+
+
+def test_a_misspelt_split_is_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["train", "trian", "val", "trian", "test"]
+    rows = [GOOD | {"id": str(number), "split": name} for number, name in enumerate(names)]
+    source = read(write(tmp_path, rows))
+    assert len(source.clips) == 1 and source.drops == {"split 'trian' (did you mean 'train'?)": 2}
+    assert "2 rows left out: split 'trian' (did you mean 'train'?) (1, 3)" in caplog.text
+    assert read(write(tmp_path, rows), split="test").drops == {}
 
 
 def test_splits(tmp_path: Path) -> None:

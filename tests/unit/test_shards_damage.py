@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import zlib
 from collections.abc import Callable
@@ -267,3 +269,24 @@ def test_jpegs_keep_their_pixels() -> None:
         jpeg.decode(memoryview(bytearray(data)), 81, 112)
     with pytest.raises(ValueError, match="no whole JPEG"):
         jpeg.decode(memoryview(bytearray(data[:-2])), 80, 112)
+
+
+@pytest.mark.parametrize("name", ["clips.npy", "frames.npy"])
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_table_is_a_named_error_or_bad_clips(folder: Path, name: str, seed: int) -> None:
+    """Random bytes in a table's header and rows; its length stays, so that only its content can tell."""
+    rng = random.Random(seed)
+    data = bytearray((folder / name).read_bytes())
+    for _ in range(rng.choice((1, 4, 40))):
+        data[rng.randrange(128 if rng.random() < 0.5 else len(data))] = rng.randrange(256)
+    (folder / name).write_bytes(data)
+    shard_index._open.clear()
+    try:
+        source = source_of(folder)
+        for clip in source.clips:
+            with contextlib.suppress(ClipError):
+                probe(clip.path, "video", max_pixels=10**8)
+        outcomes = outcomes_of(source)
+        assert all(isinstance(outcome, (Decoded, ClipError)) for outcome in outcomes)
+    except UserError as error:
+        assert "\n" not in str(error)

@@ -83,6 +83,7 @@ def build_decoder(
             pictures=ThreadedDecoder(
                 "pil", pyav.read_frames, transform, threads=1, max_pixels=max_pixels, needs_times=False
             ),
+            others=[other for other in BACKENDS if other != "dali" and _missing(other) is None],
         )
 
     if backend == "auto":

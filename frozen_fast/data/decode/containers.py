@@ -165,3 +165,22 @@ def _avi_fault(descriptor: int, size: int) -> Fault | None:
     if claimed > size and not unknown:
         return Fault("truncated", f"the AVI header claims {claimed} bytes, the file has {size}")
     return None
+
+
+def avi_dropped_frames(path: str) -> int:
+    """Count the frames of an AVI's video that hold nothing: entries of size 0 in its index (the frame before stays).
+
+    Recorders write them for frames that came too late; FFmpeg's demuxer leaves them out.
+    """
+    with open(path, "rb") as file:
+        file.seek(12)
+        while len(head := file.read(8)) == 8:
+            length = int.from_bytes(head[4:], "little")
+            if head[:4] == b"idx1":
+                entries = file.read(length)
+                return sum(
+                    entries[at + 2 : at + 4] in (b"dc", b"db") and entries[at + 12 : at + 16] == b"\0\0\0\0"
+                    for at in range(0, len(entries) - 15, 16)
+                )
+            file.seek(length + (length & 1), os.SEEK_CUR)
+    return 0

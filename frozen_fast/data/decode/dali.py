@@ -70,7 +70,10 @@ class DaliDecoder:
         threads: int,
         max_pixels: int,
         pictures: ThreadedDecoder,
+        others: Sequence[str] = (),
     ) -> None:
+        """Hold the settings; `others` are the backends that can be used in place of this one, for messages."""
+        self._others = others
         self._device = device
         self._resolution = resolution
         self._mean, self._std = mean, std
@@ -130,7 +133,7 @@ class DaliDecoder:
             where = "a GPU" if self._device.type == "cuda" else "the CPU"
             raise UserError(
                 f"data.decode.backend: got dali, which on {where} reads {', '.join(sorted(self._codecs))} "
-                f"and not {codec} ({path}); allowed: auto, pyav, torchcodec, decord"
+                f"and not {codec} ({path}); allowed: {', '.join(['auto', *self._others])}"
             )
 
     def _job(self, request: DecodeRequest, kind: str, source: Excerpt, stored: tuple[int, int], rotation: int) -> Job:

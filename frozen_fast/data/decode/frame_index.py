@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from frozen_fast.data.decode.containers import container_name, structure_fault
+from frozen_fast.data.decode.containers import avi_dropped_frames, container_name, structure_fault
 from frozen_fast.data.decode.types import ClipError, VideoInfo
 from frozen_fast.errors import UserError
 
@@ -234,6 +234,8 @@ def _check_whole(path: str, packets: _Packets, max_pixels: int) -> None:
         # an edit list may leave packets out, and that is no fault
         with opened(path, max_pixels=max_pixels, options={"ignore_editlist": "1"}) as (container, stream):
             count = sum(1 for packet in container.demux(stream) if packet.size)
+    if packets.header_frames > count and packets.container_format == "avi":
+        count += avi_dropped_frames(path)
     if packets.header_frames > count:
         message = f"the header claims {packets.header_frames} frames, the file holds {count}"
         raise ClipError("truncated", message, path)

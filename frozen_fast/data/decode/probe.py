@@ -56,6 +56,8 @@ def _lookup(path: str | Path, kind: Kind, max_pixels: int) -> VideoInfo | ClipIn
         try:
             found = _read(name, kind, max_pixels)
         except ClipError as error:
+            if _is_transient(error):
+                raise
             found = error
         with _lock:
             _cache[cache_key] = found
@@ -64,6 +66,16 @@ def _lookup(path: str | Path, kind: Kind, max_pixels: int) -> VideoInfo | ClipIn
     if isinstance(found, ClipError):
         raise ClipError(found.cause, found.message, name)
     return found
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether the system refused to read (a disk, a network, no memory, no file handle): the file may be good."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (OSError, MemoryError)):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _read(path: str, kind: Kind, max_pixels: int) -> VideoInfo | ClipIndex:

@@ -62,11 +62,14 @@ def _by_time(
     container: InputContainer, stream: VideoStream, path: str, index: ClipIndex, frame_indices: Sequence[int]
 ) -> Iterator[VideoFrame]:
     """Decode each run of frames that share a key frame once, skipping the packets before it."""
-    runs: dict[int, list[int]] = {}
+    runs: list[tuple[int, list[int]]] = []
     for frame in frame_indices:
-        runs.setdefault(index.packet_range(frame)[0], []).append(frame)
+        key_packet = index.packet_range(frame)[0]
+        if not runs or runs[-1][0] != key_packet:
+            runs.append((key_packet, []))
+        runs[-1][1].append(frame)
     at_start = True
-    for key_packet, frames in runs.items():
+    for key_packet, frames in runs:
         wanted = [int(index.frame_pts[frame]) for frame in frames]
         key_pts = int(index.packet_pts[key_packet])
         if key_packet > 0 or not at_start:
@@ -82,17 +85,18 @@ def seek(container: InputContainer, stream: VideoStream, pts: int) -> None:
 
 
 def _run(packets: Iterator[av.Packet], path: str, wanted: list[int]) -> Iterator[VideoFrame]:
-    """The frames with these times, decoding from the key frame's packet on."""
-    position = 0
+    """The frames with these times, decoding from the key frame's packet on; times may run out of order."""
+    missing = set(wanted)
+    found: dict[int, VideoFrame] = {}
     for packet in packets:
         for frame in packet.decode():
-            while position < len(wanted) and frame.pts is not None and frame.pts >= wanted[position]:
-                if frame.pts > wanted[position]:
-                    raise ClipError("decode_failed", "a frame is missing: its packet is damaged", path)
-                position += 1
-                yield _sound(frame, path)
-            if position == len(wanted):
-                return
+            if frame.pts in missing:
+                missing.remove(frame.pts)
+                found[frame.pts] = _sound(frame, path)
+        if not missing:
+            yield from (found[pts] for pts in wanted)
+            return
+    raise ClipError("decode_failed", "a frame is missing: its packet is damaged", path)
 
 
 def packets_from(

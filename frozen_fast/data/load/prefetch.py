@@ -193,6 +193,7 @@ class WorkerPrefetcher(Generic[T]):
         self._timeout_seconds = timeout_seconds
         self._describe = describe
         self._starting = workers
+        self._timed_out = False
         loader: DataLoader[Any] = DataLoader(
             task,
             batch_size=None,
@@ -240,11 +241,24 @@ class WorkerPrefetcher(Generic[T]):
                 if "timed out" not in message:
                     raise
                 if time.monotonic() >= deadline:
+                    self._timed_out = True
                     raise timed_out(self._describe(), self._timeout_seconds) from None
 
     def close(self) -> None:
-        """Stop the processes; torch ends one that is stuck after some seconds."""
+        """Stop the processes; one that does not answer is killed.
+
+        torch's own shutdown sends SIGTERM, which a process that is stopped (SIGSTOP) or waits for a dead disk never
+        handles: the join at the end of this process would then last for ever.
+        """
+        workers = list(getattr(self._iterator, "_workers", ()))
+        if self._timed_out:
+            for worker in workers:
+                worker.kill()
         self._iterator = None
+        for worker in workers:
+            worker.join(_JOIN_SECONDS)
+            if worker.is_alive():
+                worker.kill()
 
 
 def map_in_workers(

@@ -14,7 +14,7 @@ import numpy as np
 from frozen_fast.data.decode.types import ClipError, VideoInfo
 from frozen_fast.data.shards import layout
 from frozen_fast.data.shards.layout import Address
-from frozen_fast.errors import UserError
+from frozen_fast.errors import UserError, reason
 
 _COUNTS = ("clips", "frames", "bad_clips")
 _MOST_SIDE = 65535  # of a JPEG, pixels
@@ -61,7 +61,7 @@ class ShardIndex:
             files = {str(name): int(size) for name, size in value["files"].items()}
             shards = tuple(int(size) for size in value["shard_bytes"])
             settings = dict(value["settings"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{root / layout.INDEX}: not an index of packed frames ({error!r})") from None
         for name in (layout.CLIPS, layout.CLIP_TABLE, layout.FRAME_TABLE):
             _check_size(root / name, files.get(name, -1))
@@ -110,10 +110,12 @@ class ShardIndex:
             raise ClipError("not_a_video", f"packed as {self.kind}, read as {kind}", path)
         if height * width > max_pixels:
             raise ClipError("too_large", f"frames of {width} x {height}; allowed: {max_pixels} pixels", path)
-        times = np.array(frames["seconds"])
+        times, rate = np.array(frames["seconds"]), float(row["frames_per_second"])
+        if not (np.isfinite(times).all() and (np.diff(times) >= 0).all() and np.isfinite(rate) and rate > 0):
+            raise ClipError("decode_failed", "damaged index: the clip's times make no sense", path)
         return VideoInfo(
             num_frames=len(frames),
-            frames_per_second=float(row["frames_per_second"]),
+            frames_per_second=rate,
             width=width,
             height=height,
             codec="jpeg" if kind == "video" else "image",
@@ -150,8 +152,8 @@ def _check_size(path: Path, expected: int) -> None:
 def _table(path: Path, dtype: np.dtype, rows: int) -> np.ndarray:
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a table of packed frames ({error})") from None
+    except Exception as error:  # noqa: BLE001  a damaged header is parsed as Python and raises almost anything
+        raise UserError(f"{path}: not a table of packed frames ({reason(error)})") from None
     if table.dtype != dtype or table.shape != (rows,):
         raise UserError(f"{path}: got {table.shape} of {table.dtype}; allowed: {rows} rows, as {layout.INDEX} says")
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -14,8 +16,10 @@ from frozen_fast.data.sources.data_set_layout import Layout
 from frozen_fast.errors import UserError, unknown_name
 
 _KINDS = ("video", "image")
+_SPLITS = ("train", "val", "test")
 _KEYS = ("id", "path", "captions", "kind", "start_seconds", "end_seconds", "split", "twin", "label")
 _SHOWN_CHARACTERS = 80
+_TEXT_RULE = "a non-empty string without NUL characters or lone surrogates"
 _MOST_SECONDS = 1e9
 
 
@@ -31,7 +35,7 @@ def read_manifest(config: SourceConfig, key: str, collector: ClipCollector) -> I
     clips = _read_lines(path)
     if not clips:
         raise UserError(f"{path}: got no lines; allowed: one clip a line")
-    yield from _of_split(clips, config.split, path, key)
+    yield from _of_split(clips, config.split, path, key, collector)
 
 
 def _read_lines(path: Path) -> list[Clip]:
@@ -42,7 +46,8 @@ def _read_lines(path: Path) -> list[Clip]:
             continue
         clip = parse_line(line, f"{path}:{number}", path.parent)
         if clip.id in lines:
-            raise UserError(f"{path}:{number}: id: got {clip.id!r}, already on line {lines[clip.id]}; allowed: unique")
+            known = f"already on line {lines[clip.id]}"
+            raise UserError(f"{path}:{number}: id: got {_shown(clip.id)}, {known}; allowed: unique")
         lines[clip.id] = number
         clips.append(clip)
     _check_twins(clips, lines, path)
@@ -53,11 +58,11 @@ def _check_twins(clips: list[Clip], lines: dict[str, int], path: Path) -> None:
     for clip in clips:
         if clip.twin is not None and (clip.twin not in lines or clip.twin == clip.id):
             where = f"{path}:{lines[clip.id]}"
-            raise UserError(f"{where}: twin: got {clip.twin!r}; allowed: the id of another line of this manifest")
+            raise UserError(f"{where}: twin: got {_shown(clip.twin)}; allowed: the id of another line of this manifest")
 
 
-def _of_split(clips: list[Clip], split: str, path: Path, key: str) -> list[Clip]:
-    """The clips of one split; all of them where no line names a split."""
+def _of_split(clips: list[Clip], split: str, path: Path, key: str, collector: ClipCollector) -> list[Clip]:
+    """The clips of one split; all of them where no line names a split. A split that looks misspelt is counted."""
     splits = {clip.split for clip in clips}
     if not split or splits == {""}:
         return clips
@@ -66,6 +71,10 @@ def _of_split(clips: list[Clip], split: str, path: Path, key: str) -> list[Clip]
         raise UserError(f"{path}: split: missing for id {example!r}; allowed: on every line, or on none")
     if split not in splits:
         raise unknown_name(f"{key}.split", split, splits)
+    misspelt = set(get_close_matches(split, splits - {split, *_SPLITS}))
+    for clip in clips:
+        if clip.split in misspelt:
+            collector.drop(f"split {clip.split!r} (did you mean {split!r}?)", clip.id)
     return [clip for clip in clips if clip.split == split]
 
 
@@ -78,7 +87,9 @@ def parse_line(line: str, where: str, folder: Path) -> Clip:
         folder: the manifest's folder.
     """
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=partial(_unique_keys, where=where))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise UserError(f"{where}: not JSON ({getattr(error, 'msg', type(error).__name__)}): {_shown(line)}; "
                         "allowed: one JSON object a line") from None
@@ -106,11 +117,20 @@ def parse_line(line: str, where: str, folder: Path) -> Clip:
     )
 
 
+def _unique_keys(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """A JSON object's keys and values; a key that is there twice would hide its first value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(name for index, (name, _) in enumerate(pairs) if name in [other for other, _ in pairs[:index]])
+        raise UserError(f"{where}: key: got {_shown(twice)} twice; allowed: each key once")
+    return row
+
+
 def _text(row: dict[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not _is_text(value):
         got = _shown(value) if name in row else "nothing"
-        raise UserError(f"{where}: {name}: got {got}; allowed: a non-empty string")
+        raise UserError(f"{where}: {name}: got {got}; allowed: {_TEXT_RULE}")
     return value
 
 
@@ -126,7 +146,7 @@ def _captions(row: dict[str, Any], where: str) -> tuple[str, ...]:
     value = row.get("captions")
     if not isinstance(value, list) or not value or not all(_is_text(text) for text in value):
         got = _shown(value) if "captions" in row else "nothing"
-        raise UserError(f"{where}: captions: got {got}; allowed: a list of at least one non-empty string")
+        raise UserError(f"{where}: captions: got {got}; allowed: a list with at least one of {_TEXT_RULE}")
     return tuple(text.strip() for text in value)
 
 
@@ -134,13 +154,15 @@ def _seconds(row: dict[str, Any], name: str, where: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST_SECONDS
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= _MOST_SECONDS
     if not fits:
-        raise UserError(f"{where}: {name}: got {_shown(value)}; allowed: seconds, from 0")
+        raise UserError(f"{where}: {name}: got {_shown(value)}; allowed: seconds, from 0 to {_MOST_SECONDS:g}")
     return float(value)
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and len(value) > _SHOWN_CHARACTERS:
+        value = value[:_SHOWN_CHARACTERS] + ".."  # repr() of a long line would take its memory again
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + ".."
 

@@ -158,6 +158,7 @@ optimizers = ExtensionPoint(
         "adamw": "frozen_fast.optimizers.kinds:ADAMW",
         "adam": "frozen_fast.optimizers.kinds:ADAM",
         "radam": "frozen_fast.optimizers.kinds:RADAM",
+        "ranger": "frozen_fast.optimizers.kinds:RANGER",
         "lion": "frozen_fast.optimizers.kinds:LION",
         "lamb": "frozen_fast.optimizers.kinds:LAMB",
     },

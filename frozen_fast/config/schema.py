@@ -60,15 +60,57 @@ class TextTowerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The dual encoder."""
+class ExpertConfig:
+    """One expert of a model that reads expert features."""
 
+    name: str = key("", "as in the feature store: imagenet.senet154.0, face, ocr", not_blank=True)
+    width: int = key(512, "of one vector", ge=1)
+    clusters: int = key(0, "NetVLAD clusters over an expert's vectors; 0: the store has one vector per video", ge=0)
+    max_vectors: int = key(0, "an expert with clusters: vectors that are read of a video, padded by zeros to so many", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Models that read expert features (docs/experts.md); defaults are Collaborative Experts on MSR-VTT."""
+
+    experts: tuple[ExpertConfig, ...] = key((), "what the model reads of a video; it goes through them in alphabetical order")
+    width: int = key(768, "collaborative_experts: width of every expert's space", ge=1)
+    gating: Literal["in_order", "parallel", "none"] = key("in_order", "collaborative_experts: in_order, as released: later experts see earlier ones gated; parallel: all see the rest as they came; none: each gates itself (CE - CG)")
+    mixture: Literal["learned", "uniform"] = key("learned", "weights of the experts: from the caption, or all the same (MW)")
+    compatible: bool = key(False, "concatenated_experts: score 0 where the text is wider than the video, as the released code does")
+    mask_padding: bool = key(False, "leave padding out of NetVLAD; the released models count it")
+    text: str = key("", "name of the store's text features; empty: the only ones")
+    text_width: int = key(768, "width of a token's features", ge=1)
+    text_clusters: int = key(28, "NetVLAD clusters over a caption's tokens", ge=1)
+    ghost_clusters: int = key(1, "clusters of the text that only take part in the softmax", ge=0)
+    max_text_tokens: int = key(37, "tokens that are read of a caption, padded by zeros to so many", ge=1)
+
+    @model_validator(mode="after")
+    def _vectors_and_names(self) -> Self:
+        found = []
+        for index, expert in enumerate(self.experts):
+            if bool(expert.clusters) != bool(expert.max_vectors):
+                got = f"got {expert.max_vectors} with {expert.clusters} clusters"
+                found.append((f"experts[{index}].max_vectors", f"{got}; allowed: above 0 with clusters, 0 without"))
+        for name, count in Counter(expert.name for expert in self.experts).items():
+            if count > 1:
+                found.append(("experts", f"got {name!r} {count} times; allowed: each expert once"))
+        refuse(found)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model."""
+
+    kind: str = key("frozen", "frozen: the paper's dual encoder; collaborative_experts, moee, concatenated_experts: models of expert features; or a plugin's", names=extensions.models)
     checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, else its newest) or released .pth/.pth.tar file")
     video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
     text: TextTowerConfig = section(TextTowerConfig, "text tower")
     embedding_width: int = key(256, "width of the common space", ge=1)
     text_activation: Literal["relu", "none"] = key("relu", "before the text projection: relu as released, none as in the paper")
     expansion: Expansion = key("zero", "how temporal embeddings for m frames become embeddings for M > m")
+    experts: ExpertsConfig = section(ExpertsConfig, "models of expert features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +126,7 @@ class SourceConfig:
     columns: Named[str] = key((), "csv and parquet: names of the file's columns for id, path, caption, kind, split, label, start_seconds, end_seconds (a mapping in YAML)")
     captions: Literal["random", "first", "paragraph", "all"] = key("random", "training draws one, takes the first, or joins a random number; evaluation reads all or joins all")
     max_caption_characters: int = key(350, "captions are cut to this length, 0: never", ge=0)
+    caption_masks: str | None = key(None, "features: pickle of 0 or 1 for each caption of a video; training draws from the captions marked 1 (TeachText's denoising)")
     twins_together: bool = key(False, "training takes a clip and its twin (a manifest's field) in turn, so that an even batch holds both: negatives that one frame cannot tell apart")
     weight: float = key(1.0, "relative share of optimizer steps among the sources", ge=0)
     max_clips: int = key(0, "use the first so many clips only, 0: all", ge=0)
@@ -234,16 +277,18 @@ class OptimizerGroupConfig:
 class OptimizerConfig:
     """The optimizer and its schedule."""
 
-    name: str = key("adamw", "adamw, adam, radam, lion, lamb, or a plugin's", names=extensions.optimizers)
+    name: str = key("adamw", "adamw, adam, radam, ranger (RAdam with Lookahead), lion, lamb, or a plugin's", names=extensions.optimizers)
     groups: tuple[OptimizerGroupConfig, ...] = key((), "learning rate, weight decay or freezing for a part of the model")
     learning_rate: float = key(3e-5, "peak learning rate", gt=0)
     betas: tuple[Beta, Beta] = key((0.9, 0.999), "decay rates of the running averages")
     eps: float = key(1e-6, "added to the denominator", gt=0)
-    weight_decay: float = key(0.0, "weight decay (biases, norms and embeddings of position exempt)", ge=0)
+    weight_decay: float = key(0.0, "weight decay (biases, norms and embeddings of position exempt, unless decay_all)", ge=0)
+    decay_all: bool = key(False, "weight decay for every parameter, as the released expert models have it")
     text_learning_rate_scale: float = key(1.0, "deprecated, use groups: factor on the learning rate of the text tower", ge=0)
     position_learning_rate_scale: float = key(1.0, "deprecated, use groups: factor on the learning rate of the video tower's CLS token, position and temporal embeddings", ge=0)
     gradient_clip_norm: float = key(0.0, "largest gradient norm, 0: no clipping", ge=0)
-    schedule: Literal["constant", "cosine"] = key("constant", "after warm-up")
+    schedule: Literal["constant", "cosine", "epoch_decay"] = key("constant", "after warm-up; epoch_decay: times optimizer.epoch_factor after each epoch (data.epoch_ends)")
+    epoch_factor: float = key(0.95, "epoch_decay: the learning rate's factor from one epoch to the next", gt=0, le=1)
     warmup_steps: int = key(0, "linear warm-up, optimizer steps", ge=0)
     fused: Literal["auto", "on", "off"] = key("auto", "fused kernel where the optimizer has one")
 

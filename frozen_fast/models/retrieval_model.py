@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frozen_fast.config.schema import ModelConfig
+from frozen_fast.errors import UserError
 from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.text.tokenizer import Tokenizer
 
@@ -43,6 +45,15 @@ class RetrievalModel(nn.Module, ABC):
     kind: str
     learned_frames: int
     loss_scale: LearnedScale | None = None
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> RetrievalModel:
+        """Build the model that a config's model section describes, or load its model.checkpoint to train on.
+
+        Raises:
+            UserError: a key under model; or the model cannot be trained from a config.
+        """
+        raise UserError(f"model.kind: got {cls.kind!r}, which is loaded from files only; allowed: a kind that trains")
 
     @property
     @abstractmethod

@@ -13,6 +13,7 @@ from frozen_fast.config import extensions
 from frozen_fast.config.schema import OptimizerConfig
 from frozen_fast.errors import UserError
 from frozen_fast.optimizers.parameter_groups import parameter_groups
+from frozen_fast.optimizers.ranger import Ranger
 
 Groups = Sequence[dict[str, Any]]
 
@@ -46,7 +47,13 @@ def _adam(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.O
 
 
 def _radam(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.RAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+    return torch.optim.RAdam(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, decoupled_weight_decay=True
+    )
+
+
+def _ranger(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
+    return Ranger(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
 
 
 def _lion(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
@@ -65,6 +72,7 @@ def _lamb(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.O
 ADAMW = OptimizerKind(build=_adamw, state_keys=("exp_avg", "exp_avg_sq"), has_fused=True)
 ADAM = OptimizerKind(build=_adam, state_keys=("exp_avg", "exp_avg_sq"), has_fused=True)
 RADAM = OptimizerKind(build=_radam, state_keys=("exp_avg", "exp_avg_sq"))
+RANGER = OptimizerKind(build=_ranger, state_keys=("exp_avg", "exp_avg_sq", "slow_buffer"))
 LION = OptimizerKind(build=_lion, state_keys=("exp_avg",))
 LAMB = OptimizerKind(build=_lamb, state_keys=("exp_avg", "exp_avg_sq"), elementwise=False, step_in_group=True)
 

@@ -69,7 +69,8 @@ def settings_by_name(
             )
     found = {}
     for name, parameter in named:
-        scale, decay, frozen = 1.0, config.weight_decay if decays(name, parameter) else 0.0, False
+        decaying = config.decay_all or decays(name, parameter)
+        scale, decay, frozen = 1.0, config.weight_decay if decaying else 0.0, False
         for group in groups:
             if fnmatchcase(name, group.match):
                 scale = scale if group.learning_rate_scale is None else group.learning_rate_scale

@@ -9,13 +9,17 @@ from typing import Any
 from frozen_fast.config.schema import OptimizerConfig
 
 
-def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+def learning_rate_factor(
+    step: int, total_steps: int, config: OptimizerConfig, epoch_steps: float = math.inf
+) -> float:
     """The schedule's factor at an optimizer step.
 
     Args:
         step: optimizer step of the whole run, from 1.
         total_steps: steps of the whole run.
-        config: warmup_steps of linear warm-up, then constant, or a cosine that would reach 0 one step after the last.
+        config: warmup_steps of linear warm-up, then constant, a cosine that would reach 0 one step after the last, or a
+            factor per epoch.
+        epoch_steps: optimizer steps of an epoch.
 
     Returns:
         A factor in (0, 1].
@@ -24,6 +28,8 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig) -
         return step / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "epoch_decay":
+        return float(config.epoch_factor ** int((step - 1) / epoch_steps))
     done = (step - 1 - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 

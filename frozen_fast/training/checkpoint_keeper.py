@@ -15,7 +15,7 @@ from frozen_fast.config import ExperimentConfig, to_plain
 from frozen_fast.data import DataPosition
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation.metric_table import VALIDATION_LOSS, check_metric, is_better
-from frozen_fast.models import DualEncoder
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.optimizers import divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.records.checkpoint import OptimizerState, RunState, checkpoint_name, save_checkpoint, write_state
@@ -50,7 +50,7 @@ class CheckpointKeeper:
         config: ExperimentConfig,
         parallel: Parallel,
         folder: RunFolder,
-        model: DualEncoder,
+        model: RetrievalModel,
         fingerprints: Mapping[str, str],
         state: RunState | None,
     ) -> None:

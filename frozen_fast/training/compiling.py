@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.models.video.blocks import Attention
 from frozen_kernels import resolve_backend
 from frozen_kernels.attention.api import load_backend
@@ -22,17 +24,23 @@ from frozen_kernels.attention.api import load_backend
 _RECOMPILE_LIMIT = 64
 
 
-def compile_towers(model: DualEncoder, *, backend: str = "inductor") -> None:
-    """Compile the video tower's blocks and the text tower in place; parameter names stay as they are."""
+def compile_towers(model: RetrievalModel, *, backend: str = "inductor") -> None:
+    """Compile the video tower's blocks and the text tower in place; parameter names stay as they are.
+
+    Raises:
+        UserError: the model has no such towers.
+    """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    if not isinstance(model, DualEncoder):
+        raise UserError(f"training.compile: got true for a model of kind {model.kind}; allowed: false")
     for block in model.video_model.blocks:
         block.compile(dynamic=False, backend=backend)
     model.text_model.compile(dynamic=True, backend=backend)
 
 
-def begin_stage(model: DualEncoder, batch_sizes: Mapping[int, int], *, device: torch.device, precision: str) -> None:
+def begin_stage(model: RetrievalModel, batch_sizes: Mapping[int, int], *, device: torch.device, precision: str) -> None:
     """Drop the code compiled for another stage's shapes and let `auto` choose attention for this stage's.
 
     Under torch.compile nothing can be measured, so the choice must stand before the first step.
@@ -44,6 +52,7 @@ def begin_stage(model: DualEncoder, batch_sizes: Mapping[int, int], *, device: t
         precision: "bf16" or "fp32", the dtype of attention.
     """
     torch.compiler.reset()
+    assert isinstance(model, DualEncoder), "compile_towers refuses other kinds"
     tower = model.video_model
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     heads, head_width = tower.size.heads, tower.size.width // tower.size.heads

@@ -16,8 +16,8 @@ import torch
 
 from frozen_fast.config import ExperimentConfig, StagePlan, loss_batch_size
 from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, TrainingLoader, plan_steps, twin_pairs
+from frozen_fast.data.load.feature_loader import FeatureTrainingLoader
 from frozen_fast.losses import RetrievalLoss
-from frozen_fast.models import DualEncoder
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.optimizers import learning_rate_factor, set_learning_rate
 from frozen_fast.parallel.base import Parallel, seed_step
@@ -58,12 +58,12 @@ class RunParts:
         energy: this device's energy meter, where there is one.
     """
 
-    model: DualEncoder
+    model: RetrievalModel
     loss: RetrievalLoss
     sources: Mapping[str, Source]
     evaluation_sources: Mapping[str, Source]
     fingerprints: Mapping[str, str]
-    loader: TrainingLoader
+    loader: TrainingLoader | FeatureTrainingLoader
     plans: Sequence[StagePlan]
     flops_per_clip: Callable[[int, int, int], float | None]
     peak: DevicePeak | None
@@ -245,7 +245,9 @@ class Engine:
         step = self.step + 1
         seed_step(config.seed, step, parallel.rank)
         learning_rate = config.optimizer.learning_rate * plan.learning_rate_scale
-        learning_rate *= learning_rate_factor(step, self._total_steps, config.optimizer)
+        learning_rate *= learning_rate_factor(
+            step, self._total_steps, config.optimizer, plan.epoch_steps
+        )
         set_learning_rate(parallel.optimizer.param_groups, learning_rate)
         total = torch.zeros((), device=parallel.device)
         bad_clips = 0

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source
+from frozen_fast.data.load.feature_loader import FeatureEvaluationLoader
 from frozen_fast.evaluation import one_frame_ceiling, queries, twin_accuracy, v2t_max_over_captions
 from frozen_fast.evaluation.metric_table import compute_metrics
 from frozen_fast.losses import RetrievalLoss, batch_loss, build_loss
-from frozen_fast.models.retrieval_model import Features, RetrievalModel
+from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.training.parts import build_evaluation_loader
 from frozen_fast.training.signals import StopRequest, stop_explains
 
 Row = dict[str, Any]
+AnyEvaluationLoader = EvaluationLoader | FeatureEvaluationLoader
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def evaluate_with(
 def evaluate_source(
     model: RetrievalModel,
     source: Source,
-    loader: EvaluationLoader,
+    loader: AnyEvaluationLoader,
     parallel: Parallel,
     *,
     frames: int,
@@ -141,7 +143,9 @@ def evaluate_source(
         with parallel.together():
             kept = sorted(clips)
             texts, video_of_query, name = _queries(source, kept, protocol)
-            own_texts = _encode_texts(model, texts[parallel.rank :: parallel.world_size], parallel, batch_size)
+            inputs = _text_inputs(loader, texts, [kept[video] for video in video_of_query], name)
+            own_queries = range(parallel.rank, len(texts), parallel.world_size)
+            own_texts = _encode_texts(model, inputs, own_queries, parallel, batch_size)
         text = _interleave(parallel.gather_objects(own_texts), len(texts))
         rows: list[Row] = []
         with parallel.together():
@@ -196,7 +200,7 @@ def similarity_in_blocks(model: RetrievalModel, text: Features, video: Features,
 
 
 def _encode_windows(
-    model: RetrievalModel, loader: EvaluationLoader, parallel: Parallel, stop_asked: Callable[[], bool]
+    model: RetrievalModel, loader: AnyEvaluationLoader, parallel: Parallel, stop_asked: Callable[[], bool]
 ) -> dict[int, list[Features]]:
     """The features of this rank's windows per clip, each with first axis 1, fp32 on the CPU."""
     windows: dict[int, list[Features]] = {}
@@ -241,12 +245,28 @@ def _queries(source: Source, kept: Sequence[int], protocol: str) -> tuple[list[s
     return queries(captions, protocol)
 
 
-def _encode_texts(model: RetrievalModel, texts: Sequence[str], parallel: Parallel, batch_size: int) -> Features:
-    """Features of some captions, fp32 on the CPU; empty without captions."""
+def _text_inputs(
+    loader: AnyEvaluationLoader, texts: Sequence[str], clip_of_query: Sequence[int], protocol: str
+) -> Callable[[Sequence[int]], TextInput]:
+    """What gives the model's input for some queries: strings, or a feature store's tokens."""
+    if isinstance(loader, FeatureEvaluationLoader):
+        return loader.query_inputs(clip_of_query, protocol)
+    return lambda queries: [texts[query] for query in queries]
+
+
+def _encode_texts(
+    model: RetrievalModel,
+    inputs: Callable[[Sequence[int]], TextInput],
+    queries: Sequence[int],
+    parallel: Parallel,
+    batch_size: int,
+) -> Features:
+    """Features of some queries, fp32 on the CPU; empty without queries."""
     parts = []
-    for first in range(0, len(texts), batch_size):
+    for first in range(0, len(queries), batch_size):
+        text = inputs(queries[first : first + batch_size])
         with parallel.autocast():
-            parts.append(_on_cpu(model.text_features(list(texts[first : first + batch_size]))))
+            parts.append(_on_cpu(model.text_features(text)))
     return stack_features(parts)
 
 

@@ -11,14 +11,23 @@ from typing import Any
 
 import torch
 
-from frozen_fast.config import ExperimentConfig
+from frozen_fast.config import ExperimentConfig, source_name
+from frozen_fast.config.extensions import models
 from frozen_fast.config.schema import LossConfig
 from frozen_fast.data import EvaluationLoader, Source, TrainingLoader, read_sources
+from frozen_fast.data.load.feature_loader import (
+    ExpertFormat,
+    FeatureEvaluationLoader,
+    FeatureFormat,
+    FeatureTrainingLoader,
+)
 from frozen_fast.data.load.for_model import FrameFormat, decoder_factory
 from frozen_fast.data.load.for_model import build_evaluation_loader as loader_for_model
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder, build_dual_encoder
+from frozen_fast.models.experts.expert_model import ExpertModel
 from frozen_fast.models.learned_scale import LearnedScale
+from frozen_fast.models.load_model import load_model as load_any_model
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.optimizers import freeze_groups
 from frozen_fast.profiling.flops import TextShape, clip_flops
@@ -26,8 +35,28 @@ from frozen_fast.profiling.flops import TextShape, clip_flops
 log = logging.getLogger(__name__)
 
 
-def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: Path | None = None) -> DualEncoder:
-    """The model on its device, in train mode; weights are drawn from config.seed where they are random.
+def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: Path | None = None) -> RetrievalModel:
+    """The model that model.kind chooses, on its device, in train mode; see build_frozen_model for the arguments.
+
+    Raises:
+        UserError: a name, file or size is wrong.
+    """
+    if config.model.kind == DualEncoder.kind:
+        return build_frozen_model(config, device, resume_from=resume_from)
+    section = config.model
+    if resume_from is not None:
+        section = replace(section, checkpoint=str(resume_from))
+    torch.manual_seed(config.seed)
+    model: RetrievalModel = models.load(section.kind).from_config(section)
+    _set_loss_scale(model, config.loss)
+    freeze_groups(model, config.optimizer)
+    return model.to(device).train()
+
+
+def build_frozen_model(
+    config: ExperimentConfig, device: torch.device, *, resume_from: Path | None = None
+) -> DualEncoder:
+    """The dual encoder on its device, in train mode; weights are drawn from config.seed where they are random.
 
     Args:
         config: the experiment.
@@ -65,7 +94,7 @@ def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: 
     return model.to(device).train()
 
 
-def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device) -> DualEncoder:
+def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device) -> RetrievalModel:
     """A checkpoint's model for evaluation, in eval mode.
 
     Args:
@@ -78,6 +107,10 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
     Raises:
         UserError: the checkpoint or the tokenizer cannot be read, or it was trained on other pixel statistics.
     """
+    if config.model.kind != DualEncoder.kind:
+        names = sorted(expert.name for expert in config.model.experts.experts)
+        options = {"experts": names} if names and checkpoint.expanduser().is_file() else {}
+        return load_any_model(checkpoint, config.model.kind, **options).to(device).eval()
     text = config.model.text
     model = DualEncoder.from_pretrained(
         checkpoint.expanduser(),
@@ -93,8 +126,18 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
 
 def build_training_loader(
     config: ExperimentConfig, sources: Mapping[str, Source], model: RetrievalModel, device: torch.device
-) -> TrainingLoader:
-    """The loader of training batches for the model's resolution and tokenizer."""
+) -> TrainingLoader | FeatureTrainingLoader:
+    """The loader of training batches: frames for the model's resolution and its tokenizer, or expert features."""
+    if isinstance(model, ExpertModel):
+        _check_features(sources, "data.sources")
+        return FeatureTrainingLoader(
+            sources,
+            feature_format(config, model),
+            caption_masks={source_name(one): one.caption_masks for one in config.data.sources if one.caption_masks},
+            device=device,
+            prefetch_batches=config.data.decode.prefetch_batches,
+            timeout_seconds=config.data.decode.read_timeout_seconds,
+        )
     tokenizer = model.tokenizer
     assert tokenizer is not None, "build_model refuses a tower without a tokenizer"
     return TrainingLoader(
@@ -117,8 +160,18 @@ def build_evaluation_loader(
     frames: int,
     rank: int,
     world_size: int,
-) -> EvaluationLoader:
-    """The loader of one evaluation source's test windows."""
+) -> EvaluationLoader | FeatureEvaluationLoader:
+    """The loader of one evaluation source's test windows, or of its videos' features."""
+    if isinstance(model, ExpertModel):
+        _check_features({source.name: source}, "evaluation.sources")
+        return FeatureEvaluationLoader(
+            source,
+            feature_format(config, model),
+            batch_size=config.evaluation.batch_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
     return loader_for_model(
         source,
         frame_format(config, model),
@@ -132,18 +185,47 @@ def build_evaluation_loader(
     )
 
 
+def feature_format(config: ExperimentConfig, model: ExpertModel) -> FeatureFormat:
+    """The features that an expert model reads: its own experts and widths, and the config's lengths.
+
+    Raises:
+        UserError: the config gives no length for an expert of several vectors.
+    """
+    section = config.model.experts
+    most = {expert.name: expert.max_vectors for expert in section.experts}
+    experts = {}
+    for expert in model.sizes.experts:
+        if expert.clusters and not most.get(expert.name):
+            got = f"got none for {expert.name}"
+            raise UserError(f"model.experts.experts: {got}, which has clusters; allowed: its max_vectors")
+        experts[expert.name] = ExpertFormat(expert.width, most[expert.name] if expert.clusters else 0)
+    return FeatureFormat(
+        experts=experts, text=section.text, text_width=model.sizes.text_width, text_tokens=section.max_text_tokens
+    )
+
+
+def _check_features(sources: Mapping[str, Source], key: str) -> None:
+    for index, source in enumerate(sources.values()):
+        if source.format != "features":
+            what = f"got {source.format!r} for a model of expert features"
+            raise UserError(f"{key}[{index}].format: {what}; allowed: features (frozen-fast convert-features, extract)")
+
+
 def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat:
     """The frames that the model takes."""
     augmentation = config.data.augmentation
     return FrameFormat(model.resolution, augmentation.mean, augmentation.std)
 
 
-def flops_counter(model: DualEncoder) -> Callable[[int, int, int], float | None]:
+def flops_counter(model: RetrievalModel) -> Callable[[int, int, int], float | None]:
     """What counts a clip's model FLOPs from (frames, text tokens, clips of a global batch).
 
     What nothing reads of the last block is not computed, and not counted unless model.video.full_last_block asks for
     it. A text tower whose sizes are not known gives None: no FLOPs, no MFU.
     """
+    if not isinstance(model, DualEncoder):
+        log.info("no FLOPs and no MFU for a model of kind %s", model.kind)
+        return lambda frames, tokens, clips: None
     tower = model.video_model
     try:
         text_model = model.text_model

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from frozen_fast.config import StagePlan
+from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.models.video.temporal import expand_temporal_embedding
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.meter import StageMeter
@@ -41,7 +43,7 @@ def describe_plan(plan: StagePlan) -> str:
     return f"{plan.frames} frames, {plan.steps} steps, batch {sizes}{passes}"
 
 
-def expand_frames(parallel: Parallel, model: DualEncoder, num_frames: int, method: str) -> None:
+def expand_frames(parallel: Parallel, model: RetrievalModel, num_frames: int, method: str) -> None:
     """Let the model see num_frames frames: expand the temporal embeddings, and the optimizer's state with them.
 
     The parameter keeps its shape ([1, most frames of the run, D]); its first num_frames rows are filled from the
@@ -58,8 +60,10 @@ def expand_frames(parallel: Parallel, model: DualEncoder, num_frames: int, metho
     learned = model.learned_frames
     if num_frames <= learned:
         return
+    if not hasattr(model, "expand_frames"):
+        raise UserError(f"curriculum.stages: got {num_frames} frames for a {model.kind}; allowed: up to {learned}")
     with parallel.edit_parameter(TEMPORAL_EMBEDDING) as state:
-        model.expand_frames(num_frames, method)
+        cast(DualEncoder, model).expand_frames(num_frames, method)
         for tensor_1TD in state.values():
             tensor_1TD[:, :num_frames] = expand_temporal_embedding(tensor_1TD[:, :learned], num_frames, method)
     log.info("temporal embeddings: %d -> %d frames (%s)", learned, num_frames, method)

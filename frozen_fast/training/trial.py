@@ -29,7 +29,7 @@ from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling import peak_memory_bytes
 from frozen_fast.records.environment import device_description
 from frozen_fast.training import compiling
-from frozen_fast.training.parts import build_model
+from frozen_fast.training.parts import build_frozen_model
 from frozen_fast.training.stages import expand_frames
 from frozen_fast.training.step import forward_backward, update
 
@@ -59,7 +59,7 @@ def run_steps(config: ExperimentConfig, memory_bytes: int | None) -> dict[str, A
         if memory_bytes is not None and parallel.device.type == "cuda":
             whole = torch.cuda.get_device_properties(parallel.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / whole), parallel.device)
-        model = build_model(config, parallel.device)
+        model = build_frozen_model(config, parallel.device)
         if config.training.compile:
             compiling.compile_towers(model)
         parallel.prepare(model, build_optimizer(model, config.optimizer))

@@ -28,6 +28,7 @@ def planted_features(
     seed: int = 0,
     missing: float = 0.1,
     noise: float = 0.3,
+    hidden: int = 16,
     wrong_captions: float = 0.0,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[np.ndarray]], dict[str, list[list[str]]]]:
     """Features that a video's captions share a hidden vector with.
@@ -40,13 +41,13 @@ def planted_features(
         seed: of everything.
         missing: share of videos that lack an expert (never the first).
         noise: spread of what is added to each expert's and caption's view of the hidden vector.
+        hidden: width of the hidden vector.
         wrong_captions: share of captions that tell of another video.
 
     Returns:
         (expert -> video -> array or NaN, video -> [tokens x width], video -> [[word]]).
     """
     rng = np.random.default_rng(seed)
-    hidden = 16
     meaning = rng.normal(size=(len(videos), hidden))
     maps = {name: rng.normal(size=(hidden, width)) / 4 for name, (width, _) in experts.items()}
     text_map = rng.normal(size=(hidden, text_width)) / 4

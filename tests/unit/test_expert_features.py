@@ -18,6 +18,7 @@ from frozen_fast.data.features.convert_features import convert_features, find_ex
 from frozen_fast.data.features.feature_pickle import open_feature_pickle
 from frozen_fast.data.features.feature_store import FeatureStore
 from frozen_fast.data.load.feature_loader import (
+    ExpertFormat,
     FeatureEvaluationLoader,
     FeatureFormat,
     FeatureTrainingLoader,
@@ -127,7 +128,10 @@ def source(folder: Path, split: str, **keys):
     return read_source(SourceConfig(name="s", format="features", path=str(folder), split=split, **keys))
 
 
-FORMAT = FeatureFormat(experts={"face": 0, "ocr": 3}, text="openai", text_tokens=9, other_texts=("w2v",))
+FACE = {"face": ExpertFormat(5)}
+FORMAT = FeatureFormat(
+    experts={**FACE, "ocr": ExpertFormat(4, 3)}, text="openai", text_tokens=9, other_texts=("w2v",)
+)
 
 
 def specs(steps: int, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -176,10 +180,12 @@ def test_masks_restrict_the_captions_drawn_and_paragraphs_join_them(released, tm
     texts, folder = released[1], released[4]
     path = tmp_path / "masks.pkl"
     path.write_bytes(pickle.dumps({video: np.array([0, 0, 1]) for video in VIDEOS}))
-    masked = FeatureFormat(experts={"face": 0}, text="openai", text_tokens=9, caption_masks=read_caption_masks(path))
-    for batch in FeatureTrainingLoader({"s": source(folder, "train_list_full")}, masked).batches(specs(5)):
+    one = FeatureFormat(experts=FACE, text="openai", text_tokens=9)
+    masks = {"s": str(path)}
+    loader = FeatureTrainingLoader({"s": source(folder, "train_list_full")}, one, caption_masks=masks)
+    for batch in loader.batches(specs(5)):
         assert all(caption.startswith("caption 2") for caption in batch.captions)
-    whole = FeatureFormat(experts={"face": 0}, text="openai", text_tokens=40)
+    whole = FeatureFormat(experts=FACE, text="openai", text_tokens=40)
     fused = source(folder, "train_list_full", captions="paragraph")
     batch = next(iter(FeatureTrainingLoader({"s": fused}, whole).batches(specs(1))))
     want = np.concatenate(texts[batch.clip_ids[0]])
@@ -203,11 +209,13 @@ def test_evaluation_reads_the_one_caption_that_a_split_names(released) -> None:
 def test_what_a_model_reads_must_be_there(released) -> None:
     train = source(released[4], "train_list_full")
     with pytest.raises(UserError, match="expert: got 'fase' .did you mean 'face'"):
-        FeatureTrainingLoader({"s": train}, FeatureFormat(experts={"fase": 0}, text="openai", text_tokens=9))
+        wrong = {"fase": ExpertFormat(5)}
+        FeatureTrainingLoader({"s": train}, FeatureFormat(experts=wrong, text="openai", text_tokens=9))
     with pytest.raises(UserError, match="got ocr, of which s has a set per video; allowed: clusters"):
-        FeatureTrainingLoader({"s": train}, FeatureFormat(experts={"ocr": 0}, text="openai", text_tokens=9))
-    with pytest.raises(UserError, match="data.features.text: got none; allowed: openai, w2v"):
-        FeatureTrainingLoader({"s": train}, FeatureFormat(experts={"face": 0}, text="", text_tokens=9))
+        wrong = {"ocr": ExpertFormat(4)}
+        FeatureTrainingLoader({"s": train}, FeatureFormat(experts=wrong, text="openai", text_tokens=9))
+    with pytest.raises(UserError, match="model.experts.text: got none; allowed: openai, w2v"):
+        FeatureTrainingLoader({"s": train}, FeatureFormat(experts=FACE, text="", text_tokens=9))
 
 
 def test_the_command_converts_and_names_what_is_wrong(released, tmp_path: Path, capsys) -> None:

@@ -133,7 +133,7 @@ class FeatureStore:
             UserError: the store lacks it.
         """
         if name not in self.texts:
-            raise unknown_name("data.features.text", name, self.texts)
+            raise unknown_name("model.experts.text", name, self.texts)
         return self._mapped(self.folder / "text" / f"{name}.safetensors")
 
     def text_name(self, name: str) -> str:
@@ -145,7 +145,7 @@ class FeatureStore:
         if name:
             return name
         if len(self.texts) != 1:
-            raise UserError(f"data.features.text: got none; allowed: {', '.join(self.texts)}")
+            raise UserError(f"model.experts.text: got none; allowed: {', '.join(self.texts)}")
         return next(iter(self.texts))
 
     def caption_tokens(self, name: str, video: str) -> list[np.ndarray]:

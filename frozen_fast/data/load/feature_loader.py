@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,21 +36,35 @@ Caption = tuple[str, int | None]
 """A video's id and the index of one of its captions in the store; None: all its captions, end to end."""
 
 
+class ExpertFormat(NamedTuple):
+    """What a model reads of an expert.
+
+    Attributes:
+        width: of one vector; 0: any.
+        vectors: most vectors of a video that are read, padded by zeros to that many; 0: one vector per video.
+    """
+
+    width: int
+    vectors: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureFormat:
     """What a model reads of a store.
 
     Attributes:
-        experts: name -> most vectors of a video that are read, padded by zeros to that many; 0: one vector per video.
+        experts: by name.
         text: name of the text features; empty: the only ones.
+        text_width: of a token; 0: any.
         text_tokens: tokens that a caption is cut or padded to.
         other_texts: more text features of the same captions, for teachers; a batch holds them as "tokens/NAME".
         caption_masks: video -> the indices of the captions that training may draw; None: all.
     """
 
-    experts: Mapping[str, int]
+    experts: Mapping[str, ExpertFormat]
     text: str
     text_tokens: int
+    text_width: int = 0
     other_texts: tuple[str, ...] = ()
     caption_masks: Mapping[str, Sequence[int]] | None = None
 
@@ -66,14 +80,20 @@ class FeatureReader:
     def __post_init__(self) -> None:
         """Open the store and check that it holds what the model reads."""
         self.store = FeatureStore(self.source.clips[0].path)
-        for name, vectors in self.format.experts.items():
+        for name, (width, vectors) in self.format.experts.items():
             self.store.expert(name)
-            kind = self.store.experts[name].kind
+            stored, kind = self.store.experts[name].width, self.store.experts[name].kind
+            if width not in (0, stored):
+                raise UserError(f"model.experts.experts: got {name} of width {width}; allowed: {stored}, as stored")
             if (kind == "set") != (vectors > 0):
                 allowed = "clusters above 0" if kind == "set" else "clusters 0"
                 got = f"got {name}, of which {self.source.name} has a {kind} per video"
                 raise UserError(f"model.experts.experts: {got}; allowed: {allowed}")
         self.store.text(self.text)
+        stored = self.store.texts[self.text].width
+        if self.format.text_width not in (0, stored):
+            got = f"got {self.format.text_width}, but {self.text} has {stored}"
+            raise UserError(f"model.experts.text_width: {got}; allowed: {stored}")
         for name in self.format.other_texts:
             self.store.text(name)
 
@@ -94,7 +114,7 @@ class FeatureReader:
         ids = [self.source.clips[index].id for index in indices]
         rows = np.array([self.store.rows[video] for video in ids])
         found = {}
-        for name, vectors in self.format.experts.items():
+        for name, (_, vectors) in self.format.experts.items():
             arrays, width = self.store.expert(name), self.store.experts[name].width
             here = arrays["available"][rows] != 0
             if not vectors:
@@ -161,6 +181,7 @@ class FeatureTrainingLoader:
         sources: Mapping[str, Source],
         format: FeatureFormat,
         *,
+        caption_masks: Mapping[str, str] | None = None,
         device: torch.device | str = "cpu",
         prefetch_batches: int = 2,
         timeout_seconds: float = 120.0,
@@ -170,6 +191,7 @@ class FeatureTrainingLoader:
         Args:
             sources: by name.
             format: what is read of them.
+            caption_masks: source name -> denoising masks (read_caption_masks).
             device: where batches are delivered.
             prefetch_batches: read ahead.
             timeout_seconds: a batch that takes longer is an error.
@@ -177,7 +199,11 @@ class FeatureTrainingLoader:
         Raises:
             UserError: a store lacks what the model reads.
         """
-        self._readers = {name: FeatureReader(source, format) for name, source in sources.items()}
+        masks = {name: read_caption_masks(path) for name, path in (caption_masks or {}).items()}
+        self._readers = {
+            name: FeatureReader(source, replace(format, caption_masks=masks.get(name)))
+            for name, source in sources.items()
+        }
         self._device = torch.device(device)
         self._depth, self._timeout = prefetch_batches, timeout_seconds
         self._prefetcher: Prefetcher[Batch] | None = None
@@ -304,6 +330,6 @@ def read_caption_masks(path: str | Path) -> dict[str, tuple[int, ...]]:
         values: Any = mask.read().tolist() if isinstance(mask, ArrayInFile) else mask
         kept = tuple(index for index, value in enumerate(values) if value)
         if not kept:
-            raise UserError(f"data.features.caption_masks: {path} leaves no caption of {video}; allowed: at least one")
+            raise UserError(f"caption_masks: {path} leaves no caption of {video}; allowed: at least one")
         found[video] = kept
     return found

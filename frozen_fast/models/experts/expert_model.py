@@ -18,9 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError, unknown_name
 from frozen_fast.models.experts.expert_folder import read_expert_folder, write_expert_folder
-from frozen_fast.models.experts.expert_set import GATINGS, MIXTURES, ExpertSizes, Gating, Mixture
+from frozen_fast.models.experts.expert_set import (
+    GATINGS,
+    MIXTURES,
+    Expert,
+    ExpertSizes,
+    Gating,
+    Mixture,
+    in_alphabetical_order,
+)
 from frozen_fast.models.experts.gated_units import CollaborativeGate, ContextGate
 from frozen_fast.models.experts.net_vlad import NetVLAD
 from frozen_fast.models.experts.upstream_checkpoint import Design, key_of, read_upstream
@@ -39,11 +48,13 @@ class ExpertModel(RetrievalModel):
     Attributes:
         sizes: experts, widths and clusters.
         space_widths: width of each expert's space.
+        variant_keys: the constructor's keywords beside `sizes`, which are keys under model.experts too.
     """
 
     learned_frames = 1
     tokenizer = None
     space_widths: tuple[int, ...]
+    variant_keys: tuple[str, ...]
 
     def __init__(self, sizes: ExpertSizes) -> None:
         super().__init__()
@@ -143,6 +154,28 @@ class ExpertModel(RetrievalModel):
         total_QV = weights_QM @ available_VM.T
         return (weighted_QW @ present_VW.T / total_QV.masked_fill(total_QV == 0, 1.0))[None]
 
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> ExpertModel:
+        """Build the model that model.experts describes, with drawn weights, or load model.checkpoint.
+
+        Raises:
+            UserError: no experts, or a key under model.experts.
+        """
+        section = config.experts
+        if config.checkpoint is not None:
+            path = Path(config.checkpoint).expanduser()
+            names = sorted(expert.name for expert in section.experts)
+            return cls.from_pretrained(path, experts=names if names and path.is_file() else None).train()
+        experts = [Expert(name=one.name, width=one.width, clusters=one.clusters) for one in section.experts]
+        sizes = ExpertSizes(
+            experts=in_alphabetical_order(experts),
+            text_width=section.text_width,
+            text_clusters=section.text_clusters,
+            ghost_clusters=section.ghost_clusters,
+            mask_padding=section.mask_padding,
+        )
+        return cls(sizes, **{name: getattr(section, name) for name in cls.variant_keys})
+
     @abstractmethod
     def variant(self) -> dict[str, Any]:
         """The constructor's keywords beside `sizes`, as JSON-able data."""
@@ -240,6 +273,7 @@ class CollaborativeExperts(_SpacedModel):
     """Collaborative Experts: every expert in a space of one width, gated by its pairs with the others."""
 
     kind = "collaborative_experts"
+    variant_keys = ("width", "gating", "mixture")
 
     def __init__(
         self, sizes: ExpertSizes, *, width: int = 768, gating: Gating = "in_order", mixture: Mixture = "learned"
@@ -282,6 +316,7 @@ class MixtureOfExperts(_SpacedModel):
     """MoEE: every expert in a space of its own feature's width, gated by itself (the ablation CE - P,CG)."""
 
     kind = "moee"
+    variant_keys = ("mixture",)
 
     def __init__(self, sizes: ExpertSizes, *, mixture: Mixture = "learned") -> None:
         """Build it with drawn weights.
@@ -311,6 +346,7 @@ class ConcatenatedExperts(ExpertModel):
     """
 
     kind = "concatenated_experts"
+    variant_keys = ("compatible",)
     space_widths = (0,)
 
     def __init__(self, sizes: ExpertSizes, *, compatible: bool = False) -> None:

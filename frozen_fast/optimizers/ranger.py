@@ -1,0 +1,44 @@
+"""Ranger: rectified Adam whose weights are pulled towards slow ones every few steps (Lookahead).
+
+Sources: Liu et al. 2020, "On the Variance of the Adaptive Learning Rate and Beyond"; Zhang et al. 2019, "Lookahead
+Optimizer". The released expert models are trained with it, at betas (0.95, 0.999) and epsilon 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOOKAHEAD_SHARE = 0.5
+LOOKAHEAD_STEPS = 6
+
+
+class Ranger(torch.optim.RAdam):
+    """RAdam with decoupled weight decay and Lookahead; the slow weights start as the first step finds the weights."""
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.95, 0.999), eps: float = 1e-5,
+        weight_decay: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """A step of RAdam; at every sixth, the slow weights go half the way to the weights, and become them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        trained = [one for group in self.param_groups for one in group["params"] if one.grad is not None]
+        first: dict[Tensor, Tensor] = {one: one.detach().clone() for one in trained if not self.state[one]}
+        super().step()
+        for one in trained:
+            state = self.state[one]
+            if one in first:
+                state["slow_buffer"] = first[one]
+            if int(state["step"]) % LOOKAHEAD_STEPS == 0:
+                one.copy_(state["slow_buffer"].lerp_(one, LOOKAHEAD_SHARE))
+        return loss

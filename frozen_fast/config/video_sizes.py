@@ -38,6 +38,8 @@ VIDEO_SIZES: dict[str, VideoSize] = {
     "base_patch16_224": VideoSize(resolution=224, patch=16, width=768, depth=12, heads=12),
     "base_patch32_224": VideoSize(resolution=224, patch=32, width=768, depth=12, heads=12),
     "small_patch16_224": VideoSize(resolution=224, patch=16, width=384, depth=12, heads=6),
+    "small_patch14_224": VideoSize(resolution=224, patch=14, width=384, depth=12, heads=6),
+    "small_patch14_112": VideoSize(resolution=112, patch=14, width=384, depth=12, heads=6),
     "tiny_patch16_224": VideoSize(resolution=224, patch=16, width=192, depth=12, heads=3),
     "mini_patch16_96": VideoSize(resolution=96, patch=16, width=192, depth=6, heads=3),
     "mini_patch8_64": VideoSize(resolution=64, patch=8, width=192, depth=6, heads=3),

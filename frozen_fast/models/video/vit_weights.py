@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from frozen_fast.errors import UserError, reason, some
+from frozen_fast.models.video.onnx_vit import PACKAGE_PREFIX, onnx_vit_state, package_file
 from frozen_fast.models.video.space_time import SpaceTimeTransformer
 
 FIELD = "model.video.weights"
@@ -31,12 +32,19 @@ def load_vit_weights(model: SpaceTimeTransformer, weights: str) -> None:
 
     Args:
         model: changed in place.
-        weights: timm:NAME, or a local .pth, .pt, .bin, .safetensors or .npz (the original JAX files, read by timm).
+        weights: timm:NAME; a local .pth, .pt, .bin, .safetensors or .npz (the original JAX files, read by timm); a
+            local .onnx of DINOv2's form, or package:MODULE/FILE.onnx inside an installed package.
 
     Raises:
         UserError: naming model.video.weights, for what cannot be read, a missing weight, or one of another shape.
     """
-    state = _timm_state(weights[len(TIMM_PREFIX) :]) if weights.startswith(TIMM_PREFIX) else _file_state(weights, model)
+    if weights.startswith(TIMM_PREFIX):
+        state = _timm_state(weights[len(TIMM_PREFIX) :])
+    elif weights.startswith(PACKAGE_PREFIX) or weights.endswith(".onnx"):
+        path = package_file(weights) if weights.startswith(PACKAGE_PREFIX) else Path(weights).expanduser()
+        state = onnx_vit_state(path, model.size.patches_per_frame)
+    else:
+        state = _file_state(weights, model)
     wanted = {name: value for name, value in model.state_dict().items() if not _is_own(name)}
     missing = set(wanted) - set(state)
     if missing:

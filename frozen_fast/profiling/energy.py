@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-from typing import Any
 
+import pynvml
 import torch
 
 log = logging.getLogger(__name__)
-
-NVML_LIBRARY = "libnvidia-ml.so.1"
-_SUCCESS = 0
-
-
-class NvmlError(RuntimeError):
-    """NVML refuses: no driver, no such device, or a device without an energy counter."""
 
 
 class EnergyMeter:
@@ -25,40 +17,27 @@ class EnergyMeter:
         uuid: NVML's name of the device, "GPU-...": two processes on one device share its counter.
     """
 
-    def __init__(self, nvml: Any, uuid: str) -> None:
+    def __init__(self, uuid: str) -> None:
         """Find the device and read its counter.
 
         Args:
-            nvml: the library as ctypes loads it.
             uuid: "GPU-" and the device's UUID.
 
         Raises:
-            NvmlError: there is no such device or counter.
+            pynvml.NVMLError: no driver, no such device, or a device without an energy counter.
         """
+        pynvml.nvmlInit()
         self.uuid = uuid
-        self._nvml = nvml
-        self._handle = ctypes.c_void_p()
-        self._call("nvmlInit_v2")
-        self._call("nvmlDeviceGetHandleByUUID", uuid.encode(), ctypes.byref(self._handle))
-        self._began = self._millijoules()
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        self._began = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
 
     def joules(self) -> float | None:
         """Energy since the start; None once the counter cannot be read any more."""
         try:
-            return (self._millijoules() - self._began) / 1000.0
-        except NvmlError as error:
+            return (pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._began) / 1000.0
+        except pynvml.NVMLError as error:
             log.warning("energy is not measured any more: %s", error)
             return None
-
-    def _millijoules(self) -> int:
-        counter = ctypes.c_ulonglong()
-        self._call("nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(counter))
-        return counter.value
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        code = getattr(self._nvml, name)(*arguments)
-        if code != _SUCCESS:
-            raise NvmlError(f"{name} gave error {code} for {self.uuid}")
 
 
 def energy_meter(device: torch.device) -> tuple[EnergyMeter | None, str]:
@@ -69,8 +48,8 @@ def energy_meter(device: torch.device) -> tuple[EnergyMeter | None, str]:
     """
     if device.type != "cuda":
         return None, f"no energy counter is read for {device.type}"
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     try:
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        return EnergyMeter(ctypes.CDLL(NVML_LIBRARY), uuid), f"NVML's counter of {uuid}"
-    except (OSError, AttributeError, NvmlError) as error:  # AttributeError: an NVML or a device that lacks a name
-        return None, f"not measured: {error}"
+        return EnergyMeter(uuid), f"NVML's counter of {uuid}"
+    except pynvml.NVMLError as error:
+        return None, f"not measured: NVML says {error} for {uuid}"

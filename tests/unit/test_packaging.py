@@ -142,7 +142,7 @@ def imported_at_the_top(path: Path) -> set[str]:
 
 def test_what_the_library_imports_is_declared(arguments: dict[str, Any]) -> None:
     """Third-party modules imported at the top of a module of frozen_fast are core requirements."""
-    module_of = {"pyyaml": "yaml", "pillow": "pil"}
+    module_of = {"pyyaml": "yaml", "pillow": "pil", "nvidia-ml-py": "pynvml"}
     core = {canonicalize_name(Requirement(text).name) for text in arguments["install_requires"]}
     core = {module_of.get(name, name.replace("-", "_")) for name in core}
     core.add("pydantic_core")  # pydantic requires it at one version and re-exports its types

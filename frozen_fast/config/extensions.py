@@ -192,3 +192,26 @@ trackers = ExtensionPoint(
     },
 )
 """Functions from frozen_fast.records.tracking.TrackedRun to an accelerate.tracking.GeneralTracker."""
+
+_REPORT = "frozen_fast.report"
+report_sections = ExtensionPoint(
+    "report_sections",
+    "report section",
+    {
+        "state": f"{_REPORT}.state_section:state_section",
+        "retrieval": f"{_REPORT}.retrieval:retrieval_section",
+        "mean_over_sources": f"{_REPORT}.mean_over_sources:mean_over_sources_section",
+        "published": f"{_REPORT}.published_comparison:published_section",
+        "stages": f"{_REPORT}.stages_section:stages_section",
+        "paper": f"{_REPORT}.paper_section:paper_section",
+        "loss": f"{_REPORT}.loss_section:loss_section",
+        "sources": f"{_REPORT}.clips:sources_section",
+        "bad_clips": f"{_REPORT}.clips:bad_clips_section",
+        "batch_sizes": f"{_REPORT}.batch_sizes_section:batch_sizes_section",
+        "profile": f"{_REPORT}.profile_section:profile_section",
+        "machine": f"{_REPORT}.machine_section:machine_section",
+        "config": f"{_REPORT}.config_section:config_section",
+    },
+)
+"""Functions from a run (frozen_fast.report.run_data.RunData) to a Section, or to None where there is nothing to say;
+the report holds them in this order, those of plugins last."""

@@ -14,11 +14,11 @@ from frozen_fast.report.document import (
     duration,
     gibibytes,
     joules,
-    markdown_table,
     number,
     percent,
     significant,
 )
+from frozen_fast.report.markdown import markdown_table
 from frozen_fast.report.paper_comparison import compare_with_paper
 from frozen_fast.report.run_data import RunData, read_run
 

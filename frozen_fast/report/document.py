@@ -1,20 +1,20 @@
-"""A report as plain blocks, and its Markdown form; report_html has the other. Also how numbers are written."""
+"""A report as plain blocks, which markdown.py and html.py write; and how numbers are written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 NOT_AVAILABLE = "n/a"
-# Longer cells do not widen their column in Markdown.
-PADDED = 48
 
 
 @dataclass(frozen=True)
 class Text:
     """A paragraph."""
 
+    kind: ClassVar[str] = "text"
     text: str
 
 
@@ -22,6 +22,7 @@ class Text:
 class Caution:
     """A paragraph that a reader must not miss."""
 
+    kind: ClassVar[str] = "caution"
     text: str
 
 
@@ -29,6 +30,7 @@ class Caution:
 class Bullets:
     """A list."""
 
+    kind: ClassVar[str] = "bullets"
     items: Sequence[str]
 
 
@@ -36,6 +38,7 @@ class Bullets:
 class Table:
     """A table; `words` counts the first columns that hold words (the rest are figures), `total` marks the last row."""
 
+    kind: ClassVar[str] = "table"
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: int = 1
@@ -46,6 +49,7 @@ class Table:
 class Plot:
     """A picture as SVG text; Markdown refers to the HTML report for it."""
 
+    kind: ClassVar[str] = "plot"
     svg: str
     caption: str
 
@@ -54,6 +58,7 @@ class Plot:
 class Listing:
     """Preformatted text, folded away in HTML."""
 
+    kind: ClassVar[str] = "listing"
     title: str
     text: str
 
@@ -70,8 +75,8 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One of the headline's numbers: what, how much, and with what it is to be compared."""
+class KeyNumber:
+    """A number at the top of the report: what, how much, and with what it is to be compared."""
 
     label: str
     value: str
@@ -84,58 +89,8 @@ class Document:
 
     title: str
     subtitle: str
-    figures: Sequence[Figure] = field(default_factory=list)
+    numbers: Sequence[KeyNumber] = field(default_factory=list)
     sections: Sequence[Section] = field(default_factory=list)
-
-
-def to_markdown(document: Document) -> str:
-    """The document as GitHub-flavoured Markdown."""
-    parts = [f"# {document.title}", document.subtitle]
-    if document.figures:
-        parts.append(
-            "\n".join(f"- **{f.label}: {f.value}**" + (f" ({f.note})" if f.note else "") for f in document.figures)
-        )
-    for section in document.sections:
-        parts.append(f"## {section.title}")
-        parts.extend(_block(block) for block in section.blocks)
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def markdown_table(table: Table) -> str:
-    """A table in Markdown, padded so that it reads as plain text too."""
-    rows = [[_cell(cell) for cell in row] for row in (table.header, *table.rows)]
-    if table.total and table.rows:
-        rows[-1] = [f"**{cell}**" if cell else "" for cell in rows[-1]]
-    columns = range(len(table.header))
-    widths = [max(3, *(len(row[column]) for row in rows if len(row[column]) <= PADDED)) for column in columns]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column < table.words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * width if column < table.words else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])
-
-
-def _block(block: Block) -> str:
-    if isinstance(block, Table):
-        return markdown_table(block)
-    if isinstance(block, Bullets):
-        return "\n".join(f"- {item}" for item in block.items)
-    if isinstance(block, Caution):
-        return f"**Note:** {block.text}"
-    if isinstance(block, Plot):
-        return f"*Plot in report.html: {block.caption}*"
-    if isinstance(block, Listing):
-        return f"<details><summary>{block.title}</summary>\n\n```\n{block.text.rstrip()}\n```\n\n</details>"
-    return block.text
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def number(value: float | None, digits: int = 1) -> str:

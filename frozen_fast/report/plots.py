@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from frozen_fast.report.run_data import RunData
+from frozen_fast.report.wording import frames_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,15 +54,18 @@ def loss_plot(run: RunData) -> str | None:
         for index, source in enumerate(sources):
             rows = [row for row in run.steps if row["source"] == source]
             colour = SERIES[index % len(SERIES)]
-            steps, losses = [float(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
-            axes.plot(*_thin(steps, losses), color=colour, alpha=0.28, linewidth=0.9)
-            axes.plot(*_thin(steps, _smooth(losses)), color=colour, linewidth=1.8, label=source)
+            for stage in dict.fromkeys(row["stage"] for row in rows):
+                own = [row for row in rows if row["stage"] == stage]
+                steps, losses = [float(row["step"]) for row in own], [float(row["loss"]) for row in own]
+                axes.plot(*_thin(steps, losses), color=colour, alpha=0.28, linewidth=0.9)
+                label = source if stage == rows[0]["stage"] else None
+                axes.plot(*_thin(steps, _smooth(losses)), color=colour, linewidth=1.8, label=label)
         if len(sources) > 1:
             axes.legend(loc="upper right", ncols=min(3, len(sources)))
         _mark_stages(axes, run)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, None if any(row["loss"] > 0 for row in run.steps) else 1)
         axes.margins(x=0)
 
     return _svg(draw, height=2.9)
@@ -77,7 +81,7 @@ def hours_plot(run: RunData) -> str | None:
 
         longest = max(row["seconds"] * row["num_devices"] for row in run.stages)
         unit, seconds_per_unit = ("hours", 3600) if longest > 600 else ("minutes", 60)
-        labels = [f"{_ordinal(row)}, {_frames(row['frames'])}" for row in run.stages]
+        labels = [f"{_ordinal(row)}, {frames_text(row['frames'])}" for row in run.stages]
         left = [0.0] * len(labels)
         for part, colour in PART_COLOURS.items():
             hours = [row[f"{part}_seconds"] * row["num_devices"] / seconds_per_unit for row in run.stages]
@@ -88,6 +92,7 @@ def hours_plot(run: RunData) -> str | None:
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlim(0, None if longest > 0 else 1)
         axes.set_xlabel(f"{'GPU' if run.on_gpu else 'CPU process'}-{unit}")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(PART_COLOURS), handlelength=1)
 
@@ -104,7 +109,7 @@ def retrieval_plot(run: RunData) -> str | None:
     for row in run.evaluations:
         if row["protocol"] == "v2t_max_over_captions" or row["step"] != ends[row["stage"]]:
             continue
-        labels[row["stage"]] = f"{_ordinal(row)}\n{_frames(row['frames'])}"
+        labels[row["stage"]] = f"{_ordinal(row)}\n{frames_text(row['frames'])}"
         prefix = f"{row['source']}: " if several else ""
         ceilings |= {row["metrics"]["one_frame_ceiling"]} if "one_frame_ceiling" in row["metrics"] else set()
         for key, name in (("t2v/R@1", "text-to-video R@1"), ("twin_accuracy", "twins told apart")):
@@ -130,6 +135,7 @@ def retrieval_plot(run: RunData) -> str | None:
         axes.grid(axis="x", visible=False)
         axes.set_ylabel("percent")
         axes.margins(y=0.14)
+        axes.set_ylim(0, None if any(value > 0 for points in series.values() for _, value in points) else 1)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, handlelength=1)
 
     return _svg(draw, height=2.9)
@@ -161,7 +167,7 @@ def _mark_stages(axes: Axes, run: RunData) -> None:
             axes.axvline(row["step"], color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
         frames = max(int(r["frames"]) for r in run.steps if r["stage"] == stage)
         axes.annotate(
-            _frames(frames),
+            frames_text(frames),
             (row["step"], 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(4, 3),
@@ -169,10 +175,6 @@ def _mark_stages(axes: Axes, run: RunData) -> None:
             color=MUTED,
             fontsize=8.5,
         )
-
-
-def _frames(frames: int) -> str:
-    return f"{frames} frame" + ("" if frames == 1 else "s")
 
 
 def _ordinal(row: dict[str, Any]) -> str:

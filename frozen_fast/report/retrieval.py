@@ -35,14 +35,19 @@ def retrieval_section(run: RunData) -> Section:
         blocks.insert(0, Plot(plot, "What more frames bring: text-to-video retrieval after each stage."))
     if run.evaluates_inside_stages():
         blocks += [Text("Every evaluation:"), _epochs_table(run)]
-    notes = "R@k and twins in percent; MdR and MnR are the median and mean rank from 1, ties at their mean rank."
-    if any("loss" in row for row in run.evaluations):
+    percents = "R@k and twins" if twins else "R@k"
+    notes = f"{percents} in percent; MdR and MnR are the median and mean rank from 1, ties at their mean rank."
+    if run.evaluates_inside_stages() and any("loss" in row for row in run.evaluations):
         notes += " Loss: the training loss of the held-out clips, each with its first caption, in batches of one size."
     if twins:
         notes += (
             " Twins: share of captions that score their own clip above its twin, which shows the same frames in "
-            "another order; what one frame shows cannot decide it. One frame at best: the R@1 that a model which sees "
-            "one frame of each clip reaches on average if it errs between twins only."
+            "another order; what one frame shows cannot decide it."
+        )
+    if any(row[0] == "one frame at best" for row in _chance_rows(run, "t2v", twins)):
+        notes += (
+            " One frame at best: the R@1 that a model which sees one frame of each clip reaches on average if it errs "
+            "between twins only."
         )
     return Section("Retrieval", [*blocks, Text(notes)])
 

@@ -10,16 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 from torch.autograd import DeviceType
 
+from frozen_fast.config.extensions import report_sections
 from frozen_fast.errors import UserError
 from frozen_fast.profiling.trace import most_expensive
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.records.run_lock import RunLock
-from frozen_fast.report import retrieval
-from frozen_fast.report import write_report as report_module
-from frozen_fast.report.document import duration, joules, significant
-from frozen_fast.report.run_data import read_run
+from frozen_fast.report import loss_section, plots, retrieval, stages_section
+from frozen_fast.report.document import Section, Text, duration, joules, significant
+from frozen_fast.report.run_data import RunData, read_run
 from frozen_fast.report.write_report import compare_runs, write_report
 from support.run_folder import make_run_folder
 
@@ -50,7 +51,7 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def blank_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
-        plots = ((report_module, "hours_plot"), (report_module, "loss_plot"), (retrieval, "retrieval_plot"))
+        plots = ((stages_section, "hours_plot"), (loss_section, "loss_plot"), (retrieval, "retrieval_plot"))
         for module, plot in plots:
             monkeypatch.setattr(module, plot, lambda run: None)
 
@@ -381,7 +382,7 @@ def test_the_most_expensive_kernels_are_a_table(run: Path) -> None:
     (run / "traces" / "stage_1.kernels.json").write_text(json.dumps(table))
     (run / "traces" / "stage_2.kernels.json").write_text("{")
     markdown, html = report_of(run)
-    assert table_after(markdown, "Profile", "Kernel") == [["gemm<float>", "24", "12.5", "25.0 %"]]
+    assert table_after(markdown, "Profile", "Kernel") == [["gemm\\<float>", "24", "12.5", "25.0 %"]]
     assert "Stage 2, 2 steps traced after warm-up, 50.0 ms of kernels on the device" in markdown
     assert "gemm&lt;float&gt;" in html and "traces/stage_2.kernels.json cannot be read" in markdown
 
@@ -411,10 +412,112 @@ def test_backends_versions_and_config_are_shown(run: Path) -> None:
     markdown, _ = report_of(run)
     facts = dict(tuple(row) for row in table_after(markdown, "Machine and versions", "Value"))
     assert facts["Decoding"] == "clips: dali 700 clips, pyav 20 clips; stills: pyav"
-    assert facts["Attention"] == "axis time, frames 4, backend sdpa"
+    assert facts["Attention"] == "sdpa"
     assert facts["Commit"].endswith("with local changes")
     assert "torch 2.10.0" in facts["Packages"]
     assert "patch16_64" in markdown.split("## Config")[1]
+
+
+def test_the_attention_choices_are_a_table_of_figures(run: Path) -> None:
+    def choice(axis: str, frames: int, backend: str, **more: Any) -> dict[str, Any]:
+        case = {"device": "H100", "dtype": "bfloat16", "patches": 196, "heads": 12, "head_width": 64, "threads": 0}
+        return {**case, "axis": axis, "frames": frames, "batch": 24, "backend": backend, "failed": {}, **more}
+
+    choices = [
+        choice("time", 1, "sdpa", milliseconds={"sdpa": 0.5, "xformers": 1.25}, how="measured"),
+        choice("space", 4, "xformers", milliseconds={"xformers": 2.0}, failed={"sdpa": "no kernel"}, how="cached"),
+        choice("space", 8, "xformers", milliseconds={}, how="default"),
+    ]
+    edit_json(run / "environment.json", lambda value: value.update(attention_backends=choices))
+    markdown, html = report_of(run)
+    assert table_after(markdown, "Machine and versions", "Chosen by") == [
+        ["time", "sdpa", "measured", "1", "24", "0.500", "1.25"],
+        ["space", "xformers", "cached", "4", "24", "failed", "2.00"],
+        ["space", "xformers", "default", "8", "24", "-", "-"],
+    ]
+    facts = dict(tuple(row) for row in table_after(markdown, "Machine and versions", "Value"))
+    assert facts["Attention"] == "sdpa, xformers"
+    assert "{'" not in markdown and "{&#39;" not in html
+
+
+def test_notes_explain_columns_that_are_there(run: Path) -> None:
+    markdown, _ = report_of(run)
+    assert "Twins:" in markdown and "One frame at best:" in markdown
+    assert "Loss: the training loss" not in markdown and "Energy:" not in markdown and "MFU:" not in markdown
+
+    def plain(value: dict[str, Any]) -> None:
+        for row in value["evaluations"]:
+            row["loss"] = 1.0
+            row["metrics"] = {key: number for key, number in row["metrics"].items() if "/" in key}
+
+    edit_json(run / "metrics.json", plain)
+    edit_json(run / "stages.json", lambda stages: stages[0].update(joules=5.0, mfu=0.5, peak_source="a table"))
+    markdown, _ = report_of(run)
+    assert "R@k in percent" in markdown and "win" not in markdown.split("## Stages")[0].lower().replace("windows", "")
+    assert "Energy: of the devices alone" in markdown and "after the warm-up over the peak of a table." in markdown
+    assert "Loss: the training loss" not in markdown, "no table of this report has the column"
+
+
+def lines_of(plot: str) -> list[list[tuple[float, float]]]:
+    """Points of every line of matplotlib's SVG that has a colour of a series."""
+    paths = re.findall(r'<path d="([^"]+)"[^>]*style="[^"]*stroke: #0072b2', plot)
+    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)] for path in paths]
+
+
+def test_the_loss_average_ends_with_its_stage(tmp_path: Path) -> None:
+    run = read_run(make_run_folder(tmp_path / "run", frames=(1, 4)))
+    for row in run.steps:
+        row.update(source="clips", loss=4.0 if row["stage"] == 0 else 1.0)
+    plot = plots.loss_plot(run)
+    assert plot is not None
+    heights = [{round(y, 3) for _, y in line} for line in lines_of(plot)]
+    assert len(heights) == 4, "the losses and their average of each stage"
+    assert all(len(found) == 1 for found in heights), "constant in a stage, so constant when averaged"
+    assert len(set.union(*heights)) == 2
+
+
+def ticks_of(plot: str, axis: str) -> list[float]:
+    group = plot.split(f'id="matplotlib.axis_{axis}"', 1)[1].split('id="matplotlib.axis', 1)[0]
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", group)
+    return [float(text.replace("\u2212", "-")) for text in texts if re.fullmatch(r"[-\u2212]?[\d.]+", text)]
+
+
+def test_plots_of_zeros_start_at_zero(tmp_path: Path) -> None:
+    run = read_run(make_run_folder(tmp_path / "run"))
+    for row in run.steps:
+        row["loss"] = 0.0
+    for row in run.evaluations:
+        row["metrics"] = {"t2v/R@1": 0.0}
+    for row in run.stages:
+        row.update({key: 0.0 for key in row if key.endswith("_seconds")} | {"seconds": 0.0})
+    for plot, axis in ((plots.loss_plot(run), "2"), (plots.retrieval_plot(run), "2"), (plots.hours_plot(run), "1")):
+        assert plot is not None
+        ticks = ticks_of(plot, axis)
+        assert min(ticks) == 0 and max(ticks) == 1, ticks
+
+
+def test_hostile_names_stay_text(run: Path) -> None:
+    name = "<img src=x onerror=alert(1)> [click](javascript:alert(1)) | ```"
+    edit_json(run / "environment.json", lambda value: value["sources"].update({name: value["sources"]["clips"]}))
+    rows = (run / "bad_clips.jsonl").read_text().splitlines()
+    bad = {**json.loads(rows[0]), "source": name, "path": "```\n<script>alert(1)</script>"}
+    (run / "bad_clips.jsonl").write_text("\n".join([json.dumps(bad), *rows[1:]]) + "\n")
+    markdown, html = report_of(run)
+    rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
+    for page in (html, rendered):
+        assert "<img" not in page and "<script" not in page and 'href="javascript' not in page
+        assert "&lt;img src=x" in page
+
+
+def test_a_section_is_a_function_in_the_table(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(data: RunData) -> Section:
+        return Section("Mine", [Text(f"{len(data.steps)} steps.")])
+
+    monkeypatch.setattr(loss_section, "own", own, raising=False)
+    added = {**report_sections._built_in, "mine": "frozen_fast.report.loss_section:own"}
+    monkeypatch.setattr(report_sections, "_built_in", added)
+    markdown, html = report_of(run)
+    assert markdown.endswith("## Mine\n\n120 steps.\n") and "<h2>Mine</h2>" in html
 
 
 @pytest.mark.usefixtures("drawn")

@@ -1,0 +1,23 @@
+"""Words that several parts of a report share."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from frozen_fast.report.run_data import RunData
+
+
+def devices(run: RunData) -> str:
+    """The run's devices, equal ones counted."""
+    names = Counter(str(name) for name in run.environment.get("devices", []))
+    return " and ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items()) or "unknown devices"
+
+
+def hours_name(run: RunData) -> str:
+    """What device-hours are called: GPU-hours where GPUs computed."""
+    return "GPU-hours" if run.on_gpu or not run.stages else "CPU process-hours"
+
+
+def frames_text(frames: int) -> str:
+    """A number of frames with its noun."""
+    return f"{frames} frame" + ("" if frames == 1 else "s")

@@ -66,6 +66,5 @@ def test_trains_every_row_once_and_continues(tmp_path: Path) -> None:
     assert {entry["frames"] for entry in result["runs"]} == {8}
     assert "=> 4 => 8" in (tmp_path / "out/curriculum.md").read_text()
     assert (tmp_path / "out/curriculum.svg").read_text().lstrip().startswith("<?xml")
-    assert str(tmp_path) not in json.dumps(result["command"])
     again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0 and again.stdout.count("done already") == 2

@@ -1,11 +1,20 @@
-"""Re-ranking with knowledge of the whole test set. Reported under its own name, never as a plain result."""
+"""Re-ranking with knowledge of more than the query. Reported under its own name, never as a plain result.
+
+Axis letters: Q text queries, V gallery videos, B queries of a querybank.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.evaluation.metrics import retrieval_metrics
+
+RERANKINGS = ("dual_softmax", "qb_norm")
 
 
 def dual_softmax(sim_QV: Tensor, scale: float = 100.0, direction: str = "t2v") -> Tensor:
@@ -32,3 +41,86 @@ def dual_softmax(sim_QV: Tensor, scale: float = 100.0, direction: str = "t2v") -
         raise UserError(f"scale: got {scale}; allowed: above 0")
     sim_QV = sim_QV if sim_QV.dtype == torch.float64 else sim_QV.float()
     return sim_QV * torch.softmax(sim_QV * scale, dim=axes[direction])
+
+
+def qb_norm(sim_QV: Tensor, sim_BV: Tensor, beta: float = 20.0, k: int = 1) -> Tensor:
+    """Similarities normalised by a querybank: the dynamic inverted softmax of QB-Norm (Bogolin et al., CVPR 2022).
+
+    A video is a hub where it is among the k nearest of a query of the bank. A query whose nearest video is a hub gets
+    exp(beta * s_qv) / sum_b exp(beta * s_bv) for every video v; other queries keep their similarities.
+
+    Args:
+        sim_QV: similarities of the test queries.
+        sim_BV: similarities of the querybank (captions of training clips) to the same videos.
+        beta: inverse temperature; the paper uses 20 for cosines.
+        k: nearest videos of a query of the bank that count as hubs; the paper uses 1.
+
+    Returns:
+        [Q, V] in at least fp32, for the rows' ranking only: two queries' values are not comparable.
+
+    Raises:
+        UserError: the galleries differ in size, the bank is empty, or beta or k is out of range.
+    """
+    if sim_BV.ndim != 2 or not len(sim_BV) or sim_BV.shape[1] != sim_QV.shape[1]:
+        got = f"{list(sim_BV.shape)} beside {list(sim_QV.shape)}"
+        raise UserError(f"querybank: got similarities {got}; allowed: [B, V] with B >= 1 and the gallery's V")
+    if not beta > 0 or not 1 <= k <= sim_QV.shape[1]:
+        raise UserError(f"beta, k: got {beta}, {k}; allowed: beta above 0, k from 1 to {sim_QV.shape[1]}")
+    sim_QV = sim_QV if sim_QV.dtype == torch.float64 else sim_QV.float()
+    hub_V = torch.zeros(sim_QV.shape[1], dtype=torch.bool, device=sim_QV.device)
+    hub_V[sim_BV.topk(k, dim=1).indices.flatten()] = True
+    bank_V = torch.logsumexp(beta * sim_BV.to(sim_QV.dtype), dim=0)
+    normalised_QV = torch.exp(beta * sim_QV - bank_V)
+    return torch.where(hub_V[sim_QV.argmax(dim=1)][:, None], normalised_QV, sim_QV)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reranking:
+    """Which re-rankings an evaluation reports.
+
+    Attributes:
+        names: of RERANKINGS.
+        scale: of dual_softmax.
+        querybank: captions of training clips, for qb_norm.
+        beta: of qb_norm.
+    """
+
+    names: tuple[str, ...]
+    scale: float = 100.0
+    querybank: tuple[str, ...] = ()
+    beta: float = 20.0
+
+
+def reranked_metrics(
+    wanted: Reranking, sim_QV: Tensor, video_of_query: Sequence[int], querybank_BV: Tensor | None = None
+) -> dict[str, dict[str, float]]:
+    """Retrieval metrics after each re-ranking.
+
+    Args:
+        wanted: which.
+        sim_QV: similarities.
+        video_of_query: as retrieval_metrics.
+        querybank_BV: similarities of the querybank; qb_norm needs it.
+
+    Returns:
+        Name -> metrics as retrieval_metrics; of qb_norm those of t2v only, because its bank holds captions.
+
+    Raises:
+        UserError: an unknown name, or qb_norm without a querybank.
+    """
+    found = {}
+    for name in wanted.names:
+        if name not in RERANKINGS:
+            raise unknown_name("evaluation.rerank", name, RERANKINGS)
+        if name == "dual_softmax":
+            t2v = retrieval_metrics(dual_softmax(sim_QV, wanted.scale, "t2v"), video_of_query)
+            v2t = retrieval_metrics(dual_softmax(sim_QV, wanted.scale, "v2t"), video_of_query)
+            found[name] = {key: value for key, value in t2v.items() if key.startswith("t2v/")}
+            found[name] |= {key: value for key, value in v2t.items() if key.startswith("v2t/")}
+        else:
+            if querybank_BV is None:
+                allowed = "captions of training clips (data.sources[0])"
+                raise UserError(f"evaluation.rerank: got 'qb_norm' without a querybank; allowed: {allowed}")
+            metrics = retrieval_metrics(qb_norm(sim_QV, querybank_BV, wanted.beta), video_of_query)
+            found[name] = {key: value for key, value in metrics.items() if key.startswith("t2v/")}
+    return found

@@ -16,12 +16,19 @@ from torch import Tensor
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source
 from frozen_fast.data.load.feature_loader import FeatureEvaluationLoader
-from frozen_fast.evaluation import one_frame_ceiling, queries, twin_accuracy, v2t_max_over_captions
+from frozen_fast.evaluation import (
+    Reranking,
+    one_frame_ceiling,
+    queries,
+    reranked_metrics,
+    twin_accuracy,
+    v2t_max_over_captions,
+)
 from frozen_fast.evaluation.metric_table import compute_metrics
 from frozen_fast.losses import RetrievalLoss, batch_loss, build_loss
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput
 from frozen_fast.parallel.base import Parallel
-from frozen_fast.training.parts import build_evaluation_loader
+from frozen_fast.training.parts import build_evaluation_loader, build_reranking
 from frozen_fast.training.signals import StopRequest, stop_explains
 
 Row = dict[str, Any]
@@ -83,6 +90,7 @@ def evaluate_with(
         batch_size=config.evaluation.batch_size,
         loss=build_loss(config.loss),
         loss_batch_size=loss_batch_size,
+        rerank=build_reranking(config),
         stop_asked=lambda: stop.asked,
     )
     if result is not None:
@@ -105,6 +113,7 @@ def evaluate_source(
     batch_size: int = 32,
     loss: RetrievalLoss | None = None,
     loss_batch_size: int = 32,
+    rerank: Reranking | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on one source; every rank encodes its own clips and captions, then all hold the same result.
@@ -120,6 +129,7 @@ def evaluate_source(
         batch_size: windows per forward pass, for the captions.
         loss: of the validation loss; None: no validation loss.
         loss_batch_size: clips over which the validation loss is taken.
+        rerank: re-rankings, whose metrics the first row holds under "reranked", apart from its plain "metrics".
         stop_asked: tells that this process was told to stop.
 
     Returns:
@@ -156,6 +166,9 @@ def evaluate_source(
                 if loss is not None:
                     value = validation_loss(model, loss, text, video, video_of_query, loss_batch_size)
                     rows = [{**row, "loss": value, "loss_batch_size": loss_batch_size} for row in rows]
+                if rerank is not None:
+                    bank_BV = _querybank_similarities(model, rerank, video, parallel, batch_size)
+                    rows[0]["reranked"] = reranked_metrics(rerank, sim_QV, video_of_query, bank_BV)
         rows = parallel.gather_objects(rows)[0]
         base = {
             "frames": frames,
@@ -315,6 +328,17 @@ def validation_loss(
         sim_KBB = model.pair_similarities(text_B, video_B)
         total += len(batch) * float(batch_loss(loss, sim_KBB, parameters))
     return total / clips
+
+
+def _querybank_similarities(
+    model: RetrievalModel, rerank: Reranking, video: Features, parallel: Parallel, batch_size: int
+) -> Tensor | None:
+    """Similarities of the querybank's captions to the gallery [B, V]; None without a querybank."""
+    if not rerank.querybank:
+        return None
+    bank = rerank.querybank
+    text = _encode_texts(model, lambda rows: [bank[row] for row in rows], range(len(bank)), parallel, batch_size)
+    return similarity_in_blocks(model, text, video)
 
 
 def _twins(source: Source, kept: Sequence[int]) -> list[int]:

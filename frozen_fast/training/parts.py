@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from frozen_fast.config import ExperimentConfig, source_name
 from frozen_fast.config.extensions import models
-from frozen_fast.config.schema import LossConfig
+from frozen_fast.config.schema import LossConfig, SourceConfig
 from frozen_fast.data import EvaluationLoader, Source, TrainingLoader, read_sources
 from frozen_fast.data.load.feature_loader import (
     ExpertFormat,
@@ -24,6 +25,7 @@ from frozen_fast.data.load.feature_loader import (
 from frozen_fast.data.load.for_model import FrameFormat, decoder_factory
 from frozen_fast.data.load.for_model import build_evaluation_loader as loader_for_model
 from frozen_fast.errors import UserError
+from frozen_fast.evaluation import Reranking
 from frozen_fast.models import DualEncoder, build_dual_encoder
 from frozen_fast.models.experts.expert_model import ExpertModel
 from frozen_fast.models.learned_scale import LearnedScale
@@ -259,6 +261,33 @@ def read_training_sources(config: ExperimentConfig) -> dict[str, Source]:
 def read_evaluation_sources(config: ExperimentConfig) -> dict[str, Source]:
     """evaluation.sources, by name."""
     return read_sources(config.evaluation.sources, "evaluation.sources")
+
+
+def build_reranking(config: ExperimentConfig) -> Reranking | None:
+    """What evaluation.rerank asks for; qb_norm reads the captions of the first training source.
+
+    Raises:
+        UserError: qb_norm without data.sources.
+    """
+    evaluation = config.evaluation
+    if not evaluation.rerank:
+        return None
+    bank: tuple[str, ...] = ()
+    if "qb_norm" in evaluation.rerank:
+        if not config.data.sources:
+            allowed = "a source whose captions make the querybank"
+            raise UserError(f"evaluation.rerank: got 'qb_norm' without data.sources; allowed: {allowed}")
+        bank = _querybank(config.data.sources[0], evaluation.querybank_size)
+    scale, beta = evaluation.dual_softmax_scale, evaluation.querybank_beta
+    return Reranking(names=evaluation.rerank, scale=scale, querybank=bank, beta=beta)
+
+
+@lru_cache(maxsize=1)
+def _querybank(source: SourceConfig, size: int) -> tuple[str, ...]:
+    """The first caption of clips evenly spread over a source."""
+    clips = next(iter(read_sources([source]).values())).clips
+    count = min(size, len(clips))
+    return tuple(clips[place * len(clips) // count].captions[0] for place in range(count))
 
 
 def described_sources(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:

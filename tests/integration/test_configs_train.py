@@ -85,3 +85,17 @@ def test_trains_and_evaluates(
     assert {row["source"] for row in rows} == {source.name for source in config.evaluation.sources}
     if config.evaluation.sources and config.evaluation.sources[0].captions == "paragraph":
         assert {row["protocol"] for row in rows} == {"paragraph"}
+
+
+@pytest.mark.slow
+def test_rerankings_are_reported_apart(data: Path, tower: Path, tmp_path: Path) -> None:
+    tree = to_plain(tiny(with_data("finetune/msvd.yaml", data), tower, tmp_path / "run"))
+    tree["evaluation"].update(rerank=["dual_softmax", "qb_norm"], querybank_size=7)
+    with without_reports():
+        assert train(config_from_mapping(tree)) == 0
+    rows = read_json(tmp_path / "run" / "metrics.json")["evaluations"]
+    held = [row for row in rows if "reranked" in row]
+    assert {row["source"] for row in held} == {"msvd_val", "msvd_test"} and len(rows) == 2 * len(held)
+    for row in held:
+        assert row["protocol"] == "several_captions" and "t2v/R@1" in row["metrics"]
+        assert {name: len(metrics) for name, metrics in row["reranked"].items()} == {"dual_softmax": 14, "qb_norm": 7}

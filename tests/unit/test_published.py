@@ -14,6 +14,7 @@ from frozen_fast.evaluation.published import published_row, row_names, table_nam
 from frozen_fast.profiling.paper import table_4
 from frozen_fast.report.mean_over_sources import mean_over_sources_section
 from frozen_fast.report.published_comparison import published_section
+from frozen_fast.report.reranked import reranked_section
 from frozen_fast.report.run_data import RunData, read_run
 from support.run_folder import make_run_folder
 
@@ -95,3 +96,13 @@ def test_the_mean_over_sources(run: RunData) -> None:
     assert section is not None
     assert section.blocks[1].rows == [["plain", "t2v/R@1", "3", "30.0", "10.0 to 60.0"]]
     assert mean_over_sources_section(with_config(run, folds, evaluation={"average_sources": False})) is None
+
+
+def test_reranked_numbers_have_a_section_of_their_own(run: RunData) -> None:
+    reranked = {"dual_softmax": {"t2v/R@1": 30.0, "v2t/R@1": 31.0}, "qb_norm": {"t2v/R@1": 32.0}}
+    section = reranked_section(with_config(run, [evaluation(reranked=reranked)]))
+    assert section is not None
+    table = section.blocks[1]
+    assert [row[0] for row in table.rows] == ["dual_softmax", "qb_norm"]
+    assert [row[4] for row in table.rows] == ["30.0", "32.0"] and table.rows[1][8] == "n/a"
+    assert reranked_section(with_config(run, [evaluation()])) is None

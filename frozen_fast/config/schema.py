@@ -309,6 +309,32 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """One teacher: a model of this project, or embeddings that TeachText released."""
+
+    checkpoint: str | None = key(None, "a frozen_fast checkpoint folder, or a released file (with kind)")
+    kind: str | None = key(None, "kind of a released file's model; none: the folder says it", names=extensions.models)
+    pickle: str | None = key(None, "released embeddings of the training videos and captions, in place of a checkpoint")
+    text: str = key("", "models of expert features: the store's text features that this teacher reads; empty: the student's")
+    frames: int | None = key(None, "frames of a clip that this teacher sees; the student sees its stage's share of them; none: those of the stage", ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.checkpoint is None) == (self.pickle is None):
+            refuse([("", "got a checkpoint and a pickle, or neither; allowed: one of the two")])
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Teachers whose mean similarity the model follows, beside its loss."""
+
+    teachers: tuple[TeacherConfig, ...] = key((), "frozen models or released embeddings; none: no distillation")
+    weight: float = key(1.0, "factor on the distillation loss", ge=0)
+    beta: float = key(1.0, "Smooth L1: differences of similarity below this count squared", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a step runs."""
 
@@ -398,6 +424,7 @@ class ExperimentConfig:
     curriculum: CurriculumConfig = section(CurriculumConfig, "stages")
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer")
     loss: LossConfig = section(LossConfig, "loss")
+    distillation: DistillationConfig = section(DistillationConfig, "teachers")
     training: TrainingConfig = section(TrainingConfig, "engine")
     checkpoints: CheckpointConfig = section(CheckpointConfig, "checkpoints")
     evaluation: EvaluationConfig = section(EvaluationConfig, "evaluation")

@@ -35,6 +35,7 @@ from frozen_fast.training.signals import StopRequest, stop_explains
 from frozen_fast.training.stage_energy import StageEnergy
 from frozen_fast.training.stages import OpenStage, describe_plan, expand_frames, warm_up_steps
 from frozen_fast.training.step import forward_backward, update
+from frozen_fast.training.teachers import Teachers, student_video
 from frozen_kernels import chosen_backends, fused_form
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class RunParts:
             they are not known.
         peak: this device's peak, where known.
         energy: this device's energy meter, where there is one.
+        teachers: whose similarities the model follows, where the config names some.
     """
 
     model: RetrievalModel
@@ -68,6 +70,7 @@ class RunParts:
     flops_per_clip: Callable[[int, int, int], float | None]
     peak: DevicePeak | None
     energy: EnergyMeter | None = None
+    teachers: Teachers | None = None
 
 
 class _StepGivenUp(Exception):
@@ -262,22 +265,25 @@ class Engine:
                 bad_clips += bad
                 total += forward_backward(
                     parallel,
-                    batch.video,
+                    student_video(batch.video, plan.source_frames[batch.source]),
                     batch.text,
                     self._parts.loss,
                     config.loss,
                     accumulation=plan.accumulation,
                     last=pass_index == plan.accumulation - 1,
+                    teachers=self._parts.teachers,
+                    batch=batch,
                 )
                 clips, tokens = plan.batch_sizes[batch.source], batch.text_tokens
-                timing.count(clips, batch.frames, self._parts.flops_per_clip(batch.frames, tokens, clips))
+                frames = min(batch.frames, plan.frames)  # a teacher may have seen more
+                timing.count(clips, frames, self._parts.flops_per_clip(frames, tokens, clips))
             norm = update(parallel, config.optimizer.gradient_clip_norm)
         self._position = batch.spec.after
         self._journal.add(
             StepResult(
                 step=step,
                 stage=plan.index,
-                frames=batch.frames,
+                frames=frames,
                 source=batch.source,
                 loss=total,
                 gradient_norm=norm,
@@ -333,7 +339,7 @@ class Engine:
             self._config.data.order,
             self._config.seed,
             batch_sizes=plan.batch_sizes,
-            frames=plan.frames,
+            frames=plan.frames if self._parts.teachers is None else self._parts.teachers.frames_to_read(plan.frames),
             accumulation=plan.accumulation,
             num_steps=plan.steps - done,
             start=self._position,

@@ -168,7 +168,7 @@ def build_evaluation_loader(
         _check_features({source.name: source}, "evaluation.sources")
         return FeatureEvaluationLoader(
             source,
-            feature_format(config, model),
+            replace(feature_format(config, model), other_texts=()),
             batch_size=config.evaluation.batch_size,
             rank=rank,
             world_size=world_size,
@@ -202,7 +202,11 @@ def feature_format(config: ExperimentConfig, model: ExpertModel) -> FeatureForma
             raise UserError(f"model.experts.experts: {got}, which has clusters; allowed: its max_vectors")
         experts[expert.name] = ExpertFormat(expert.width, most[expert.name] if expert.clusters else 0)
     return FeatureFormat(
-        experts=experts, text=section.text, text_width=model.sizes.text_width, text_tokens=section.max_text_tokens
+        experts=experts,
+        text=section.text,
+        text_width=model.sizes.text_width,
+        text_tokens=section.max_text_tokens,
+        other_texts=tuple(sorted({teacher.text for teacher in config.distillation.teachers if teacher.text})),
     )
 
 

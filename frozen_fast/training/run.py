@@ -51,6 +51,7 @@ from frozen_fast.training.parts import (
     read_training_sources,
 )
 from frozen_fast.training.signals import StopRequest
+from frozen_fast.training.teachers import build_teachers
 
 log = logging.getLogger(__name__)
 
@@ -285,6 +286,7 @@ class _Run:
             model = build_model(config, parallel.device, resume_from=checkpoint)
             optimizer = build_optimizer(model, config.optimizer)
             loader = build_training_loader(config, sources, model, parallel.device)
+            teachers = build_teachers(config, model, parallel.device)
             if config.training.compile:
                 compiling.compile_towers(model)
         parallel.prepare(model, optimizer)
@@ -307,6 +309,7 @@ class _Run:
             flops_per_clip=flops_counter(model),
             peak=device_peak(devices[0], parallel.precision),
             energy=energy,
+            teachers=teachers,
         )
 
     def _finish(self, complete: bool) -> None:

@@ -8,9 +8,11 @@ from typing import cast
 from torch import Tensor
 
 from frozen_fast.config.schema import LossConfig
+from frozen_fast.data import Batch
 from frozen_fast.losses import RetrievalLoss, gathered_loss
 from frozen_fast.models.retrieval_model import RetrievalModel, VideoInput
 from frozen_fast.parallel.base import Parallel
+from frozen_fast.training.teachers import Teachers
 
 
 def forward_backward(
@@ -22,6 +24,8 @@ def forward_backward(
     *,
     accumulation: int = 1,
     last: bool = True,
+    teachers: Teachers | None = None,
+    batch: Batch | None = None,
 ) -> Tensor:
     """One forward and backward pass: features, loss over all ranks' clips, gradients added to the parameters'.
 
@@ -33,6 +37,8 @@ def forward_backward(
         settings: how it is computed (local, chunk_rows).
         accumulation: passes of this optimizer step, over which the gradient is averaged.
         last: gradients are exchanged between ranks in this pass.
+        teachers: whose similarities of `batch` the model follows too; None: no distillation.
+        batch: what the teachers read.
 
     Returns:
         This pass's share of the step's loss, equal on all ranks, detached.
@@ -43,6 +49,13 @@ def forward_backward(
             cast(RetrievalModel, parallel.model).pair_similarities, loss, text_features, video_features, parameters,
             local=settings.local, chunk_rows=settings.chunk_rows,
         )  # fmt: skip
+        if teachers is not None:
+            assert batch is not None, "teachers read the batch"
+            compare = cast(RetrievalModel, parallel.model).pair_similarities
+            distilled, distilled_value = teachers.loss(
+                compare, text_features, video_features, teachers.similarity(batch)
+            )
+            to_minimise, value = to_minimise + distilled, value + distilled_value
         parallel.backward(to_minimise / accumulation)
     return value / accumulation
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 PLAIN_EXPERTS: dict[str, tuple[str, ...]] = {
     "audio": ("aggregated_audio*/*.pickle", "aggregated_audio*/*.pkl", "antoine/audio_features.pickle"),
-    "face": ("aggregated_face*/*.pickle", "aggregated_face*/*.pkl", "antoine/facefeats*.pickle"),
+    "face": ("aggregated_face*/*.pickle", "aggregated_face*/*.pkl", "antoine/face*.pickle"),
     "ocr": ("aggregated_ocr*/*.pickle", "aggregated_ocr*/*.pkl"),
     "speech": ("aggregated_speech*/*.pickle", "aggregated_speech*/*.pkl"),
     "antoine-rgb": ("antoine/resnet_features.pickle",),
@@ -43,6 +43,9 @@ PLAIN_EXPERTS: dict[str, tuple[str, ...]] = {
 SET_EXPERTS = ("audio", "ocr", "speech")
 TEXT_FOLDER = "aggregated_text_feats"
 CAPTIONS_FILES = "raw-captions*.pkl"
+OTHER_NAMES = "dict_youtube_mapping.pkl"
+"""Video id -> the name that some pickles use for it."""
+
 ONE_CAPTION_FILES = {"val_list_jsfusion": "jsfusion_val_caption_idx.pkl"}
 """Split list -> the file that names the one caption of each of its videos that counts."""
 
@@ -80,11 +83,11 @@ def convert_features(
     files = files or {}
     if not experts or not texts:
         raise UserError("convert-features: got no experts or no text features; allowed: at least one of each")
-    text_entries = open_feature_pickle(files.get(texts[0]) or find_text(root, texts[0]))
+    text_entries = _text_entries(root, texts[0], files)
     captions = _captions(root, text_entries)
     videos = list(captions)
     stored_texts = [
-        _write_text(store, name, text_entries if index == 0 else None, files.get(name) or find_text(root, name), videos)
+        _write_text(store, name, text_entries if index == 0 else _text_entries(root, name, files), videos)
         for index, name in enumerate(texts)
     ]
     paths = {name: files.get(name) or find_expert(root, name) for name in experts}
@@ -116,8 +119,8 @@ def find_expert(root: Path, name: str) -> Path:
     raise UserError(f"expert: {name} is at none of {', '.join(patterns)} under {root}; allowed: --file {name}=FILE")
 
 
-def find_text(root: Path, name: str) -> Path:
-    """Where the layout keeps a text feature's pickle.
+def find_text(root: Path, name: str) -> list[Path]:
+    """Where the layout keeps a text feature's pickles: one file, or one for each split.
 
     Raises:
         UserError: nowhere.
@@ -126,8 +129,24 @@ def find_text(root: Path, name: str) -> Path:
     special = [*sorted(folder.glob("w2v_*_openAIGPT.pickle"))] if name == "openai" else []
     for path in (folder / f"{name}.pkl", folder / f"{name}.pickle", *special):
         if path.is_file():
-            return path
+            return [path]
+    ends = ("train*", "val*", "test*", "caption-*")
+    parts = [path for end in ends for path in sorted(folder.glob(f"{name}-{end}.pkl"))]
+    if parts:
+        return parts
     raise UserError(f"text features: {name} is not in {folder}; allowed: --file {name}=FILE")
+
+
+def _text_entries(root: Path, name: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """A text feature's entries of all splits, under the videos' ids (MSVD keeps some under other names)."""
+    entries: dict[str, Any] = {}
+    for path in [files[name]] if name in files else find_text(root, name):
+        entries.update(open_feature_pickle(path))
+    names = root / OTHER_NAMES
+    if names.is_file():
+        video_of = {str(other): video for video, other in open_feature_pickle(names).items()}
+        entries = {video_of.get(video, video): entry for video, entry in entries.items()}
+    return entries
 
 
 def _captions(root: Path, text_entries: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -166,16 +185,13 @@ def _caption_arrays(entry: Any) -> list[ArrayInFile]:
     return kept
 
 
-def _write_text(
-    store: Path, name: str, entries: Mapping[str, Any] | None, path: Path, videos: Sequence[str]
-) -> StoredFeature:
+def _write_text(store: Path, name: str, entries: Mapping[str, Any], videos: Sequence[str]) -> StoredFeature:
     """One text feature; captions of a video in the file's order."""
-    entries = open_feature_pickle(path) if entries is None else entries
     lacking = [video for video in videos if video not in entries]
     if lacking:
-        raise UserError(f"{path}: lacks {some(lacking)}; allowed: the videos of the first text features")
+        raise UserError(f"text features: {name} lacks {some(lacking)}; allowed: the videos of the first text features")
     arrays = {video: _caption_arrays(entries[video]) for video in videos}
-    width = _one_width((array for own in arrays.values() for array in own), path)
+    width = _one_width((array for own in arrays.values() for array in own), name)
 
     def stream() -> Iterator[np.ndarray]:
         for video in videos:
@@ -218,11 +234,11 @@ def _length(array: ArrayInFile) -> int:
     return 0 if 0 in array.shape else int(np.prod(array.shape[:-1]))
 
 
-def _one_width(arrays: Iterator[ArrayInFile] | Sequence[ArrayInFile], path: Path) -> int:
+def _one_width(arrays: Iterator[ArrayInFile] | Sequence[ArrayInFile], what: Path | str) -> int:
     """The last axis's size, the same for all."""
     widths = {array.shape[-1] for array in arrays if _length(array)}
     if len(widths) != 1:
-        raise UserError(f"{path}: got features of widths {sorted(widths)}; allowed: one width")
+        raise UserError(f"{what}: got features of widths {sorted(widths)}; allowed: one width")
     return widths.pop()
 
 

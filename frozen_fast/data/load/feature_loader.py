@@ -230,6 +230,7 @@ class FeatureTrainingLoader:
             bad_clips=[],
             backends=Counter({BACKEND: len(captions)}),
             spec=spec,
+            caption_indices=[index for _, index in captions],
         )
 
     def batches(self, specs: Iterable[BatchSpec]) -> Iterator[Batch]:

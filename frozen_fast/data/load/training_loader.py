@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ class Batch:
         bad_clips: clips that could not be read, with what replaced them.
         backends: decoder backend -> number of clips.
         spec: what was asked for.
+        caption_indices: of a feature store: which of its video's captions each is; None: all, end to end.
     """
 
     video: Tensor | dict[str, Tensor]
@@ -61,6 +62,7 @@ class Batch:
     bad_clips: list[BadClip]
     backends: Counter[str]
     spec: BatchSpec
+    caption_indices: list[int | None] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
         """Itself with CPU tensors in page-locked memory, so that copies to the device can overlap."""

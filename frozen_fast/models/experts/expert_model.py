@@ -33,7 +33,7 @@ from frozen_fast.models.experts.expert_set import (
 from frozen_fast.models.experts.gated_units import CollaborativeGate, ContextGate
 from frozen_fast.models.experts.net_vlad import NetVLAD
 from frozen_fast.models.experts.upstream_checkpoint import Design, key_of, read_upstream
-from frozen_fast.models.pretrained import load_weights
+from frozen_fast.models.pretrained import checkpoint_of_run, load_weights
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
 
 TOKENS = "tokens"
@@ -213,7 +213,7 @@ class ExpertModel(RetrievalModel):
         Raises:
             UserError: a missing, damaged or foreign checkpoint, or an option that it does not take.
         """
-        path = Path(path).expanduser()
+        path = checkpoint_of_run(Path(path).expanduser())
         if path.is_dir():
             if experts is not None:
                 raise UserError("experts: got names for a frozen_fast folder; allowed: none, the folder says them")

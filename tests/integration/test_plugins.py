@@ -84,7 +84,7 @@ def test_train_uses_the_parts_of_a_plugin_package(plugins: dict[str, Any], tmp_p
     assert sources["clips"] == 18 and sources["drops"] == {"no number in its name": 1}
     saved = next((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert read_json(saved / "config.json")["video"]["tower"] == "conv"
-    load = "import frozen_fast, sys; model = frozen_fast.DualEncoder.from_pretrained(sys.argv[1]); print(model.video_model.width)"
+    load = "import sys, frozen_fast as ff; print(ff.DualEncoder.from_pretrained(sys.argv[1]).video_model.width)"
     variables = environment()
     variables["PYTHONPATH"] += os.pathsep + str(plugins["site"])
     printed = subprocess.run(

@@ -286,6 +286,7 @@ class OptimizerConfig:
     decay_all: bool = key(False, "weight decay for every parameter, as the released expert models have it")
     text_learning_rate_scale: float = key(1.0, "deprecated, use groups: factor on the learning rate of the text tower", ge=0)
     position_learning_rate_scale: float = key(1.0, "deprecated, use groups: factor on the learning rate of the video tower's CLS token, position and temporal embeddings", ge=0)
+    weight_average_decay: float = key(0.0, "exponential moving average of the weights: share that stays at each step, such as 0.999; evaluations use the average, checkpoints hold it as a model of its own in averaged/; 0: no average", ge=0, lt=1)
     gradient_clip_norm: float = key(0.0, "largest gradient norm, 0: no clipping", ge=0)
     schedule: Literal["constant", "cosine", "epoch_decay"] = key("constant", "after warm-up; epoch_decay: times optimizer.epoch_factor after each epoch (data.epoch_ends)")
     epoch_factor: float = key(0.95, "epoch_decay: the learning rate's factor from one epoch to the next", gt=0, le=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from frozen_fast.config.schema import OptimizerConfig
 from frozen_fast.errors import UserError
 from frozen_fast.optimizers.parameter_groups import parameter_groups
 from frozen_fast.optimizers.ranger import Ranger
+from frozen_fast.optimizers.weight_average import WEIGHT_AVERAGE, keep_average
 
 Groups = Sequence[dict[str, Any]]
 
@@ -25,6 +26,7 @@ class OptimizerKind:
     Attributes:
         build: (parameter groups, config, whether a fused kernel is wanted) -> optimizer.
         state_keys: the tensors of a parameter's shape that it keeps per parameter.
+        weight_copies: those of them that start as a copy of the weights; the others start at 0.
         elementwise: whether one element's update depends on that element alone; only such an optimizer can step on
             shards (ZeRO, FSDP2), which cut parameters.
         has_fused: whether `fused` means anything to it.
@@ -33,6 +35,7 @@ class OptimizerKind:
 
     build: Callable[[Groups, OptimizerConfig, bool], torch.optim.Optimizer]
     state_keys: tuple[str, ...]
+    weight_copies: tuple[str, ...] = ()
     elementwise: bool = True
     has_fused: bool = False
     step_in_group: bool = False
@@ -72,19 +75,24 @@ def _lamb(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.O
 ADAMW = OptimizerKind(build=_adamw, state_keys=("exp_avg", "exp_avg_sq"), has_fused=True)
 ADAM = OptimizerKind(build=_adam, state_keys=("exp_avg", "exp_avg_sq"), has_fused=True)
 RADAM = OptimizerKind(build=_radam, state_keys=("exp_avg", "exp_avg_sq"))
-RANGER = OptimizerKind(build=_ranger, state_keys=("exp_avg", "exp_avg_sq", "slow_buffer"))
+RANGER = OptimizerKind(
+    build=_ranger, state_keys=("exp_avg", "exp_avg_sq", "slow_buffer"), weight_copies=("slow_buffer",)
+)
 LION = OptimizerKind(build=_lion, state_keys=("exp_avg",))
 LAMB = OptimizerKind(build=_lamb, state_keys=("exp_avg", "exp_avg_sq"), elementwise=False, step_in_group=True)
 
 
 def optimizer_kind(config: OptimizerConfig) -> OptimizerKind:
-    """The kind that optimizer.name chooses.
+    """The kind that optimizer.name chooses, with the average of the weights where the config asks for one.
 
     Raises:
         UserError: an unknown name.
     """
     kind: OptimizerKind = extensions.optimizers.load(config.name)
-    return kind
+    if not config.weight_average_decay:
+        return kind
+    keys, copies = (*kind.state_keys, WEIGHT_AVERAGE), (*kind.weight_copies, WEIGHT_AVERAGE)
+    return replace(kind, state_keys=keys, weight_copies=copies)
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -102,4 +110,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         raise UserError(
             f"optimizer.fused: got 'on', but {config.name} has no fused kernel on {device}; allowed: auto, off"
         )
-    return kind.build(parameter_groups(model.named_parameters(), config), config, config.fused != "off" and supported)
+    groups = parameter_groups(model.named_parameters(), config)
+    optimizer = kind.build(groups, config, config.fused != "off" and supported)
+    if config.weight_average_decay:
+        keep_average(optimizer, config.weight_average_decay)
+    return optimizer

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from frozen_fast.config import ExperimentConfig, extensions
 from frozen_fast.errors import UserError
-from frozen_fast.optimizers import optimizer_kind
+from frozen_fast.optimizers import WEIGHT_AVERAGE, optimizer_kind
 from frozen_fast.parallel.agreement import RankAgreement
 from frozen_fast.parallel.launch_settings import check_precision, requested_strategy
 from frozen_fast.parallel.precision import choose_precision
@@ -162,8 +162,22 @@ class Parallel(RankAgreement):
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """A model with whole weights for evaluation: ranks may call it unequally often. A collective at its start."""
-        yield self.model
+        """A model with whole weights for evaluation: ranks may call it unequally often. A collective at its start.
+
+        With optimizer.weight_average_decay its weights are the averages, for as long as it is used.
+        """
+        state = self.optimizer.state
+        averages = {p: state[p][WEIGHT_AVERAGE] for p in self.model.parameters() if WEIGHT_AVERAGE in state.get(p, {})}
+        kept = {parameter: parameter.detach().clone() for parameter in averages}
+        with torch.no_grad():
+            for parameter, average in averages.items():
+                parameter.copy_(average)
+        try:
+            yield self.model
+        finally:
+            with torch.no_grad():
+                for parameter, weight in kept.items():
+                    parameter.copy_(weight)
 
     # Whole tensors, whatever the sharding
 

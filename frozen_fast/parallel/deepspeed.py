@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.errors import UserError
+from frozen_fast.optimizers import WEIGHT_AVERAGE
 from frozen_fast.parallel.base import check_optimizer_state
 from frozen_fast.parallel.launch_settings import deepspeed_settings, read_deepspeed
 from frozen_fast.parallel.sharded import ShardedParallel, check_elementwise
@@ -121,10 +122,18 @@ class DeepSpeedParallel(ShardedParallel):
             with self._gathered([parameter]):
                 yield name, parameter.detach()
 
+    def whole_averages(self) -> Iterator[tuple[str, Tensor]]:
+        """See ShardedParallel."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if WEIGHT_AVERAGE in self._optimizer_kind.state_keys:
+            for name, parameter in self._trained_parameters():
+                yield name, safe_get_full_optimizer_state(parameter, WEIGHT_AVERAGE)
+
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
         """The bare model, which is whole under stages 1 and 2; under stage 3 a copy."""
-        if self._stage < 3:
+        if self._stage < 3 and WEIGHT_AVERAGE not in self._optimizer_kind.state_keys:
             yield self.model
         else:
             with super().whole_model() as whole:
@@ -162,6 +171,8 @@ class DeepSpeedParallel(ShardedParallel):
         self._allocate_state(self._steps(state, trained))
         for name, tensors in state.items():
             for key in self._optimizer_kind.state_keys:
+                if key not in tensors:  # an average that the earlier run did not keep
+                    continue
                 whole = tensors[key].to(self.device, torch.float32)
                 safe_set_full_optimizer_state(trained[name], whole, key)
 
@@ -223,7 +234,9 @@ class DeepSpeedParallel(ShardedParallel):
         for flat, step in zip(self._partitions(), steps, strict=True):
             device = flat.device if on_device else torch.device("cpu")
             state: dict[str, Tensor] = {"step": torch.tensor(step, dtype=torch.float32, device=device)}
-            state.update({key: torch.zeros_like(flat) for key in self._optimizer_kind.state_keys})
+            for key in self._optimizer_kind.state_keys:
+                copies = key in self._optimizer_kind.weight_copies
+                state[key] = flat.detach().clone() if copies else torch.zeros_like(flat)
             self.optimizer.state[flat] = state
         if self._stage < 3:
             self._zero._hp_optimizer_states_linked = False

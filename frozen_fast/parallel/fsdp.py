@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from frozen_fast.config import ExperimentConfig
+from frozen_fast.optimizers import WEIGHT_AVERAGE
 from frozen_fast.parallel.base import check_optimizer_state
 from frozen_fast.parallel.launch_settings import fsdp_settings
 from frozen_fast.parallel.sharded import ShardedParallel, check_elementwise
@@ -98,6 +99,12 @@ class FsdpParallel(ShardedParallel):
         """Every parameter whole, one after the other; a collective."""
         for name, parameter in self.model.named_parameters():
             yield name, _whole(parameter)
+
+    def whole_averages(self) -> Iterator[tuple[str, Tensor]]:
+        """See ShardedParallel."""
+        for name, parameter in self._parameters_with_state():
+            if WEIGHT_AVERAGE in self.optimizer.state[parameter]:
+                yield name, _whole(self.optimizer.state[parameter][WEIGHT_AVERAGE])
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state whole, by parameter name, on the CPU; a collective, empty but on rank 0."""

@@ -32,6 +32,10 @@ class ShardedParallel(Parallel, ABC):
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, one after the other; a collective, to be run to its end on every rank."""
 
+    @abstractmethod
+    def whole_averages(self) -> Iterator[tuple[str, Tensor]]:
+        """The average of every trained parameter whole, one after the other; none where none is kept. A collective."""
+
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer whole, by name, on the CPU; a collective, empty but on rank 0."""
         gathered = {name: tensor.detach().cpu().clone() for name, tensor in self.whole_parameters() if self.is_main}
@@ -43,10 +47,12 @@ class ShardedParallel(Parallel, ABC):
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """A copy of the model with whole weights on this rank's device, for as long as it is used."""
+        """A copy of the model with whole weights (or their averages) on this rank's device, while it is used."""
         assert self._hollow is not None, "prepare() first"
         whole = copy.deepcopy(self._hollow)
         parameters = {name: nn.Parameter(tensor.detach().clone(), False) for name, tensor in self.whole_parameters()}
+        for name, average in self.whole_averages():
+            parameters[name] = nn.Parameter(average.detach().clone(), False)
         buffers = dict(self.model.named_buffers())
         state = {name: parameters.get(name, buffers.get(name)) for name in whole.state_dict()}
         whole.load_state_dict(state, assign=True)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from frozen_fast.data import DataPosition
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation.metric_table import VALIDATION_LOSS, check_metric, is_better
 from frozen_fast.models.retrieval_model import RetrievalModel
-from frozen_fast.optimizers import divergence_advice
+from frozen_fast.optimizers import WEIGHT_AVERAGE, divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.records.checkpoint import OptimizerState, RunState, checkpoint_name, save_checkpoint, write_state
 from frozen_fast.records.checkpoint_folder import (
@@ -32,6 +33,9 @@ from frozen_fast.training.checkpoint_writer import CheckpointWriter, Snapshot, n
 from frozen_fast.training.stages import OpenStage
 
 log = logging.getLogger(__name__)
+
+AVERAGED = "averaged"
+"""Folder of a checkpoint with the average of the weights (optimizer.weight_average_decay) as a model of its own."""
 
 _POLL_SECONDS = 10.0
 _STOP_PATIENCE_SECONDS = 60.0
@@ -185,7 +189,7 @@ class CheckpointKeeper:
         """Write one checkpoint, in the writer's thread."""
         folder = self._folder
         path = save_checkpoint(
-            folder.checkpoints, state, partial(self._model.save_pretrained, state=weights), optimizer
+            folder.checkpoints, state, partial(self._save_models, weights=weights, optimizer=optimizer), optimizer
         )
         if state.best is not None:  # the disk may have refused the link before
             best = folder.checkpoints / checkpoint_name(state.best["step"])
@@ -197,6 +201,13 @@ class CheckpointKeeper:
             "saved %s: training stood still for %.2f s, %.2f s to write, snapshot of %.1f MB",
             path, snapshot - began, time.perf_counter() - snapshot, total_bytes(weights, optimizer) / 1e6,
         )  # fmt: skip
+
+    def _save_models(self, folder: Path, *, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
+        """The model as it trains, and the average of its weights as a model of its own."""
+        self._model.save_pretrained(folder, state=weights)
+        averages = {name: state[WEIGHT_AVERAGE] for name, state in optimizer.items() if WEIGHT_AVERAGE in state}
+        if averages:
+            self._model.save_pretrained(folder / AVERAGED, state={**weights, **averages})
 
     def evaluated(self, stage: OpenStage, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Note in the step's checkpoint, if it has one, that its evaluation is done, and keep the best.

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor
 from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
 
+from frozen_fast.config.video_sizes import VideoSize
 from frozen_fast.errors import UserError
 from frozen_fast.models.released.torch_pickle import LazyTensor, load_torch_pickle, read_tensors
-from frozen_fast.models.video.space_time import VideoSize
 
 PARALLEL_PREFIX = "module."
 HEAD_WIDTH = 64

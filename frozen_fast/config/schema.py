@@ -100,10 +100,23 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clip2VideoConfig:
+    """CLIP2Video's sizes and start; attention, fused_ops and checkpointed_blocks of model.video hold for its CLIP."""
+
+    clip: str = key("", "CLIP weights to start from: OpenAI's .pt file, an open_clip file, a transformers folder, or open_clip:MODEL/TAG; empty: random weights")
+    activation: Literal["auto", "quick_gelu", "gelu"] = key("auto", "CLIP's activation; auto: what a transformers folder says, otherwise quick_gelu (most of open_clip's own weights use gelu, which no file says)")
+    size: str = key("ViT-B/32", "sizes of random weights: ViT-B/32, ViT-B/16, ViT-L/14, or tiny (for tests)", not_blank=True)
+    centers: int = key(5, "shared centres of the temporal alignment block (7 on VATEX)", ge=1)
+    temporal_layers: int = key(4, "layers of the transformer over frames and their differences", ge=1)
+    compatible_masks: bool = key(False, "repeat the released code's mistake in the masks of short clips, for its released weights; scores then depend on which clips share a batch")
+    max_tokens: int = key(32, "captions are cut to this many tokens, start and end included", ge=3, le=77)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The model."""
 
-    kind: str = key("frozen", "frozen: the paper's dual encoder; collaborative_experts, moee, concatenated_experts: models of expert features; or a plugin's", names=extensions.models)
+    kind: str = key("frozen", "frozen: the paper's dual encoder; clip2video; collaborative_experts, moee, concatenated_experts: models of expert features; or a plugin's", names=extensions.models)
     checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, else its newest) or released .pth/.pth.tar file")
     video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
     text: TextTowerConfig = section(TextTowerConfig, "text tower")
@@ -111,6 +124,7 @@ class ModelConfig:
     text_activation: Literal["relu", "none"] = key("relu", "before the text projection: relu as released, none as in the paper")
     expansion: Expansion = key("zero", "how temporal embeddings for m frames become embeddings for M > m")
     experts: ExpertsConfig = section(ExpertsConfig, "models of expert features")
+    clip2video: Clip2VideoConfig = section(Clip2VideoConfig, "CLIP2Video")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,8 @@ class DualEncoder(RetrievalModel):
     """
 
     kind = "frozen"
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __init__(
         self,

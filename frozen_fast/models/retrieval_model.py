@@ -39,11 +39,16 @@ class RetrievalModel(nn.Module, ABC):
     Attributes:
         kind: its name in frozen_fast.config.extensions.models, written to config.json.
         learned_frames: most frames per clip that the model takes now.
+        mean, std: RGB normalisation of the frames that the model was trained with, in [0, 1]; None: it takes no frames.
+        takes_frame_masks: whether video_features reads {"video", "frame_mask"}, for padded short clips.
         loss_scale: the scale of similarities that the loss learns with the model; None: a fixed temperature.
     """
 
     kind: str
     learned_frames: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    takes_frame_masks: bool = False
     loss_scale: LearnedScale | None = None
 
     @classmethod

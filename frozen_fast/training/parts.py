@@ -29,7 +29,6 @@ from frozen_fast.evaluation import Reranking
 from frozen_fast.models import DualEncoder, build_dual_encoder
 from frozen_fast.models.experts.expert_model import ExpertModel
 from frozen_fast.models.learned_scale import LearnedScale
-from frozen_fast.models.load_model import load_model as load_any_model
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.optimizers import freeze_groups
 from frozen_fast.profiling.flops import TextShape, clip_flops
@@ -50,6 +49,7 @@ def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: 
         section = replace(section, checkpoint=str(resume_from))
     torch.manual_seed(config.seed)
     model: RetrievalModel = models.load(section.kind).from_config(section)
+    _check_normalisation(model, config)
     _set_loss_scale(model, config.loss)
     freeze_groups(model, config.optimizer)
     return model.to(device).train()
@@ -110,9 +110,10 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
         UserError: the checkpoint or the tokenizer cannot be read, or it was trained on other pixel statistics.
     """
     if config.model.kind != DualEncoder.kind:
-        names = sorted(expert.name for expert in config.model.experts.experts)
-        options = {"experts": names} if names and checkpoint.expanduser().is_file() else {}
-        return load_any_model(checkpoint, config.model.kind, **options).to(device).eval()
+        section = replace(config.model, checkpoint=str(checkpoint))
+        other: RetrievalModel = models.load(section.kind).from_config(section)
+        _check_normalisation(other, config)
+        return other.to(device).eval()
     text = config.model.text
     model = DualEncoder.from_pretrained(
         checkpoint.expanduser(),
@@ -218,7 +219,14 @@ def _check_features(sources: Mapping[str, Source], key: str) -> None:
 
 
 def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat:
-    """The frames that the model takes."""
+    """The frames that the model takes.
+
+    Raises:
+        UserError: data.sampling masks frames, and the model does not take masks.
+    """
+    if config.data.sampling.rule == "fixed_rate" and not model.takes_frame_masks:
+        got = f"got 'fixed_rate' for a model of kind {model.kind}, which takes no masks of short clips"
+        raise UserError(f"data.sampling.rule: {got}; allowed: segments")
     augmentation = config.data.augmentation
     return FrameFormat(model.resolution, augmentation.mean, augmentation.std)
 
@@ -319,7 +327,9 @@ def _set_loss_scale(model: RetrievalModel, loss: LossConfig) -> None:
         model.loss_scale = LearnedScale(1.0 / loss.temperature, max_scale=loss.max_logit_scale, bias=bias)
 
 
-def _check_normalisation(model: DualEncoder, config: ExperimentConfig) -> None:
+def _check_normalisation(model: RetrievalModel, config: ExperimentConfig) -> None:
+    if model.mean is None or model.std is None:
+        return
     augmentation = config.data.augmentation
     for key, ours, theirs in (("mean", augmentation.mean, model.mean), ("std", augmentation.std, model.std)):
         if any(abs(a - b) > 1e-6 for a, b in zip(ours, theirs, strict=True)):

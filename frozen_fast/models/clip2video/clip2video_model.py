@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from frozen_fast.errors import UserError
+from frozen_fast.config.schema import ModelConfig
+from frozen_fast.errors import UserError, unknown_name
 from frozen_fast.models.clip.clip_blocks import ClipTransformer
 from frozen_fast.models.clip.clip_tokenizer import ClipTokenizer
-from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_STD, Clip, ClipSize, end_of_text
-from frozen_fast.models.clip.clip_weights import ClipWeights
-from frozen_fast.models.clip2video.clip2video_checkpoint import read_clip2video
+from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_SIZES, CLIP_STD, Clip, ClipSize, end_of_text
+from frozen_fast.models.clip.clip_weights import ClipWeights, read_clip
+from frozen_fast.models.clip2video.clip2video_checkpoint import clip_tokenizer_for, read_clip2video
 from frozen_fast.models.clip2video.frame_masks import aligned, key_scores, masked_mean
 from frozen_fast.models.learned_scale import with_ceiling
 from frozen_fast.models.model_folder import write_model_folder
@@ -56,6 +57,9 @@ class Clip2Video(RetrievalModel):
     """
 
     kind = "clip2video"
+    takes_frame_masks = True
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __init__(
         self,
@@ -121,6 +125,43 @@ class Clip2Video(RetrievalModel):
     def centers(self) -> int:
         """K."""
         return len(self.weight_center)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Clip2Video:
+        """Start from CLIP's weights as model.clip2video says, or load model.checkpoint.
+
+        Raises:
+            UserError: a key under model.clip2video, a file that cannot be read, or no tokenizer (extra clip).
+        """
+        section = config.clip2video
+        how: dict[str, Any] = {
+            "attention": config.video.attention,
+            "fused_ops": config.video.fused_ops,
+            "checkpointed_blocks": config.video.checkpointed_blocks,
+        }
+        if config.checkpoint is not None:
+            wrong_masks = True if section.compatible_masks else None
+            model = cls.from_pretrained(Path(config.checkpoint), compatible_masks=wrong_masks, **how).train()
+        else:
+            activation = None if section.activation == "auto" else section.activation
+            weights = read_clip(section.clip, activation) if section.clip else None
+            if weights is None and section.size not in CLIP_SIZES:
+                raise unknown_name("model.clip2video.size", section.size, CLIP_SIZES)
+            size = CLIP_SIZES[section.size] if weights is None else weights.size
+            model = cls(
+                size,
+                centers=section.centers,
+                temporal_depth=section.temporal_layers,
+                compatible_masks=section.compatible_masks,
+                tokenizer=clip_tokenizer_for(size, section.max_tokens),
+                **how,
+            )
+            if weights is not None:
+                model.start_from_clip(weights)
+        if model.tokenizer is None:
+            need = "CLIP's vocabulary and the extra clip (pip install frozen-fast[clip])"
+            raise UserError(f"model.clip2video: got no tokenizer for the captions; allowed: {need}")
+        return model
 
     def start_from_clip(self, weights: ClipWeights) -> None:
         """Take CLIP's weights, and start the temporal parts from its text tower as the released code does.

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from frozen_fast.errors import unknown_name
 from frozen_fast.losses import contrastive_loss
-from frozen_fast.models import VIDEO_SIZES, DualEncoder, SpaceTimeTransformer, TextTower
-from frozen_fast.models.text.tower import KNOWN_ARCHITECTURES, model_from_config
+from frozen_fast.models import VIDEO_SIZES, DualEncoder, SpaceTimeTransformer, TransformersTower
+from frozen_fast.models.text.transformers_tower import KNOWN_ARCHITECTURES, model_from_config
 from frozen_kernels import BACKEND_NAMES, chosen_backends, unavailable_backends
 
 RELEASED = "released"
@@ -84,7 +84,7 @@ class Contender:
         self.model = tower.to(device).train()
         self.optimizer: torch.optim.Optimizer | None = None
         if case.whole:
-            text = TextTower(model_from_config(KNOWN_ARCHITECTURES[TEXT]()), None, "auto")
+            text = TransformersTower(model_from_config(KNOWN_ARCHITECTURES[TEXT]()), None, "auto")
             encoder = DualEncoder(ours, text)
             encoder.video_model = tower  # type: ignore[assignment]
             self.model = encoder.to(device).train()

@@ -101,9 +101,9 @@ def measure_model(setup: Setup, *, exchange: bool = True) -> list[dict[str, floa
     """The whole optimizer step on a synthetic batch: both towers, loss, backward, update."""
     parallel, config = setup.parallel, setup.config
     generator = torch.Generator().manual_seed(config.seed + parallel.rank)
-    side, rows = setup.model.video_model.size.resolution, setup.batch_size // parallel.world_size
+    side, rows = setup.model.video_model.resolution, setup.batch_size // parallel.world_size
     video_BTCHW = torch.randn(rows, setup.frames, 3, side, side, generator=generator).to(parallel.device)
-    vocabulary = int(setup.model.text_model.config.vocab_size)
+    vocabulary = setup.model.text_model.vocabulary_size
     input_ids = torch.randint(0, vocabulary, (rows, setup.text_tokens), generator=generator).to(parallel.device)
     text = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
@@ -175,6 +175,7 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
     """All modes asked for, one after the other in this process."""
     sources = read_training_sources(config)
     model = build_model(config, parallel.device)
+    flops_per_clip = flops_counter(model, [options.frames])
     if config.training.compile:
         compiling.compile_towers(model)
     parallel.prepare(model, build_optimizer(model, config.optimizer))
@@ -209,7 +210,7 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
         "precision": parallel.precision,
         "num_devices": parallel.world_size,
         "device": device_description(parallel.device),
-        "flops_per_clip": flops_counter(model)(options.frames, options.text_tokens, options.batch_size),
+        "flops_per_clip": flops_per_clip(options.frames, options.text_tokens, options.batch_size),
         "peak_flops_per_second": peak.flops_per_second if peak else None,
         "peak_source": peak.source if peak else None,
         "modes": measured,

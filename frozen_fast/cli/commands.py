@@ -59,6 +59,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 def train(arguments: argparse.Namespace) -> int:
     """Train as the config says."""
     config = load_config(arguments.config, arguments.overrides)
+    check_model_section(config)
     if arguments.print_config:
         return _print_config(config, arguments)
     check_for_training(config)
@@ -71,6 +72,25 @@ def train(arguments: argparse.Namespace) -> int:
     return train_run(config, resume=arguments.resume)
 
 
+def check_model_section(config: ExperimentConfig) -> None:
+    """Find mistakes in model.video, model.text and the frames of the curriculum before anything is read or built.
+
+    Raises:
+        UserError: naming the key.
+    """
+    from frozen_fast.models import DualEncoder, check_model
+
+    if config.model.kind != DualEncoder.kind:
+        return
+    stages = config.curriculum.stages
+    frames = [(f"curriculum.stages[{index}].frames", stage.frames) for index, stage in enumerate(stages)]
+    check_model(config.model, frames)
+    asked, learned = config.evaluation.frames, max(number for _, number in frames)
+    if config.model.checkpoint is None and asked is not None and asked > learned:
+        allowed = f"up to {learned}, the most frames of a stage, or null"
+        raise UserError(f"evaluation.frames: got {asked}; allowed: {allowed}")
+
+
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
     _config_arguments(parser)
@@ -80,16 +100,18 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate a checkpoint on the config's evaluation sources and print the numbers as JSON."""
-    config = load_config(arguments.config, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.checkpoint:
+        overrides.append(f"model.checkpoint={json.dumps(arguments.checkpoint)}")
+    config = load_config(arguments.config, overrides)
     if arguments.print_config:
         return _print_config(config, arguments)
     check_for_evaluation(config)
-    checkpoint = arguments.checkpoint or config.model.checkpoint
-    if checkpoint is None:
+    if config.model.checkpoint is None:
         raise UserError("--checkpoint: got none; allowed: a checkpoint folder or a released .pth/.pth.tar file")
     from frozen_fast.training.run import evaluate_checkpoint
 
-    result = evaluate_checkpoint(config, checkpoint, arguments.output)
+    result = evaluate_checkpoint(config, config.model.checkpoint, arguments.output)
     if _is_first_rank():
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0
@@ -115,6 +137,11 @@ def convert(arguments: argparse.Namespace) -> int:
         arguments.source, num_frames=arguments.frames, expansion=arguments.expansion, tokenizer=arguments.tokenizer
     )
     model.save_pretrained(output)
+    if model.tokenizer is None:
+        sys.stderr.write(
+            "warning: no tokenizer was saved, so the folder takes token ids only; --tokenizer FOLDER saves one, "
+            "model.text.tokenizer names one in a config\n"
+        )
     print(output)
     return 0
 

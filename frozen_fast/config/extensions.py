@@ -216,3 +216,23 @@ report_sections = ExtensionPoint(
 )
 """Functions from a run (frozen_fast.report.run_data.RunData) to a Section, or to None where there is nothing to say;
 the report holds them in this order, those of plugins last."""
+
+video_towers = ExtensionPoint(
+    "video_towers",
+    "model.video.tower",
+    {
+        "space_time": "frozen_fast.models.video.space_time:SpaceTimeTransformer",
+        "timm": "frozen_fast.models.video.timm_frames:TimmFrames",
+        "torchvision_video": "frozen_fast.models.video.torchvision_video:TorchvisionVideo",
+    },
+)
+"""frozen_fast.models.video.video_tower.VideoTower classes."""
+
+text_towers = ExtensionPoint(
+    "text_towers",
+    "model.text.tower",
+    {
+        "transformers": "frozen_fast.models.text.transformers_tower:TransformersTower",
+    },
+)
+"""frozen_fast.models.text.text_tower.TextTower classes."""

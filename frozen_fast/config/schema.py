@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -32,31 +32,46 @@ Spread = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True, kw_only=True)
 class VideoTowerConfig:
-    """The space-time transformer."""
+    """The video tower. A key that the chosen tower does not read is refused when it is set."""
 
-    size: str = key("base_patch16_224", "named size: width, depth, heads, patch and resolution (frozen_fast/config/video_sizes.py)", names=VIDEO_SIZES)
-    weights: str = key("none", "initial ViT weights: none, timm:NAME, a local .pth/.safetensors/.onnx file, or package:MODULE/FILE.onnx inside an installed package", not_blank=True)
-    block: Literal["frozen_in_time", "timesformer"] = key("frozen_in_time", "where the space residual adds: the block's input, or TimeSformer's divided block")
-    attention: Attention = key("auto", "attention backend of frozen_kernels")
-    fused_ops: Literal["auto", "plain"] = key("auto", "residual norms and bias + GELU: frozen_kernels' fastest form for the device (Triton, C), or PyTorch's own operators")
-    time_init: Literal["zero_output", "released", "random"] = key("zero_output", "how time attention starts: output projection 0; qkv 0 and projection 1 as released at more than one frame (its queries and keys then never learn); or random as released at one frame")
-    position_init_std: float = key(0.02, "spread of the position embeddings' start; a tower from scratch on little data needs 1 to see where things are", ge=0)
+    tower: str | None = key(None, "space_time; timm: an image model on each frame; torchvision_video; or a plugin's; none: space_time, or the checkpoint's", names=extensions.video_towers)
+    size: str | None = key(None, "which model of the tower. space_time: a named size (frozen_fast/config/video_sizes.py); timm: a timm model; torchvision_video: s3d, r3d_18, r2plus1d_18, mc3_18, mvit_v1_b, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b; none: base_patch16_224 for space_time, or the checkpoint's", not_blank=True)
+    weights: str = key("none", "initial weights: none; a local .pth/.safetensors file; timm:NAME, a local .onnx file, or package:MODULE/FILE.onnx inside an installed package (space_time: a ViT's); pretrained (timm and torchvision_video: from the library's cache or a download)", not_blank=True)
+    resolution: int | None = key(None, "pixels along a frame's edge (timm, torchvision_video); none: what the model was made for, or the checkpoint's", ge=1)
+    over_time: Literal["mean", "transformer"] | None = key(None, "timm: how the frames' features become one: their mean, or a transformer with learned frame positions; none: mean, or the checkpoint's")
+    time_layers: int | None = key(None, "timm: layers of the transformer over time; none: 2, or the checkpoint's", ge=1)
+    heads: int | None = key(None, "attention heads of a released checkpoint's video tower, which its file does not tell; none: width / 64", ge=1)
+    block: Literal["frozen_in_time", "timesformer"] | None = key(None, "space_time: where the space residual adds: the block's input, or TimeSformer's divided block; none: frozen_in_time, or the checkpoint's")
+    attention: Attention = key("auto", "space_time: attention backend of frozen_kernels")
+    fused_ops: Literal["auto", "plain"] = key("auto", "space_time: residual norms and bias + GELU by frozen_kernels' fastest form for the device (Triton, C), or by PyTorch's own operators")
+    time_init: Literal["zero_output", "released", "random"] = key("zero_output", "space_time: how time attention starts: output projection 0; qkv 0 and projection 1 as released at more than one frame (its queries and keys then never learn); or random as released at one frame")
+    position_init_std: float = key(0.02, "space_time: spread of the position embeddings' start; a tower from scratch on little data needs 1 to see where things are", ge=0)
     temporal_init_std: float = key(0.0, "spread of the temporal embeddings' start, added to what the first expansion makes of one frame's row; 0: as in the paper", ge=0)
-    skip_time_attention_at_one_frame: bool = key(False, "leave temporal attention out in stages of one frame (changes the model)")
+    skip_time_attention_at_one_frame: bool | None = key(None, "space_time: leave temporal attention out in stages of one frame (changes the model); none: false, or the checkpoint's")
     checkpointed_blocks: int = key(0, "number of blocks whose activations are recomputed in the backward pass", ge=0)
-    full_last_block: bool = key(False, "compute the last block's patch outputs too, which nothing reads (for timing comparisons)")
+    full_last_block: bool = key(False, "space_time: compute the last block's patch outputs too, which nothing reads (for timing comparisons)")
+    options: Named[Any] = key((), "further settings of a plugin's tower (a mapping)")
+
+    @model_validator(mode="after")
+    def _size_is_the_towers(self) -> Self:
+        if self.tower in (None, "space_time") and self.size is not None and self.size not in VIDEO_SIZES:
+            refuse([("size", unknown_value(self.size, VIDEO_SIZES))])
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
     """The caption encoder."""
 
-    name: str = key("distilbert-base-uncased", "transformers name, local folder, or package:MODULE/FOLDER inside an installed package", not_blank=True)
+    tower: str | None = key(None, "transformers: any encoder of that library; or a plugin's; none: transformers, or the checkpoint's", names=extensions.text_towers)
+    name: str | None = key(None, "transformers name, local folder, or package:MODULE/FOLDER inside an installed package; none: distilbert-base-uncased, or the checkpoint's", not_blank=True)
     weights: Literal["pretrained", "random"] = key("pretrained", "random keeps the architecture and draws the weights")
-    tokenizer: str | None = key(None, "tokenizer name or folder; none: the tower's own")
-    max_tokens: int = key(77, "captions are cut to this many tokens; 3: the start, one word, the end", ge=3)
+    tokenizer: str | None = key(None, "tokenizer name or folder; none: the tower's own, or the checkpoint's")
+    max_tokens: int | None = key(None, "captions are cut to this many tokens; none: 77 or as many as the tower takes, or the checkpoint's", ge=3)
     frozen_layers: int = key(0, "the token embeddings and the first so many layers keep their weights; 0: all of the tower learns", ge=0)
-    pooling: Literal["auto", "cls", "mean", "pooler"] = key("auto", "auto: BERT's pooler where there is one, otherwise token 0")
+    pooling: Literal["auto", "cls", "mean", "pooler", "eos"] = key("auto", "cls: token 0; mean: over the caption's tokens; pooler: the model's own; eos: the caption's last token; auto: the checkpoint's, or what the architecture was trained with (BERT's pooler, T5's mean, CLIP's eos), otherwise cls")
+    heads: int | None = key(None, "attention heads of a released checkpoint's text tower, which its file does not tell; none: width / 64", ge=1)
+    options: Named[Any] = key((), "further settings of a plugin's tower (a mapping)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +132,11 @@ class ModelConfig:
     """The model."""
 
     kind: str = key("frozen", "frozen: the paper's dual encoder; clip2video; collaborative_experts, moee, concatenated_experts: models of expert features; or a plugin's", names=extensions.models)
-    checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, else its newest) or released .pth/.pth.tar file")
+    checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, else its newest) or released .pth/.pth.tar file; it says what the model is, and keys that contradict it are refused")
     video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
     text: TextTowerConfig = section(TextTowerConfig, "text tower")
-    embedding_width: int = key(256, "width of the common space", ge=1)
-    text_activation: Literal["relu", "none"] = key("relu", "before the text projection: relu as released, none as in the paper")
+    embedding_width: int | None = key(None, "width of the common space; none: 256, or the checkpoint's", ge=1)
+    text_activation: Literal["relu", "none"] | None = key(None, "before the text projection: relu as released, none as in the paper; null: relu, or the checkpoint's")
     expansion: Expansion = key("zero", "how temporal embeddings for m frames become embeddings for M > m")
     experts: ExpertsConfig = section(ExpertsConfig, "models of expert features")
     clip2video: Clip2VideoConfig = section(Clip2VideoConfig, "CLIP2Video")
@@ -388,7 +403,7 @@ class EvaluationConfig:
     querybank_size: int = key(5000, "qb_norm: captions of the querybank, one a clip, of clips evenly spread over data.sources[0]", ge=1)
     querybank_beta: float = key(20.0, "qb_norm: factor on the similarities inside the inverted softmax", gt=0)
     average_sources: bool = key(False, "the report adds the mean over the sources: the folds of COCO's 1k protocol, the splits of UCF101 and HMDB51")
-    frames: int | None = key(None, "frames per window, but no more than the model has learned by then; none: those of the stage", ge=1)
+    frames: int | None = key(None, "frames per window: up to those that the model learns in the run, and in training no more than it has learned by then; none: those of the stage, or of the checkpoint", ge=1)
     stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle", ge=0)
     max_windows: int = key(0, "at most so many windows a clip, evenly spread, 0: all", ge=0)
     batch_size: int = key(32, "windows per forward pass on a rank", ge=1)

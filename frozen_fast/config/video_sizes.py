@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from frozen_fast.errors import UserError
+from frozen_fast.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +50,14 @@ VIDEO_SIZES: dict[str, VideoSize] = {
     "pico_patch16_32": VideoSize(resolution=32, patch=16, width=64, depth=2, heads=2),
 }
 """Named sizes: base, small and tiny are ViT's; mini, nano and pico are for demonstrations and tests on a CPU."""
+
+
+def named_size(name: str | None) -> VideoSize:
+    """The sizes behind model.video.size.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in VIDEO_SIZES:
+        raise unknown_name("model.video.size", str(name), VIDEO_SIZES)
+    return VIDEO_SIZES[name]

@@ -6,7 +6,6 @@ Axis letters: B batch, T frames, C channels, H and W pixels, L text tokens, D wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,14 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from frozen_fast.common.similarity import cosine_similarities
+from frozen_fast.config.extensions import text_towers, video_towers
+from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models.learned_scale import LearnedScale
-from frozen_fast.models.pretrained import DEFAULT_MAX_TOKENS, TEMPORAL, load_weights, read_model, write_model
+from frozen_fast.models.pretrained import StoredModel, load_weights, read_model, write_model
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
+from frozen_fast.models.text.text_tower import TextTower
 from frozen_fast.models.text.tokenizer import Tokenizer
-from frozen_fast.models.text.tower import TextTower
-from frozen_fast.models.video.space_time import INIT_STD, SpaceTimeTransformer
+from frozen_fast.models.text.transformers_tower import default_max_tokens
 from frozen_fast.models.video.temporal import expand_temporal_embedding
+from frozen_fast.models.video.video_tower import VideoTower, frames_in_words
 
 TextActivation = Literal["relu", "none"]
 
@@ -32,12 +34,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 NORM_EPS = 1e-8
 """Smallest norm that a raw embedding is divided by (the released code's)."""
 
+PROJECTION_STD = 0.02
+"""Standard deviation of the truncated normal that the projections are drawn from."""
+
+LARGEST_NORMALISED = 10.0
+"""A normalised pixel is within the range that mean and std give; this many times beyond it, floats are raw pixels."""
+
 
 class DualEncoder(RetrievalModel):
     """Video and captions -> one common space. State dict names are those of the released checkpoints.
 
     Attributes:
-        learned_frames: rows of the video tower's temporal_embed that hold learned values (or are being learned).
+        learned_frames: most frames per clip that the model takes now: rows of the video tower's frame embeddings that
+            hold learned values (or are being learned), and the frames it was trained with where it has none.
         mean, std: RGB normalisation of the training data, in [0, 1]; encode_video applies it to uint8 clips.
     """
 
@@ -47,7 +56,7 @@ class DualEncoder(RetrievalModel):
 
     def __init__(
         self,
-        video_model: SpaceTimeTransformer,
+        video_model: VideoTower,
         text_model: TextTower,
         *,
         embedding_width: int = 256,
@@ -64,7 +73,7 @@ class DualEncoder(RetrievalModel):
             text_model: the text tower.
             embedding_width: D.
             text_activation: before the text projection: "relu" as released, "none" as in the paper.
-            learned_frames: None: all rows of temporal_embed.
+            learned_frames: None: as many as the tower takes.
             mean: of the training data's pixels, RGB in [0, 1].
             std: likewise.
             loss_scale: the scale that the loss learns with the model; None: a fixed temperature.
@@ -81,10 +90,10 @@ class DualEncoder(RetrievalModel):
         self.text_activation: TextActivation = text_activation
         activation = nn.ReLU() if text_activation == "relu" else nn.Identity()
         self.txt_proj = nn.Sequential(activation, nn.Linear(text_model.width, embedding_width))
-        self.vid_proj = nn.Sequential(nn.Linear(video_model.size.width, embedding_width))
+        self.vid_proj = nn.Sequential(nn.Linear(video_model.width, embedding_width))
         for projection in (self.txt_proj[1], self.vid_proj[0]):
             linear = cast(nn.Linear, projection)
-            nn.init.trunc_normal_(linear.weight, std=INIT_STD)
+            nn.init.trunc_normal_(linear.weight, std=PROJECTION_STD)
             nn.init.zeros_(linear.bias)
         self.learned_frames = video_model.max_frames if learned_frames is None else learned_frames
         if not 1 <= self.learned_frames <= video_model.max_frames:
@@ -97,7 +106,7 @@ class DualEncoder(RetrievalModel):
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.video_model.cls_token.device
+        return cast(nn.Linear, self.vid_proj[0]).weight.device
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -107,7 +116,7 @@ class DualEncoder(RetrievalModel):
     @property
     def resolution(self) -> int:
         """R: frames are R x R pixels."""
-        return self.video_model.size.resolution
+        return self.video_model.resolution
 
     def text_features(self, text: TextInput) -> Features:
         """{"embedding": [Q, D]}, not normalised; see encode_text."""
@@ -150,7 +159,8 @@ class DualEncoder(RetrievalModel):
 
     def _normalised(self, video_BTCHW: Tensor) -> Tensor:
         """Move a clip batch to the weights' device, as floats of their dtype, uint8 pixels normalised."""
-        dtype = self.video_model.cls_token.dtype
+        dtype = cast(nn.Linear, self.vid_proj[0]).weight.dtype
+        self._check_range(video_BTCHW)
         video = video_BTCHW.to(self.device)
         if video.is_floating_point():
             return video.to(dtype)
@@ -159,6 +169,18 @@ class DualEncoder(RetrievalModel):
         mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
         return (video.float().div_(255).sub_(mean).div_(std)).to(dtype)
+
+    def _check_range(self, video: Tensor) -> None:
+        """Refuse float pixels that were not normalised; on a CUDA device only outside training, which it would stop."""
+        if not video.is_floating_point() or (video.is_cuda and torch.is_grad_enabled()):
+            return
+        bound = max(max(mean, 1 - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
+        largest = float(video.detach().abs().amax())
+        if largest > LARGEST_NORMALISED * bound:
+            raise ValueError(
+                f"video: got floats up to {largest:.4g}; allowed: floats normalised with the model's mean and std "
+                f"(up to about {bound:.2g}), or uint8 pixels, which are normalised here"
+            )
 
     def encode_text(self, texts: Sequence[str] | Mapping[str, Tensor], normalize: bool = True) -> Tensor:
         """Embed captions; follows train() and eval(), differentiable.
@@ -190,12 +212,17 @@ class DualEncoder(RetrievalModel):
                 f"text: got input_ids {list(ids_BL.shape)} {ids_BL.dtype} and attention_mask {list(mask_BL.shape)}; "
                 "allowed: two whole-number tensors [B, L] of one shape"
             )
-        if ids_BL.shape[1] > self.text_model.max_positions:
-            raise ValueError(f"text: got {ids_BL.shape[1]} tokens; allowed: up to {self.text_model.max_positions}")
+        longest = self.text_model.max_positions
+        if longest is not None and ids_BL.shape[1] > longest:
+            raise ValueError(f"text: got {ids_BL.shape[1]} tokens; allowed: up to {longest}")
         return ids_BL.to(self.device), mask_BL.to(self.device)
 
+    def frame_embeddings(self) -> list[str]:
+        """Names in this model of the parameters [1, max_frames, D] that grow with the number of frames."""
+        return [f"video_model.{name}" for name in self.video_model.frame_embeddings]
+
     def expand_frames(self, num_frames: int, method: str = "zero") -> None:
-        """Fill rows learned_frames.. of temporal_embed in place, and count them as learned from now on.
+        """Fill rows learned_frames.. of the frame embeddings in place, and count them as learned from now on.
 
         From one frame, "nearest" and "bilinear" give every frame the same row and "zero" none but the first: what the
         new rows were drawn as (temporal_init_std; 0 unless asked for) is added, so that frames differ from the start.
@@ -207,33 +234,35 @@ class DualEncoder(RetrievalModel):
         Raises:
             UserError: for more frames than the tower was built for.
         """
-        embed = self.video_model.temporal_embed
-        if not 1 <= num_frames <= embed.shape[1]:
-            raise UserError(f"num_frames: got {num_frames}; allowed: 1 to {embed.shape[1]}, the tower's max_frames")
+        if not 1 <= num_frames <= self.video_model.max_frames:
+            allowed = f"1 to {self.video_model.max_frames}, the tower's max_frames"
+            raise UserError(f"num_frames: got {num_frames}; allowed: {allowed}")
         if num_frames <= self.learned_frames:
             return
         with torch.no_grad():
-            expanded = expand_temporal_embedding(embed[:, : self.learned_frames], num_frames, method)
-            if self.learned_frames == 1:
-                expanded[:, 1:] += embed[:, 1:num_frames]
-            embed[:, :num_frames] = expanded
+            for name in self.frame_embeddings():
+                embed = self.get_parameter(name)
+                expanded = expand_temporal_embedding(embed[:, : self.learned_frames], num_frames, method)
+                if self.learned_frames == 1:
+                    expanded[:, 1:] += embed[:, 1:num_frames]
+                embed[:, :num_frames] = expanded
         self.learned_frames = num_frames
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The blocks of both towers: units of sharding."""
+        return [*self.video_model.repeated_blocks(), *self.text_model.repeated_blocks()]
+
+    def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
+        """The video tower's."""
+        return self.video_model.kernels_used(device, compiled=compiled)
 
     def architecture(self) -> dict[str, Any]:
         """What config.json holds: all that from_pretrained needs beside the weights and the tokenizer."""
         video, text = self.video_model, self.text_model
+        longest = default_max_tokens(text.max_positions) if text.tokenizer is None else text.tokenizer.max_tokens
         return {
-            "video": {
-                "size": asdict(video.size),
-                "max_frames": video.max_frames,
-                "block": video.block,
-                "skip_time_attention_at_one_frame": video.skip_time_attention_at_one_frame,
-            },
-            "text": {
-                "config": text.plain_config(),
-                "pooling": text.pooling,
-                "max_tokens": text.tokenizer.max_tokens if text.tokenizer is not None else DEFAULT_MAX_TOKENS,
-            },
+            "video": {"tower": video.name, **video.architecture(), "max_frames": video.max_frames},
+            "text": {"tower": text.name, **text.architecture(), "max_tokens": longest},
             "embedding_width": self.embedding_width,
             "text_activation": self.text_activation,
             "learned_frames": self.learned_frames,
@@ -262,7 +291,7 @@ class DualEncoder(RetrievalModel):
         *,
         max_frames: int | None = None,
         max_tokens: int | None = None,
-        video_options: Mapping[str, Any] | None = None,
+        config: ModelConfig | None = None,
     ) -> DualEncoder:
         """Load a checkpoint; the model comes in eval mode.
 
@@ -273,26 +302,61 @@ class DualEncoder(RetrievalModel):
             expansion: "zero", "nearest" or "bilinear".
             tokenizer: transformers name, local folder or package:MODULE/FOLDER; None: the checkpoint's own (released
                 files have none: they then take token ids only).
-            max_frames: rows of temporal_embed to allocate; None: num_frames. The rows above num_frames are 0, or, with
-                num_frames None, the values that the run drew for them.
+            max_frames: rows of the frame embeddings to allocate; None: num_frames. The rows above num_frames are 0,
+                or, with num_frames None, the values that the run drew for them.
             max_tokens: captions are cut to this many tokens; None: the checkpoint's value.
-            video_options: keywords of SpaceTimeTransformer that replace the checkpoint's.
+            config: says how the towers compute (attention, recomputed blocks, frozen layers, a released file's
+                attention heads); None: defaults.
 
         Raises:
             UserError: for a missing, damaged or foreign checkpoint.
         """
         path = Path(path)
-        stored = read_model(path, tokenizer, max_tokens)
-        learned = stored.learned_frames if num_frames is None else num_frames
+        config = config or ModelConfig()
+        heads = {"video_heads": config.video.heads, "text_heads": config.text.heads}
+        stored = read_model(path, tokenizer, max_tokens, **heads)
+        return cls.from_stored(stored, path, num_frames, expansion, max_frames=max_frames, config=config)
+
+    @classmethod
+    def from_stored(
+        cls,
+        stored: StoredModel,
+        path: Path,
+        num_frames: int | None = None,
+        expansion: str = "zero",
+        *,
+        max_frames: int | None = None,
+        config: ModelConfig,
+    ) -> DualEncoder:
+        """from_pretrained, from what read_model(path) has given; `stored` is used up."""
+        told = stored.architecture
+        learned = told["learned_frames"] if num_frames is None else num_frames
         if learned < 1:
             raise UserError(f"num_frames: got {learned}; allowed: 1 or more")
         rows = max(learned, max_frames or learned)
-        rows_1TD = stored.state[TEMPORAL]
-        if num_frames is not None:
-            rows_1TD = expand_temporal_embedding(rows_1TD[:, : stored.learned_frames], learned, expansion)
-        stored.state[TEMPORAL] = expand_temporal_embedding(rows_1TD, rows, "zero")
-        with torch.device("meta"):  # drawing weights that the file replaces would take seconds
-            video = SpaceTimeTransformer(stored.size, rows, **{**stored.video_options, **(video_options or {})})
-        model = cls(video.to_empty(device="cpu"), stored.text, learned_frames=learned, **stored.options)
+        try:
+            tower = video_towers.load(told["video"]["tower"])
+            video = tower.from_architecture(told["video"], max_frames=rows, section=config.video)
+            text_tower = text_towers.load(told["text"]["tower"])
+            text = text_tower.from_architecture(told["text"], stored.tokenizer, config.text)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"checkpoint: got {path}, whose architecture is incomplete ({error})") from error
+        keys = ("embedding_width", "text_activation", "mean", "std")
+        options: dict[str, Any] = {key: told[key] for key in keys if key in told}
+        if "loss_scale" in told:
+            options["loss_scale"] = LearnedScale.from_settings(told["loss_scale"])
+        if learned not in video.frames:
+            allowed = frames_in_words(video.frames)
+            raise UserError(f"num_frames: got {learned}; allowed: {allowed}, which the checkpoint's tower takes")
+        model = cls(video, text, learned_frames=learned, **options)
+        for name in model.frame_embeddings():
+            rows_1TD = stored.state.get(name)
+            if rows_1TD is None or rows_1TD.dim() != 3 or not 1 <= told["learned_frames"] <= rows_1TD.shape[1]:
+                shape = None if rows_1TD is None else list(rows_1TD.shape)
+                got = f"{name} has shape {shape} and {told['learned_frames']} learned frames"
+                raise UserError(f"checkpoint: got {path}, where {got}")
+            if num_frames is not None:
+                rows_1TD = expand_temporal_embedding(rows_1TD[:, : told["learned_frames"]], learned, expansion)
+            stored.state[name] = expand_temporal_embedding(rows_1TD, rows, "zero")
         load_weights(model, stored.state, path)
         return model.eval()

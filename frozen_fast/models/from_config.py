@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from frozen_fast.config.schema import ModelConfig
-from frozen_fast.config.video_sizes import VIDEO_SIZES
+from frozen_fast.config.extensions import text_towers, video_towers
+from frozen_fast.config.fields import keys_of
+from frozen_fast.config.model_defaults import with_model_defaults
+from frozen_fast.config.schema import ModelConfig, TextTowerConfig, VideoTowerConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models.dual_encoder import IMAGENET_MEAN, IMAGENET_STD, DualEncoder
-from frozen_fast.models.text.tower import TextTower
-from frozen_fast.models.video.space_time import SpaceTimeTransformer
-from frozen_fast.models.video.vit_weights import load_vit_weights
+from frozen_fast.models.pretrained import StoredModel, own_tokenizer, read_model
+from frozen_fast.models.text.transformers_tower import load_tokenizer
+from frozen_fast.models.video.video_tower import VideoTower, check_frames
+
+log = logging.getLogger(__name__)
+
+INITIAL_VALUES = ("weights", "time_init", "position_init_std", "temporal_init_std")
+"""Keys of model.video that a checkpoint leaves no use for."""
+
+OF_EVERY_TOWER = ("tower", "options", "checkpointed_blocks")
+
+
+def check_model(config: ModelConfig, frames: Sequence[tuple[str, int]]) -> None:
+    """Find mistakes in the model section before anything is read or built; a checkpoint's file is not opened.
+
+    Args:
+        config: the config's model section.
+        frames: (config key, number of frames) of every stage and of the evaluation.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if config.checkpoint is not None:
+        path = Path(config.checkpoint).expanduser()
+        if not path.exists():
+            raise UserError(f"model.checkpoint: got {config.checkpoint!r}; no such file or folder")
+        return
+    config = with_model_defaults(config)
+    tower: type[VideoTower] = video_towers.load(str(config.video.tower))
+    refuse_unread_keys("model.video", config.video, tower.name, (*OF_EVERY_TOWER, *tower.keys))
+    text = text_towers.load(str(config.text.tower))
+    refuse_unread_keys("model.text", config.text, text.name, (*OF_EVERY_TOWER, *text.keys))
+    check_frames(tower, config.video, frames)
+
+
+def refuse_unread_keys(path: str, section: VideoTowerConfig | TextTowerConfig, tower: str, read: Sequence[str]) -> None:
+    """Refuse a key that is set and that the chosen tower does not read.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for info in keys_of(type(section)):
+        value = getattr(section, info.name)
+        if value != info.default and info.name not in read:
+            raise UserError(f"{path}.{info.name}: got {value!r}; allowed: nothing, the tower {tower} does not read it")
 
 
 def build_dual_encoder(
@@ -22,70 +67,100 @@ def build_dual_encoder(
     first_frames: int,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    resuming: bool = False,
 ) -> DualEncoder:
     """Build the model that a config describes; draws weights from torch's global random state.
 
     Args:
         config: the config's model section.
-        max_frames: most frames of any stage: rows of temporal_embed.
+        max_frames: most frames of any stage: rows of the frame embeddings.
         first_frames: frames of the first stage. Rows that count as learned: these, or all that a checkpoint learned
             if it learned more; a checkpoint that learned fewer is expanded by config.expansion.
         mean: of the training data's pixels; a checkpoint keeps its own.
         std: likewise.
+        resuming: model.checkpoint is this run's own, so the config is not compared with it, and its rows stay.
 
     Raises:
         UserError: naming the key under model.
     """
-    video = config.video
-    options: dict[str, Any] = {
-        "block": video.block,
-        "attention": video.attention,
-        "fused_ops": video.fused_ops,
-        "skip_time_attention_at_one_frame": video.skip_time_attention_at_one_frame,
-        "checkpointed_blocks": video.checkpointed_blocks,
-        "full_last_block": video.full_last_block,
-    }
     if config.checkpoint is not None:
-        return _from_checkpoint(config, max_frames, first_frames, options)
-    tower = SpaceTimeTransformer(
-        VIDEO_SIZES[video.size],
-        max_frames,
-        time_init=video.time_init,
-        position_init_std=video.position_init_std,
-        temporal_init_std=video.temporal_init_std,
-        **options,
-    )
-    if video.weights != "none":
-        load_vit_weights(tower, video.weights)
-    text = config.text
-    text_tower = TextTower.build(text.name, text.weights, text.tokenizer, text.max_tokens, text.pooling)
-    text_tower.freeze_layers(text.frozen_layers)
-    return DualEncoder(
-        tower,
-        text_tower,
-        embedding_width=config.embedding_width,
-        text_activation=config.text_activation,
-        learned_frames=first_frames,
-        mean=mean,
-        std=std,
-    )
+        return _from_checkpoint(config, max_frames, first_frames, resuming)
+    config = with_model_defaults(config)
+    check_model(config, [("max_frames", max_frames), ("first_frames", first_frames)])
+    tower: type[VideoTower] = video_towers.load(str(config.video.tower))
+    video = tower.from_config(config.video, max_frames=max_frames)
+    text = text_towers.load(str(config.text.tower)).from_config(config.text)
+    options: dict[str, Any] = {"embedding_width": config.embedding_width, "text_activation": config.text_activation}
+    return DualEncoder(video, text, learned_frames=first_frames, mean=mean, std=std, **options)
 
 
-def _from_checkpoint(config: ModelConfig, max_frames: int, first_frames: int, options: dict[str, Any]) -> DualEncoder:
+def _from_checkpoint(config: ModelConfig, max_frames: int, first_frames: int, resuming: bool) -> DualEncoder:
     """Start from a checkpoint, with room for max_frames."""
-    assert config.checkpoint is not None
-    path = Path(config.checkpoint).expanduser()
-    model = DualEncoder.from_pretrained(
-        path,
-        None,
-        config.expansion,
-        config.text.tokenizer,
-        max_frames=max_frames,
-        max_tokens=config.text.max_tokens,
-        video_options=options,
-    )
-    model.text_model.freeze_layers(config.text.frozen_layers)
+    model = load_checkpoint(config, max_frames=max_frames, keep_rows=resuming, compare=not resuming)
     model.expand_frames(max(first_frames, model.learned_frames), config.expansion)
     if model.text_model.tokenizer is None:
         raise UserError("model.text.tokenizer: got none, and the checkpoint carries none; allowed: a name or folder")
     return model.train()
+
+
+def load_checkpoint(
+    config: ModelConfig,
+    num_frames: int | None = None,
+    *,
+    max_frames: int | None = None,
+    keep_rows: bool = False,
+    compare: bool = True,
+) -> DualEncoder:
+    """The model of config.checkpoint, in eval mode.
+
+    Captions are read by model.text.tokenizer, else by the checkpoint's tokenizer, else by that of its text tower.
+
+    Args:
+        config: the config's model section.
+        num_frames: as DualEncoder.from_pretrained.
+        max_frames: likewise.
+        keep_rows: allocate at least as many rows of the frame embeddings as the checkpoint holds, learned or not, so
+            that the optimizer's state fits.
+        compare: refuse keys that contradict the checkpoint.
+
+    Raises:
+        UserError: naming the key that contradicts the checkpoint, or what is wrong with its file.
+    """
+    assert config.checkpoint is not None
+    path = Path(config.checkpoint).expanduser()
+    heads = {"video_heads": config.video.heads, "text_heads": config.text.heads}
+    stored = read_model(path, config.text.tokenizer, config.text.max_tokens, **heads)
+    if compare:
+        check_agreement(config, stored)
+    name = None if stored.tokenizer is not None else config.text.name or own_tokenizer(path, stored.architecture)
+    if name is not None:
+        longest = config.text.max_tokens or stored.architecture["text"]["max_tokens"]
+        stored.tokenizer = load_tokenizer(name, longest)
+    if keep_rows:
+        max_frames = max(max_frames or 1, stored.architecture["video"]["max_frames"])
+    return DualEncoder.from_stored(stored, path, num_frames, config.expansion, max_frames=max_frames, config=config)
+
+
+def check_agreement(config: ModelConfig, stored: StoredModel) -> None:
+    """Refuse keys that contradict a checkpoint, and say which ones it leaves no use for.
+
+    Raises:
+        UserError: naming the key, the value and the checkpoint's.
+    """
+    told = stored.architecture
+    for key in ("embedding_width", "text_activation"):
+        said = getattr(config, key)
+        if said is not None and said != told[key]:
+            raise UserError(f"model.{key}: got {said!r}; allowed: {told[key]!r}, that of model.checkpoint")
+    for side, section, towers in (("video", config.video, video_towers), ("text", config.text, text_towers)):
+        path, name = f"model.{side}", told[side]["tower"]
+        if section.tower is not None and section.tower != name:
+            raise UserError(f"{path}.tower: got {section.tower!r}; allowed: {name!r}, that of model.checkpoint")
+        tower = towers.load(name)
+        refuse_unread_keys(path, section, name, (*OF_EVERY_TOWER, *tower.keys))
+        tower.check_agreement(section, told[side])
+    plain = VideoTowerConfig()
+    unused = [f"model.video.{key}" for key in INITIAL_VALUES if getattr(config.video, key) != getattr(plain, key)]
+    unused += ["model.text.weights"] if config.text.weights == "random" else []
+    if unused:
+        log.info("model.checkpoint gives the weights; not used: %s", ", ".join(unused))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ from torch import Tensor, nn
 
 from frozen_fast.common.checksums import MANIFEST, find_damage
 from frozen_fast.common.files import write_json
+from frozen_fast.config.model_defaults import TEXT_TOWER, VIDEO_TOWER
 from frozen_fast.errors import UserError, some
-from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.released.frozen import read_released, shape_of, text_config, video_size
 from frozen_fast.models.text.tokenizer import TOKENIZER_FILE, Tokenizer
-from frozen_fast.models.text.tower import TextTower, config_from_dict, load_tokenizer, model_from_config
-from frozen_fast.models.video.space_time import VideoSize
+from frozen_fast.models.text.transformers_tower import default_max_tokens, load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT = "frozen_fast.dual_encoder"
 FORMAT_VERSION = 1
-DEFAULT_MAX_TOKENS = 77
-TEMPORAL = "video_model.temporal_embed"
+ARCHITECTURE_KEYS = ("embedding_width", "text_activation", "learned_frames", "mean", "std")
+UNCASED_VOCABULARY = 30522
+"""Tokens of bert-base-uncased and distilbert-base-uncased."""
 
 
 def write_model(
@@ -53,7 +54,30 @@ def write_model(
         tokenizer.save(folder)
 
 
-def read_model(path: Path, tokenizer: str | None = None, max_tokens: int | None = None) -> StoredModel:
+@dataclass
+class StoredModel:
+    """What a checkpoint gives, of either kind.
+
+    Attributes:
+        state: weights by name.
+        architecture: what DualEncoder.architecture() returned: "video" and "text" with the towers' names and data,
+            embedding_width, text_activation, learned_frames; mean and std where the file tells them.
+        tokenizer: None: it carries none, and none was named.
+    """
+
+    state: dict[str, Tensor]
+    architecture: dict[str, Any]
+    tokenizer: Tokenizer | None
+
+
+def read_model(
+    path: Path,
+    tokenizer: str | None = None,
+    max_tokens: int | None = None,
+    *,
+    video_heads: int | None = None,
+    text_heads: int | None = None,
+) -> StoredModel:
     """Read a checkpoint of either kind.
 
     Args:
@@ -61,13 +85,36 @@ def read_model(path: Path, tokenizer: str | None = None, max_tokens: int | None 
         tokenizer: name or folder; None: the checkpoint's own.
         max_tokens: captions are cut to this many tokens; None: the checkpoint's value (a released file: 77, or as many
             as its text tower takes).
+        video_heads: attention heads of a released file's video tower; None: width / 64.
+        text_heads: likewise of its text tower.
 
     Raises:
         UserError: for a missing, damaged or foreign checkpoint.
     """
     path = checkpoint_of_run(path)
-    read = _read_folder if path.is_dir() else _read_released
-    return read(path, tokenizer, max_tokens)
+    if path.is_dir():
+        return _read_folder(path, tokenizer, max_tokens)
+    return _read_released(path, tokenizer, max_tokens, video_heads, text_heads)
+
+
+def own_tokenizer(path: Path, architecture: dict[str, Any]) -> str | None:
+    """The name of the tokenizer that belongs to a checkpoint without tokenizer files, where it is known.
+
+    Args:
+        path: the checkpoint.
+        architecture: StoredModel.architecture.
+
+    Returns:
+        None for a folder with a tokenizer of its own, and where the text tower is not one that is known by its sizes.
+    """
+    text = architecture["text"]
+    if (checkpoint_of_run(path) / TOKENIZER_FILE).is_file():
+        return None
+    if text.get("name") is not None:
+        return str(text["name"])
+    config = text.get("config") or {}
+    kind, vocabulary = config.get("model_type"), config.get("vocab_size")
+    return f"{kind}-base-uncased" if kind in ("bert", "distilbert") and vocabulary == UNCASED_VOCABULARY else None
 
 
 def checkpoint_of_run(path: Path) -> Path:
@@ -102,29 +149,6 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     model.load_state_dict(state)
 
 
-class StoredModel:
-    """What a checkpoint gives, of either kind."""
-
-    def __init__(
-        self,
-        state: dict[str, Tensor],
-        size: VideoSize,
-        video_options: dict[str, Any],
-        text: TextTower,
-        options: dict[str, Any],
-        learned_frames: int,
-    ) -> None:
-        self.state = state
-        self.size = size
-        self.video_options = video_options
-        self.text = text
-        self.options = options
-        self.learned_frames = learned_frames
-        shape = shape_of(state, TEMPORAL)
-        if len(shape) != 3 or shape[0] != 1 or not 1 <= learned_frames <= shape[1]:
-            raise UserError(f"checkpoint: {TEMPORAL} has shape {list(shape)} and {learned_frames} learned frames")
-
-
 def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None) -> StoredModel:
     """A frozen_fast checkpoint folder; a run's checkpoint has checksums, which its model's files must match."""
     if (path / MANIFEST).is_file():
@@ -137,23 +161,21 @@ def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None)
     except (OSError, SafetensorError) as error:
         raise UserError(f"checkpoint: got {path}, whose {WEIGHTS_FILE} cannot be read ({error})") from error
     try:
-        video, text = dict(config["video"]), config["text"]
-        size = VideoSize(**video.pop("size"))
-        video.pop("max_frames")
-        tokenizer = _folder_tokenizer(path, tokenizer_name, max_tokens or text["max_tokens"])
-        tower = TextTower(model_from_config(config_from_dict(text["config"])), tokenizer, text["pooling"])
-        options = {key: config[key] for key in ("embedding_width", "text_activation", "mean", "std")}
+        architecture = {key: config[key] for key in ARCHITECTURE_KEYS}
         if "loss_scale" in config:
-            options["loss_scale"] = LearnedScale.from_settings(config["loss_scale"])
-        return StoredModel(state, size, video, tower, options, int(config["learned_frames"]))
-    except (KeyError, TypeError) as error:
+            architecture["loss_scale"] = config["loss_scale"]
+        video = {"tower": VIDEO_TOWER, **config["video"]}  # folders from before there was a choice name none
+        text = {"tower": TEXT_TOWER, **config["text"]}
+        video["max_frames"] = int(video["max_frames"])
+        longest = max_tokens or int(text["max_tokens"])
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint: got {path / CONFIG_FILE}, which is incomplete ({error})") from error
-
-
-def _folder_tokenizer(path: Path, name: str | None, max_tokens: int) -> Tokenizer | None:
-    if name is not None:
-        return load_tokenizer(name, max_tokens)
-    return Tokenizer.load(path, max_tokens) if (path / TOKENIZER_FILE).is_file() else None
+    tokenizer = None
+    if tokenizer_name is not None:
+        tokenizer = load_tokenizer(tokenizer_name, longest)
+    elif (path / TOKENIZER_FILE).is_file():
+        tokenizer = Tokenizer.load(path, longest)
+    return StoredModel(state, {**architecture, "video": video, "text": text}, tokenizer)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -170,12 +192,23 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_released(path: Path, tokenizer_name: str | None, max_tokens: int | None) -> StoredModel:
+def _read_released(
+    path: Path, tokenizer_name: str | None, max_tokens: int | None, video_heads: int | None, text_heads: int | None
+) -> StoredModel:
     """A released .pth or .pth.tar file: DistilBERT or BERT, ReLU before the text projection."""
     state = read_released(path)
-    config = text_config(state)
-    longest = max_tokens or min(DEFAULT_MAX_TOKENS, config.max_position_embeddings)
+    config = text_config(state, text_heads)
+    longest = max_tokens or default_max_tokens(config.max_position_embeddings)
     tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name, longest)
-    tower = TextTower(model_from_config(config), tokenizer, "auto")
-    options = {"embedding_width": shape_of(state, "vid_proj.0.weight")[0], "text_activation": "relu"}
-    return StoredModel(state, video_size(state), {}, tower, options, shape_of(state, TEMPORAL)[1])
+    size = video_size(state, video_heads)
+    frames = shape_of(state, "video_model.temporal_embed")
+    if len(frames) != 3 or frames[0] != 1 or frames[1] < 1:
+        raise UserError(f"checkpoint: video_model.temporal_embed has shape {list(frames)}; allowed: [1, T, D]")
+    architecture = {
+        "video": {"tower": VIDEO_TOWER, "size": asdict(size), "max_frames": frames[1]},
+        "text": {"tower": TEXT_TOWER, "config": config.to_dict(), "pooling": "auto", "max_tokens": longest},
+        "embedding_width": shape_of(state, "vid_proj.0.weight")[0],
+        "text_activation": "relu",
+        "learned_frames": frames[1],
+    }
+    return StoredModel(state, architecture, tokenizer)

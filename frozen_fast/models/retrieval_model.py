@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models.learned_scale import LearnedScale
+from frozen_fast.models.repeated_blocks import find_repeated_blocks
 from frozen_fast.models.text.tokenizer import Tokenizer
 
 Features = Mapping[str, Tensor]
@@ -128,6 +129,14 @@ class RetrievalModel(nn.Module, ABC):
             (text features, video features, loss parameters: "logit_scale" and "logit_bias" where they are learned).
         """
         return self.text_features(text), self.video_features(video), self.loss_parameters()
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The blocks that make up most of the model: units of sharding."""
+        return find_repeated_blocks(self)
+
+    def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
+        """Entries of environment.json that say which kernels ran so far, for the report."""
+        return {}
 
     def loss_parameters(self) -> Features:
         """Scalars that the loss learns with the model; none unless a model has them."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from frozen_fast.config import ExperimentConfig
+from frozen_fast.models.repeated_blocks import find_repeated_blocks
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.optimizers import WEIGHT_AVERAGE
 from frozen_fast.parallel.base import check_optimizer_state
 from frozen_fast.parallel.launch_settings import fsdp_settings
@@ -59,9 +61,8 @@ class FsdpParallel(ShardedParallel):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         reshard = self._settings.reshard_after_forward
-        for part in list(model.modules()):
-            for block in part if isinstance(part, nn.ModuleList) else ():
-                fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        for block in model.repeated_blocks() if isinstance(model, RetrievalModel) else find_repeated_blocks(model):
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(model, mesh=mesh)
         sharded = dict(model.named_parameters())
         for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
 """Profiling: time by stage and GPU-hours, model FLOPs, device peaks, energy, and the paper's Table 4."""
 
 from frozen_fast.profiling.energy import EnergyMeter, energy_meter
-from frozen_fast.profiling.flops import ClipFlops, TextShape, clip_flops, text_forward_flops, video_forward_flops
+from frozen_fast.profiling.flops import ClipFlops, clip_flops
 from frozen_fast.profiling.memory import peak_memory_bytes, reset_peak_memory
 from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.profiling.paper import HARDWARE_NOTE, PaperRow, PaperTable, table_4
@@ -16,7 +16,6 @@ __all__ = [
     "PaperTable",
     "StageMeter",
     "StepTime",
-    "TextShape",
     "clip_flops",
     "device_peak",
     "energy_meter",
@@ -24,6 +23,4 @@ __all__ = [
     "peak_memory_bytes",
     "reset_peak_memory",
     "table_4",
-    "text_forward_flops",
-    "video_forward_flops",
 ]

@@ -16,9 +16,6 @@ import torch
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
 from frozen_fast.models.retrieval_model import RetrievalModel
-from frozen_fast.models.video.blocks import Attention
-from frozen_kernels import resolve_backend
-from frozen_kernels.attention.api import load_backend
 
 # A shape takes three graphs: first block, those between, last block. Beyond the limit Dynamo falls back to eager.
 _RECOMPILE_LIMIT = 64
@@ -35,13 +32,13 @@ def compile_towers(model: RetrievalModel, *, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     if not isinstance(model, DualEncoder):
         raise UserError(f"training.compile: got true for a model of kind {model.kind}; allowed: false")
-    for block in model.video_model.blocks:
+    for block in model.video_model.repeated_blocks():
         block.compile(dynamic=False, backend=backend)
     model.text_model.compile(dynamic=True, backend=backend)
 
 
 def begin_stage(model: RetrievalModel, batch_sizes: Mapping[int, int], *, device: torch.device, precision: str) -> None:
-    """Drop the code compiled for another stage's shapes and let `auto` choose attention for this stage's.
+    """Drop the code compiled for another stage's shapes and let the tower choose its kernels for this stage's.
 
     Under torch.compile nothing can be measured, so the choice must stand before the first step.
 
@@ -53,18 +50,8 @@ def begin_stage(model: RetrievalModel, batch_sizes: Mapping[int, int], *, device
     """
     torch.compiler.reset()
     assert isinstance(model, DualEncoder), "compile_towers refuses other kinds"
-    tower = model.video_model
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    heads, head_width = tower.size.heads, tower.size.width // tower.size.heads
-    for frames, batch in batch_sizes.items():
-        tokens = 1 + frames * tower.size.patches_per_frame
-        # Only sizes, dtype and device are read, so one number stands for all.
-        qkv_BS3ND = torch.empty((), device=device, dtype=dtype).expand(batch, tokens, 3, heads, head_width)
-        for attention in tower.modules():
-            if isinstance(attention, Attention):
-                name = resolve_backend(attention.backend, qkv_BS3ND, frames, attention.axis)
-                load_backend(name, device, dtype)  # an import inside a compiled step would break its graph
-                attention.backend_at[frames] = name
+    model.video_model.choose_kernels(batch_sizes, device, dtype)
 
 
 def compiled_graphs() -> int:

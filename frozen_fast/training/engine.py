@@ -36,7 +36,6 @@ from frozen_fast.training.stage_energy import StageEnergy
 from frozen_fast.training.stages import OpenStage, describe_plan, expand_frames, warm_up_steps
 from frozen_fast.training.step import forward_backward, update
 from frozen_fast.training.teachers import Teachers, student_video
-from frozen_kernels import chosen_backends, fused_form
 
 log = logging.getLogger(__name__)
 
@@ -354,13 +353,10 @@ class Engine:
         self._keeper.save(stage, steps_in_stage, self._position, self._ledger.to_json())
 
     def _note_backends(self) -> None:
-        """Add what decoded, and what computed attention and fused ops, as chosen so far on this rank."""
+        """Add what decoded, and which kernels the video tower used so far on this rank."""
         used = {name: dict(counts) for name, counts in self.decode_backends.items()}
-        asked = self._config.model.video.attention
-        attention = chosen_backends() if asked == "auto" else [{"backend": asked, "how": "model.video.attention"}]
-        fused = self._config.model.video.fused_ops
-        form = "compiled" if self._config.training.compile else fused_form(fused, self._parallel.device, torch.float32)
-        self._folder.update_environment(decode_backends=used, attention_backends=attention, fused_ops=form)
+        kernels = self._parts.model.kernels_used(self._parallel.device, compiled=self._config.training.compile)
+        self._folder.update_environment(decode_backends=used, **kernels)
 
     def _evaluation_due(self, plan: StagePlan, done: int) -> bool:
         """Whether the model is evaluated after so many steps of a stage."""

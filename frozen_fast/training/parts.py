@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from frozen_fast.config import ExperimentConfig, source_name
+from frozen_fast.config import ExperimentConfig, StagePlan, source_name
 from frozen_fast.config.extensions import models
-from frozen_fast.config.schema import LossConfig, SourceConfig
+from frozen_fast.config.schema import LossConfig, ModelConfig, SourceConfig
 from frozen_fast.data import EvaluationLoader, Source, TrainingLoader, read_sources
 from frozen_fast.data.load.feature_loader import (
     ExpertFormat,
@@ -28,10 +29,11 @@ from frozen_fast.errors import UserError
 from frozen_fast.evaluation import Reranking
 from frozen_fast.models import DualEncoder, build_dual_encoder
 from frozen_fast.models.experts.expert_model import ExpertModel
+from frozen_fast.models.from_config import check_model, load_checkpoint
 from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.optimizers import freeze_groups
-from frozen_fast.profiling.flops import TextShape, clip_flops
+from frozen_fast.profiling.flops import clip_flops
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,6 @@ def build_frozen_model(
         UserError: a name, file or size is wrong, or the attention backend cannot run here.
     """
     stages = config.curriculum.stages
-    max_frames = max([stage.frames for stage in stages] + [config.evaluation.frames or 1])
     section = config.model
     if resume_from is not None:
         text = replace(section.text, tokenizer=None)
@@ -80,19 +81,21 @@ def build_frozen_model(
     try:
         model = build_dual_encoder(
             section,
-            max_frames=max_frames,
+            max_frames=max(stage.frames for stage in stages),
             first_frames=stages[0].frames,
             mean=augmentation.mean,
             std=augmentation.std,
+            resuming=resume_from is not None,
         )
     except UserError:
         raise
     except ValueError as error:  # the kernel library knows nothing of UserError
         raise UserError(f"model: {' '.join(str(error).split())}") from error
     _check_normalisation(model, config)
+    _check_evaluation_frames(config, max(model.learned_frames, *(stage.frames for stage in stages)))
     _set_loss_scale(model, config.loss)
     freeze_groups(model, config.optimizer)
-    model.video_model.check_attention(device)
+    model.video_model.check_kernels(device)
     return model.to(device).train()
 
 
@@ -100,31 +103,40 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
     """A checkpoint's model for evaluation, in eval mode.
 
     Args:
-        config: evaluation.frames expands or cuts the temporal embeddings (none: those the checkpoint learned), by
-            model.expansion; model.video.attention runs it; model.text.tokenizer (for a released file, which carries
-            none, else model.text.name) reads the captions.
+        config: evaluation.frames cuts the temporal embeddings (none: those the checkpoint learned); the model section
+            says how it computes and what reads the captions. Where it names a checkpoint it must not contradict it.
         checkpoint: a frozen_fast folder or a released .pth/.pth.tar file.
         device: where it runs.
 
     Raises:
-        UserError: the checkpoint or the tokenizer cannot be read, or it was trained on other pixel statistics.
+        UserError: the checkpoint or the tokenizer cannot be read, or contradicts the config; it was trained on other
+            pixel statistics, or on fewer frames than evaluation.frames.
     """
     if config.model.kind != DualEncoder.kind:
         section = replace(config.model, checkpoint=str(checkpoint))
         other: RetrievalModel = models.load(section.kind).from_config(section)
         _check_normalisation(other, config)
         return other.to(device).eval()
-    text = config.model.text
-    model = DualEncoder.from_pretrained(
-        checkpoint.expanduser(),
-        config.evaluation.frames,
-        config.model.expansion,
-        text.tokenizer or (None if checkpoint.is_dir() else text.name),
-        video_options={"attention": config.model.video.attention, "fused_ops": config.model.video.fused_ops},
-    )
+    section = replace(config.model, checkpoint=str(checkpoint))
+    model = load_checkpoint(section, compare=config.model.checkpoint is not None)
+    frames = config.evaluation.frames
+    if frames is not None and model.frame_embeddings():
+        _check_evaluation_frames(config, model.learned_frames)
+    elif frames is not None:
+        model.expand_frames(frames)
     _check_normalisation(model, config)
-    model.video_model.check_attention(device)
+    model.video_model.check_kernels(device)
     return model.to(device).eval()
+
+
+def _check_evaluation_frames(config: ExperimentConfig, learned: int) -> None:
+    """Refuse evaluation.frames above what the model has learned when it is evaluated."""
+    frames = config.evaluation.frames
+    if frames is not None and frames > learned:
+        raise UserError(
+            f"evaluation.frames: got {frames}; allowed: up to {learned}, the frames that the model learns, or null "
+            f"(frozen-fast convert-checkpoint --frames {frames} expands a checkpoint)"
+        )
 
 
 def build_training_loader(
@@ -231,35 +243,35 @@ def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat
     return FrameFormat(model.resolution, augmentation.mean, augmentation.std)
 
 
-def flops_counter(model: RetrievalModel) -> Callable[[int, int, int], float | None]:
+def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int, int, int], float | None]:
     """What counts a clip's model FLOPs from (frames, text tokens, clips of a global batch).
 
-    What nothing reads of the last block is not computed, and not counted unless model.video.full_last_block asks for
-    it. A text tower whose sizes are not known gives None: no FLOPs, no MFU.
+    What nothing reads of a video tower's last block is not computed, and not counted unless
+    model.video.full_last_block asks for it. A tower whose FLOPs are not known gives None: no FLOPs, no MFU.
+
+    Args:
+        model: not yet sharded.
+        frames: the numbers of frames that will be asked for.
     """
     if not isinstance(model, DualEncoder):
         log.info("no FLOPs and no MFU for a model of kind %s", model.kind)
         return lambda frames, tokens, clips: None
-    tower = model.video_model
-    try:
-        text_model = model.text_model
-        text = TextShape.from_config(
-            text_model.config, pooler=text_model.pooling == "pooler", frozen_layers=text_model.frozen_layers
-        )
-    except UserError as error:
-        log.warning("no FLOPs and no MFU: %s", error)
-        return lambda frames, tokens, clips: None
+    video, text = model.video_model, model.text_model
+    video_flops = {number: video.forward_flops(number) for number in sorted(set(frames))}
+    video_learns = any(parameter.requires_grad for parameter in video.parameters())
+    text_flops = cache(lambda tokens: (text.forward_flops(tokens), text.frozen_flops(tokens)))
 
     def training_flops(frames: int, tokens: int, clips: int) -> float | None:
+        forward, (caption, frozen) = video_flops[frames], text_flops(tokens)
+        if forward is None or caption is None:
+            return None
         return clip_flops(
-            tower.size,
-            text,
-            frames=frames,
-            text_tokens=tokens,
-            global_batch_size=clips,
+            forward,
+            caption,
+            widths=(video.width, text.width),
             embedding_width=model.embedding_width,
-            executed=not tower.full_last_block,
-            skip_time_attention_at_one_frame=tower.skip_time_attention_at_one_frame,
+            global_batch_size=clips,
+            frozen=frozen if video_learns else frozen + forward,
         ).training
 
     return training_flops
@@ -308,6 +320,26 @@ def described_sources(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]
         name: {"clips": len(source), "kind": source.kind, "drops": dict(source.drops)}
         for name, source in sources.items()
     }
+
+
+def described_model(model: RetrievalModel) -> dict[str, Any]:
+    """For environment.json: what the model is, as it was built or loaded, and how many weights it has."""
+    parts: dict[str, nn.Module] = {"parameters": model}
+    if isinstance(model, DualEncoder):
+        parts |= {"video_parameters": model.video_model, "text_parameters": model.text_model}
+    counts = {key: sum(one.numel() for one in part.parameters()) for key, part in parts.items()}
+    return {"kind": model.kind, **model.architecture(), **counts}
+
+
+def check_stage_frames(model: ModelConfig, plans: Iterable[StagePlan]) -> None:
+    """Refuse a source whose clips (pictures: one frame) have a number of frames that the video tower does not take.
+
+    Raises:
+        UserError: naming the source.
+    """
+    if model.checkpoint is None and model.kind == DualEncoder.kind:
+        frames = [(f"data.sources: {name}", number) for plan in plans for name, number in plan.source_frames.items()]
+        check_model(model, frames)
 
 
 def fingerprint(source: Source) -> str:

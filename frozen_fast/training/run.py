@@ -43,6 +43,8 @@ from frozen_fast.training.journal import Journal
 from frozen_fast.training.parts import (
     build_model,
     build_training_loader,
+    check_stage_frames,
+    described_model,
     described_sources,
     fingerprint,
     flops_counter,
@@ -283,8 +285,13 @@ class _Run:
                 parallel.world_size,
                 image_sources=[name for name, source in sources.items() if source.kind == "image"],
             )
+            check_stage_frames(config.model, plans)
             model = build_model(config, parallel.device, resume_from=checkpoint)
             optimizer = build_optimizer(model, config.optimizer)
+            frames = {number for plan in plans for number in plan.source_frames.values()}
+            flops_per_clip = flops_counter(model, frames)
+            if parallel.is_main:
+                self._folder.update_environment(model=described_model(model))
             loader = build_training_loader(config, sources, model, parallel.device)
             teachers = build_teachers(config, model, parallel.device)
             if config.training.compile:
@@ -306,7 +313,7 @@ class _Run:
             fingerprints=fingerprints,
             loader=loader,
             plans=plans,
-            flops_per_clip=flops_counter(model),
+            flops_per_clip=flops_per_clip,
             peak=device_peak(devices[0], parallel.precision),
             energy=energy,
             teachers=teachers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,8 +17,6 @@ from frozen_fast.profiling.meter import StageMeter
 from frozen_fast.training.stage_energy import StageEnergy
 
 log = logging.getLogger(__name__)
-
-TEMPORAL_EMBEDDING = "video_model.temporal_embed"
 
 _WARM_UP_STEPS = 3
 _LARGEST_WARM_UP_SHARE = 0.25
@@ -44,9 +43,9 @@ def describe_plan(plan: StagePlan) -> str:
 
 
 def expand_frames(parallel: Parallel, model: RetrievalModel, num_frames: int, method: str) -> None:
-    """Let the model see num_frames frames: expand the temporal embeddings, and the optimizer's state with them.
+    """Let the model see num_frames frames: expand the tower's frame embeddings, and the optimizer's state with them.
 
-    The parameter keeps its shape ([1, most frames of the run, D]); its first num_frames rows are filled from the
+    A parameter keeps its shape ([1, most frames of the run, D]); its first num_frames rows are filled from the
     learned ones. The optimizer's running averages take the same map, so that a row starts with the history of what it
     was made from (and with none where it is new: zero). Fewer frames than are learned change nothing: a checkpoint that
     has learned more than the first stage needs keeps it.
@@ -62,11 +61,16 @@ def expand_frames(parallel: Parallel, model: RetrievalModel, num_frames: int, me
         return
     if not hasattr(model, "expand_frames"):
         raise UserError(f"curriculum.stages: got {num_frames} frames for a {model.kind}; allowed: up to {learned}")
-    with parallel.edit_parameter(TEMPORAL_EMBEDDING) as state:
-        cast(DualEncoder, model).expand_frames(num_frames, method)
-        for tensor_1TD in state.values():
-            tensor_1TD[:, :num_frames] = expand_temporal_embedding(tensor_1TD[:, :learned], num_frames, method)
-    log.info("temporal embeddings: %d -> %d frames (%s)", learned, num_frames, method)
+    encoder = cast(DualEncoder, model)
+    names = encoder.frame_embeddings()
+    with ExitStack() as stack:
+        states = [stack.enter_context(parallel.edit_parameter(name)) for name in names]
+        encoder.expand_frames(num_frames, method)
+        for state in states:
+            for tensor_1TD in state.values():
+                tensor_1TD[:, :num_frames] = expand_temporal_embedding(tensor_1TD[:, :learned], num_frames, method)
+    what = f"{', '.join(names)} ({method})" if names else "the video tower has no weights per frame"
+    log.info("%d -> %d frames: %s", learned, num_frames, what)
 
 
 def warm_up_steps(stage_steps: int, num_sources: int) -> int:

@@ -68,10 +68,10 @@ def run_steps(config: ExperimentConfig, memory_bytes: int | None) -> dict[str, A
         if config.training.compile:
             sizes = {stage.frames: batch_size}
             compiling.begin_stage(model, sizes, device=parallel.device, precision=parallel.precision)
-        side = model.video_model.size.resolution
+        side = model.video_model.resolution
         video_BTCHW = torch.randn(batch_size, stage.frames, 3, side, side, device=parallel.device)
         loss = build_loss(config.loss)
-        text = _longest_captions(config, model, batch_size, parallel.device)
+        text = _longest_captions(model, batch_size, parallel.device)
         for _ in range(STEPS):
             parallel.synchronize()
             started = time.perf_counter()
@@ -90,11 +90,9 @@ def run_steps(config: ExperimentConfig, memory_bytes: int | None) -> dict[str, A
         parallel.close()
 
 
-def _longest_captions(
-    config: ExperimentConfig, model: DualEncoder, batch_size: int, device: torch.device
-) -> dict[str, Tensor]:
-    length = min(config.model.text.max_tokens, model.text_model.max_positions)
-    vocabulary = int(model.text_model.config.vocab_size)
+def _longest_captions(model: DualEncoder, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+    assert model.text_model.tokenizer is not None, "build_model refuses a tower without a tokenizer"
+    length, vocabulary = model.text_model.tokenizer.max_tokens, model.text_model.vocabulary_size
     input_ids_BL = torch.randint(0, vocabulary, (batch_size, length), device=device)
     return {"input_ids": input_ids_BL, "attention_mask": torch.ones_like(input_ids_BL)}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from frozen_fast.cli import main
-from frozen_fast.config import config_from_mapping, dump_yaml
+from frozen_fast.config import ExperimentConfig, config_from_mapping, dump_yaml
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
 from frozen_fast.training.run import evaluate_checkpoint, train
@@ -63,12 +63,20 @@ def test_the_command_repeats_the_runs_numbers(
     ]
 
 
-def test_frames_can_be_fewer_or_more_than_were_learned(run: tuple[Path, dict], data: dict[str, Path]) -> None:
+def test_frames_can_be_fewer_than_were_learned_and_not_more(run: tuple[Path, dict]) -> None:
     folder, mapping = run
-    for frames in (1, 4):
-        config = config_from_mapping({**mapping, "evaluation": {**mapping["evaluation"], "frames": frames}})
-        result = evaluate_checkpoint(config, str(folder / "checkpoints" / "step_00000004"))
-        assert [row["frames"] for row in result["evaluations"]] == [frames, 1]
+    checkpoint = str(folder / "checkpoints" / "step_00000004")
+
+    def with_frames(frames: int | None) -> ExperimentConfig:
+        return config_from_mapping({**mapping, "evaluation": {**mapping["evaluation"], "frames": frames}})
+
+    for frames, shown in ((1, 1), (None, 2)):
+        result = evaluate_checkpoint(with_frames(frames), checkpoint)
+        assert [row["frames"] for row in result["evaluations"]] == [shown, 1]
+    with pytest.raises(UserError, match="^evaluation.frames: got 4; allowed: up to 2, "):
+        evaluate_checkpoint(with_frames(4), checkpoint)
+    with pytest.raises(UserError, match="^evaluation.frames: got 4; allowed: up to 2"):
+        train(with_frames(4), resume="auto")  # more rows would not fit the optimizer's state
 
 
 def test_other_pixel_statistics_and_a_missing_checkpoint_are_refused(run: tuple[Path, dict]) -> None:

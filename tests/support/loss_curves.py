@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from frozen_fast.config.video_sizes import VideoSize
 from frozen_fast.losses import contrastive_loss
 from frozen_fast.models import SpaceTimeTransformer
-from frozen_fast.models.video.space_time import VideoSize
 from frozen_fast.models.video.temporal import expand_temporal_embedding
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import yaml
 from frozen_fast.config import ExperimentConfig, config_from_mapping, dump_yaml, load_config, to_plain
 from frozen_fast.config.dump import docs_markdown, help_text
 from frozen_fast.config.fields import keys_of, walk_keys
+from frozen_fast.config.model_defaults import with_model_defaults
+from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +34,7 @@ def load(folder: Path, text: str) -> ExperimentConfig:
 
 
 def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
-    assert load(tmp_path, "") == ExperimentConfig()
+    assert load(tmp_path, "") == replace(ExperimentConfig(), model=with_model_defaults(ModelConfig()))
 
 
 def test_values_of_every_kind(tmp_path: Path) -> None:

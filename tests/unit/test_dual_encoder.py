@@ -8,8 +8,8 @@ import torch
 import frozen_fast
 from frozen_fast import DualEncoder
 from frozen_fast.errors import UserError
-from frozen_fast.models import SpaceTimeTransformer, TextTower, VideoSize
-from frozen_fast.models.text.tower import model_from_config
+from frozen_fast.models import SpaceTimeTransformer, TransformersTower, VideoSize
+from frozen_fast.models.text.transformers_tower import model_from_config
 from support.released import ReleasedModel
 from support.towers import make_text_tower
 
@@ -31,7 +31,7 @@ def make_model(
         video.temporal_embed.normal_()
         if learned_frames is not None:
             video.temporal_embed[:, learned_frames:] = 0
-    text = TextTower.build(str(folder), max_tokens=16)
+    text = TransformersTower.build(str(folder), max_tokens=16)
     return DualEncoder(video, text, learned_frames=learned_frames, **options).eval()
 
 
@@ -76,7 +76,14 @@ def test_uint8_pixels_are_normalised_with_the_models_statistics(tower_folder: Pa
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     expected = model.encode_video((pixels.float() / 255 - mean) / std)
     torch.testing.assert_close(model.encode_video(pixels), expected, rtol=0, atol=1e-6)
-    assert torch.equal(model.encode_video(pixels.float().double()), model.encode_video(pixels.float()))
+    floats = pixels.float() / 255
+    assert torch.equal(model.encode_video(floats.double()), model.encode_video(floats))
+
+
+def test_raw_float_pixels_are_refused(tower_folder: Path) -> None:
+    pixels = torch.randint(0, 256, (1, 2, 3, 32, 32)).float()
+    with pytest.raises(ValueError, match="video: got floats up to 255; allowed: floats normalised .*, or uint8 pixels"):
+        make_model(tower_folder).encode_video(pixels)
 
 
 def test_both_encoders_are_differentiable_and_follow_the_mode(tower_folder: Path) -> None:
@@ -186,7 +193,7 @@ def test_a_saved_model_comes_back_without_a_hub(tmp_path: Path, kind: str, monke
     model = make_model(make_text_tower(tmp_path / "tower", kind), **options)
     model.save_pretrained(tmp_path / "saved")
     for name in ("AutoModel", "AutoTokenizer"):
-        target = f"frozen_fast.models.text.tower.{name}.from_pretrained"
+        target = f"frozen_fast.models.text.transformers_tower.{name}.from_pretrained"
         monkeypatch.setattr(target, lambda *_a, **_k: pytest.fail("hub"))
     loaded = DualEncoder.from_pretrained(tmp_path / "saved")
     assert not loaded.training
@@ -201,7 +208,7 @@ def test_a_saved_model_comes_back_without_a_hub(tmp_path: Path, kind: str, monke
 def test_rows_drawn_apart_make_the_first_expansions_frames_differ(tower_folder: Path, method: str) -> None:
     torch.manual_seed(0)
     tower = SpaceTimeTransformer(SIZE, 4, temporal_init_std=1.0)
-    model = DualEncoder(tower, TextTower.build(str(tower_folder), max_tokens=8), learned_frames=1)
+    model = DualEncoder(tower, TransformersTower.build(str(tower_folder), max_tokens=8), learned_frames=1)
     before = tower.temporal_embed.detach().clone()
     model.expand_frames(2, method)
     made = torch.zeros_like(before[:, 0]) if method == "zero" else before[:, 0]
@@ -215,7 +222,7 @@ def test_rows_drawn_apart_make_the_first_expansions_frames_differ(tower_folder: 
 
 @pytest.mark.parametrize("block", ["frozen_in_time", "timesformer"])
 def test_the_block_form_is_kept(tower_folder: Path, tmp_path: Path, block: str) -> None:
-    text = TextTower.build(str(tower_folder), max_tokens=16)
+    text = TransformersTower.build(str(tower_folder), max_tokens=16)
     model = DualEncoder(SpaceTimeTransformer(SIZE, 2, block=block, time_init="random"), text).eval()
     model.save_pretrained(tmp_path)
     video = torch.randn(1, 2, 3, 32, 32)
@@ -301,7 +308,7 @@ def test_the_loss_curve_equals_the_released_models() -> None:
     torch.manual_seed(1)
     plain = ReleasedModel(max_frames=4).train()
     text_config = copy.deepcopy(plain.text_model.config)
-    ours = DualEncoder(SpaceTimeTransformer(SIZE, 4), TextTower(model_from_config(text_config), None, "cls"))
+    ours = DualEncoder(SpaceTimeTransformer(SIZE, 4), TransformersTower(model_from_config(text_config), None, "cls"))
     ours.load_state_dict(plain.state_dict())
     ours.train()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-4, eps=1e-6, weight_decay=0) for model in (plain, ours)]

@@ -35,7 +35,7 @@ from frozen_fast.training import signals
 from frozen_fast.training.checkpoint_keeper import selection_value
 from frozen_fast.training.evaluate import evaluate_source, validation_loss
 from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
-from frozen_fast.training.stages import TEMPORAL_EMBEDDING, expand_frames, warm_up_steps
+from frozen_fast.training.stages import expand_frames, warm_up_steps
 
 
 @pytest.fixture
@@ -118,6 +118,9 @@ def test_a_steps_random_draws_depend_on_seed_step_and_rank_alone() -> None:
 # Stage changes
 
 
+TEMPORAL_EMBEDDING = "video_model.temporal_embed"
+
+
 class FramesModel(nn.Module):
     """The part of a dual encoder that a stage change touches."""
 
@@ -127,6 +130,9 @@ class FramesModel(nn.Module):
         self.video_model.temporal_embed = nn.Parameter(torch.zeros(1, max_frames, 4))
         self.other = nn.Parameter(torch.ones(3))
         self.learned_frames = learned
+
+    def frame_embeddings(self) -> list[str]:
+        return [TEMPORAL_EMBEDDING]
 
     def expand_frames(self, num_frames: int, method: str) -> None:
         embed = self.video_model.temporal_embed

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from frozen_fast.config.video_sizes import VIDEO_SIZES
 from frozen_fast.errors import UserError
-from frozen_fast.models import TextTower
-from frozen_fast.profiling.flops import TextShape, clip_flops, text_layer_flops
+from frozen_fast.models import TransformersTower
+from frozen_fast.models.text.text_shape import TextShape
+from frozen_fast.profiling.flops import clip_flops
 from support.towers import make_text_tower
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_the_first_layers_get_no_gradient_and_the_others_do(kind: str, count: int, tmp_path: Path) -> None:
-    tower = TextTower.build(str(make_text_tower(tmp_path, kind, layers=3)), max_tokens=20, pooling="mean")
+    tower = TransformersTower.build(str(make_text_tower(tmp_path, kind, layers=3)), max_tokens=20, pooling="mean")
     before = {name: parameter.detach().clone() for name, parameter in tower.named_parameters()}
     tower.freeze_layers(count)
     learning = [parameter for parameter in tower.parameters() if parameter.requires_grad]
@@ -35,15 +35,22 @@ def test_the_first_layers_get_no_gradient_and_the_others_do(kind: str, count: in
 
 @pytest.mark.parametrize("count", [-1, 3])
 def test_more_layers_than_there_are_is_an_error(count: int, tmp_path: Path) -> None:
-    tower = TextTower.build(str(make_text_tower(tmp_path, layers=2)), max_tokens=20)
+    tower = TransformersTower.build(str(make_text_tower(tmp_path, layers=2)), max_tokens=20)
     with pytest.raises(UserError, match=rf"model.text.frozen_layers: got {count}; allowed: 0 to 2"):
         tower.freeze_layers(count)
 
 
-def test_frozen_layers_count_as_forward_only() -> None:
-    sizes = {"width": 48, "layers": 4, "feed_forward_width": 96}
-    arguments = {"frames": 2, "text_tokens": 7, "global_batch_size": 5}
-    free = clip_flops(VIDEO_SIZES["pico_patch16_32"], TextShape(**sizes), **arguments)
-    frozen = clip_flops(VIDEO_SIZES["pico_patch16_32"], TextShape(**sizes, frozen_layers=3), **arguments)
+def test_frozen_layers_count_as_forward_only(tmp_path: Path) -> None:
+    tower = TransformersTower.build(str(make_text_tower(tmp_path, layers=4)), max_tokens=20)
+    forward = tower.forward_flops(7)
+    assert tower.frozen_flops(7) == 0
+    tower.freeze_layers(3)
+    assert tower.forward_flops(7) == forward
+    layer = TextShape.from_config(tower.config).layer_flops(7)
+    assert tower.frozen_flops(7) == 3 * layer
+    sizes = {"widths": (64, 32), "global_batch_size": 5}
+    free, frozen = (clip_flops(1e6, forward, **sizes, frozen=share) for share in (0.0, 3 * layer))
     assert frozen.forward == free.forward
-    assert free.training - frozen.training == pytest.approx(2 * 3 * text_layer_flops(TextShape(**sizes), 7))
+    assert free.training - frozen.training == pytest.approx(2 * 3 * layer)
+    tower.requires_grad_(False)
+    assert tower.frozen_flops(7) == forward

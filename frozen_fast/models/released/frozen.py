@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -14,9 +15,14 @@ from frozen_fast.config.video_sizes import VideoSize
 from frozen_fast.errors import UserError
 from frozen_fast.models.released.torch_pickle import LazyTensor, load_torch_pickle, read_tensors
 
+log = logging.getLogger(__name__)
+
 PARALLEL_PREFIX = "module."
 HEAD_WIDTH = 64
 """The released architectures (ViT, DistilBERT, BERT) all have heads of this width; their files do not say so."""
+
+RELEASED_WIDTH = 768
+"""Width of both towers of every released file."""
 
 IGNORED_KEYS = ("text_model.embeddings.position_ids",)
 """Counters that older transformers versions stored as weights."""
@@ -53,15 +59,30 @@ def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return tuple(state[name].shape)
 
 
-def heads_of(width: int, name: str) -> int:
-    """The number of heads at the released head width.
+def heads_of(width: int, name: str, key: str, told: int | None) -> int:
+    """The number of attention heads: what the config says, or as many as the released models have at this width.
+
+    Args:
+        width: of the tower.
+        name: a tensor of this width, for messages.
+        key: the config key that sets the number.
+        told: its value.
 
     Raises:
-        UserError: where the width is no multiple of it.
+        UserError: where the width is no multiple of the number of heads, or of the released head width.
     """
+    if told is not None:
+        if width % told:
+            raise UserError(f"{key}: got {told}; allowed: a divisor of {width}, the width of {name}")
+        return told
     if width % HEAD_WIDTH:
-        raise UserError(f"checkpoint: {name} has width {width}; allowed: multiples of {HEAD_WIDTH}")
-    return width // HEAD_WIDTH
+        got = f"got none, and {name} has width {width}, no multiple of {HEAD_WIDTH}"
+        raise UserError(f"{key}: {got}; allowed: a number of heads")
+    heads = width // HEAD_WIDTH
+    level = logging.INFO if width == RELEASED_WIDTH else logging.WARNING
+    log.log(level, "released files do not tell the number of attention heads: took %d (width %d / %d); %s sets it",
+            heads, width, HEAD_WIDTH, key)  # fmt: skip
+    return heads
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -70,8 +91,8 @@ def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({match[1] for name in state if (match := pattern.match(name))})
 
 
-def video_size(state: Mapping[str, Tensor]) -> VideoSize:
-    """The video tower's sizes, from its tensors' shapes."""
+def video_size(state: Mapping[str, Tensor], heads: int | None = None) -> VideoSize:
+    """The video tower's sizes, from its tensors' shapes; heads: model.video.heads."""
     width, channels, patch, _ = _shape(state, "video_model.patch_embed.proj.weight", 4)
     if channels != 3:
         raise UserError(f"checkpoint: video_model.patch_embed.proj.weight has {channels} channels; allowed: 3")
@@ -85,16 +106,16 @@ def video_size(state: Mapping[str, Tensor]) -> VideoSize:
         patch=patch,
         width=width,
         depth=count_layers(state, "video_model.blocks."),
-        heads=heads_of(width, "video_model.cls_token"),
+        heads=heads_of(width, "video_model.cls_token", "model.video.heads", heads),
         mlp_ratio=hidden // width,
     )
 
 
-def text_config(state: Mapping[str, Tensor]) -> PreTrainedConfig:
-    """The text tower's architecture, from its tensors' names and shapes: DistilBERT or BERT, no hub needed."""
+def text_config(state: Mapping[str, Tensor], heads: int | None = None) -> PreTrainedConfig:
+    """DistilBERT or BERT, with the sizes of the text tower's tensors; heads: model.text.heads."""
     vocabulary, width = _shape(state, "text_model.embeddings.word_embeddings.weight", 2)
     positions, _ = _shape(state, "text_model.embeddings.position_embeddings.weight", 2)
-    heads = heads_of(width, "text_model.embeddings.word_embeddings.weight")
+    heads = heads_of(width, "text_model.embeddings.word_embeddings.weight", "model.text.heads", heads)
     layers = count_layers(state, "text_model.transformer.layer.")
     if layers:
         return DistilBertConfig(

@@ -6,16 +6,30 @@ then frame by frame), N heads, D width.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from frozen_fast.config.video_sizes import VideoSize
+from frozen_fast.config.schema import VideoTowerConfig
+from frozen_fast.config.video_sizes import VIDEO_SIZES, VideoSize, named_size
 from frozen_fast.errors import UserError, unknown_name
 from frozen_fast.models.video.blocks import LAYER_NORM_EPS, Attention, Block, FusedOps, PatchEmbedding, SpaceTimeBlock
-from frozen_kernels import BACKEND_NAMES, add_positions, unavailable_backends
+from frozen_fast.models.video.space_time_flops import space_time_flops
+from frozen_fast.models.video.video_tower import VideoTower
+from frozen_fast.models.video.vit_weights import load_vit_weights
+from frozen_kernels import (
+    BACKEND_NAMES,
+    add_positions,
+    chosen_backends,
+    fused_form,
+    resolve_backend,
+    unavailable_backends,
+)
+from frozen_kernels.attention.api import load_backend
 
 TimeInit = Literal["zero_output", "released", "random"]
 
@@ -24,8 +38,25 @@ INIT_STD = 0.02
 """Standard deviation of the truncated normal that ViT and the released code draw linear weights from."""
 
 
-class SpaceTimeTransformer(nn.Module):
+class SpaceTimeTransformer(VideoTower):
     """Video tower: frames -> the CLS token after the last LayerNorm."""
+
+    name = "space_time"
+    keys = (
+        "size",
+        "weights",
+        "heads",
+        "block",
+        "attention",
+        "fused_ops",
+        "time_init",
+        "position_init_std",
+        "temporal_init_std",
+        "skip_time_attention_at_one_frame",
+        "full_last_block",
+    )
+    described_by = ("block", "skip_time_attention_at_one_frame")
+    frame_embeddings = ("temporal_embed",)
 
     def __init__(
         self,
@@ -69,9 +100,11 @@ class SpaceTimeTransformer(nn.Module):
         if attention not in (AUTO_ATTENTION, *BACKEND_NAMES):
             raise unknown_name("model.video.attention", attention, (AUTO_ATTENTION, *BACKEND_NAMES))
         self.size = size
+        self.width, self.resolution = size.width, size.resolution
         self.max_frames = max_frames
         self.block = block
         self.attention = attention
+        self.fused_ops = fused_ops
         self.skip_time_attention_at_one_frame = skip_time_attention_at_one_frame
         self.checkpointed_blocks = checkpointed_blocks
         self.full_last_block = full_last_block
@@ -150,26 +183,109 @@ class SpaceTimeTransformer(nn.Module):
         assert branch is not None, "a tower has at least one block"
         return self.norm(x[:, 0] + branch[:, 0])
 
-    def check_attention(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
-        """Raise a UserError that names model.video.attention, where the backend asked for cannot run.
+    @classmethod
+    def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> SpaceTimeTransformer:
+        """The tower of a config's model.video, with random weights and a ViT's where they are asked for."""
+        tower = cls(
+            named_size(section.size),
+            max_frames,
+            time_init=section.time_init,
+            position_init_std=section.position_init_std,
+            temporal_init_std=section.temporal_init_std,
+            block=section.block or "frozen_in_time",
+            skip_time_attention_at_one_frame=bool(section.skip_time_attention_at_one_frame),
+            **_settings(section),
+        )
+        if section.weights != "none":
+            load_vit_weights(tower, section.weights)
+        return tower
 
-        Args:
-            device: where the tower will run.
-            dtype: what it will compute in.
-        """
+    @classmethod
+    def from_architecture(
+        cls, data: Mapping[str, Any], *, max_frames: int, section: VideoTowerConfig | None = None
+    ) -> SpaceTimeTransformer:
+        """The tower that architecture() describes; a released file does not tell its block form, section may."""
+        section = section or VideoTowerConfig()
+        options = {}
+        for key in cls.described_by:
+            value = data[key] if key in data else getattr(section, key)
+            if value is not None:
+                options[key] = value
+        with torch.device("meta"):  # drawing weights that are replaced would take seconds
+            tower = cls(VideoSize(**data["size"]), max_frames, **options, **_settings(section))
+        return tower.to_empty(device="cpu")
+
+    def architecture(self) -> dict[str, Any]:
+        """Sizes and the block form."""
+        return {
+            "size": asdict(self.size),
+            "block": self.block,
+            "skip_time_attention_at_one_frame": self.skip_time_attention_at_one_frame,
+        }
+
+    @classmethod
+    def frames_taken(cls, section: VideoTowerConfig, max_frames: int) -> range:
+        """Any number up to max_frames; the named size and the number of recomputed blocks are checked too."""
+        if section.checkpointed_blocks > (depth := named_size(section.size).depth):
+            allowed = f"0 to {depth}, the depth"
+            raise UserError(f"model.video.checkpointed_blocks: got {section.checkpointed_blocks}; allowed: {allowed}")
+        return super().frames_taken(section, max_frames)
+
+    @classmethod
+    def check_agreement(cls, section: VideoTowerConfig, data: Mapping[str, Any]) -> None:
+        """Refuse a named size or a block form other than the checkpoint's."""
+        super().check_agreement(section, data)
+        if section.size is not None and asdict(named_size(section.size)) != data["size"]:
+            same = [name for name, size in VIDEO_SIZES.items() if asdict(size) == data["size"]]
+            allowed = " or ".join([*same, "null"])
+            raise UserError(f"model.video.size: got {section.size!r}; allowed: {allowed}, that of model.checkpoint")
+
+    def check_kernels(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        """Raise a UserError that names model.video.attention, where the backend asked for cannot run."""
         missing = unavailable_backends(device, dtype)
         if self.attention in missing:
             able = ", ".join([AUTO_ATTENTION, *(name for name in BACKEND_NAMES if name not in missing)])
             reason = missing[self.attention]
             raise UserError(f"model.video.attention: got {self.attention!r}: {reason}; allowed here: {able}")
 
-    def check_video(self, video_BTCHW: Tensor) -> None:
-        """Raise a ValueError that names the expected shape, unless the clip batch has it."""
-        side = self.size.resolution
-        expected = f"[B, T, 3, {side}, {side}] with 1 <= T <= {self.max_frames}"
-        shape = tuple(video_BTCHW.shape)
-        if len(shape) != 5 or shape[0] < 1 or shape[2:] != (3, side, side) or not 1 <= shape[1] <= self.max_frames:
-            raise ValueError(f"video: got shape {list(shape)}; allowed: {expected}")
+    def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        """Let "auto" choose attention for a stage's shapes and import what it chose."""
+        for frames, batch in batch_sizes.items():
+            tokens = 1 + frames * self.size.patches_per_frame
+            # Only sizes, dtype and device are read, so one number stands for all.
+            shape = (batch, tokens, 3, self.size.heads, self.width // self.size.heads)
+            qkv_BS3ND = torch.empty((), device=device, dtype=dtype).expand(shape)
+            for attention in self.modules():
+                if isinstance(attention, Attention):
+                    name = resolve_backend(attention.backend, qkv_BS3ND, frames, attention.axis)
+                    load_backend(name, device, dtype)  # an import inside a compiled step would break its graph
+                    attention.backend_at[frames] = name
+
+    def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
+        """Attention backends as chosen so far, and the form of the fused ops."""
+        attention = [{"backend": self.attention, "how": "model.video.attention"}]
+        if self.attention == AUTO_ATTENTION:
+            attention = chosen_backends()
+        form = "compiled" if compiled else fused_form(self.fused_ops, device, torch.float32)
+        return {"attention_backends": attention, "fused_ops": form}
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The space-time blocks."""
+        return list(self.blocks)
+
+    def forward_flops(self, frames: int, *, executed: bool = True) -> float:
+        """From the sizes (space_time_flops); executed leaves out what nothing reads of the last block."""
+        return space_time_flops(
+            self.size,
+            frames,
+            executed=executed and not self.full_last_block,
+            skip_time_attention_at_one_frame=self.skip_time_attention_at_one_frame,
+        )
+
+
+def _settings(section: VideoTowerConfig) -> dict[str, Any]:
+    """The keys that say how the tower computes, not what."""
+    return {key: getattr(section, key) for key in ("attention", "fused_ops", "checkpointed_blocks", "full_last_block")}
 
 
 def init_time_attention(attention: Attention, time_init: TimeInit) -> None:

@@ -7,15 +7,16 @@ paper). Time attention and its norm3 keep their own start.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from frozen_fast.config.video_sizes import VideoSize
 from frozen_fast.errors import UserError, reason, some
 from frozen_fast.models.video.onnx_vit import PACKAGE_PREFIX, onnx_vit_state, package_file
-from frozen_fast.models.video.space_time import SpaceTimeTransformer
+from frozen_fast.models.video.weight_files import FIELD, read_state_dict
 
-FIELD = "model.video.weights"
 TIMM_PREFIX = "timm:"
 OWN_PARTS = ("temporal_embed",)
 """Parameters that a ViT has not."""
@@ -27,11 +28,11 @@ HEAD_PREFIXES = ("head.", "head_dist.", "pre_logits.", "fc_norm.")
 """Parts of a ViT file that the tower has no use for."""
 
 
-def load_vit_weights(model: SpaceTimeTransformer, weights: str) -> None:
-    """Copy ViT weights into a video tower.
+def load_vit_weights(model: nn.Module, weights: str) -> None:
+    """Copy ViT weights into a space-time transformer.
 
     Args:
-        model: changed in place.
+        model: a SpaceTimeTransformer, changed in place.
         weights: timm:NAME; a local .pth, .pt, .bin, .safetensors or .npz (the original JAX files, read by timm); a
             local .onnx of DINOv2's form, or package:MODULE/FILE.onnx inside an installed package.
 
@@ -42,7 +43,7 @@ def load_vit_weights(model: SpaceTimeTransformer, weights: str) -> None:
         state = _timm_state(weights[len(TIMM_PREFIX) :])
     elif weights.startswith(PACKAGE_PREFIX) or weights.endswith(".onnx"):
         path = package_file(weights) if weights.startswith(PACKAGE_PREFIX) else Path(weights).expanduser()
-        state = onnx_vit_state(path, model.size.patches_per_frame)
+        state = onnx_vit_state(path, cast(VideoSize, model.size).patches_per_frame)
     else:
         state = _file_state(weights, model)
     wanted = {name: value for name, value in model.state_dict().items() if not _is_own(name)}
@@ -84,34 +85,22 @@ def _timm_state(name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _file_state(weights: str, model: SpaceTimeTransformer) -> dict[str, Tensor]:
+def _file_state(weights: str, model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a local file, under timm's names."""
     path = Path(weights).expanduser()
-    if not path.is_file():
-        raise UserError(f"{FIELD}: got {weights!r}; allowed: none, timm:NAME, or an existing local file")
+    if path.suffix != ".npz" or not path.is_file():
+        return read_state_dict(weights, "none, timm:NAME, or an existing local file")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if path.suffix == ".npz":
-            return _jax_state(path, model)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return _jax_state(path, model)
     except Exception as error:  # a damaged file raises anything at all
         raise UserError(f"{FIELD}: got {weights!r}, which cannot be read ({reason(error)})") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{FIELD}: got {weights!r}, which holds no state dict of tensors")
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
-def _jax_state(path: Path, model: SpaceTimeTransformer) -> dict[str, Tensor]:
+def _jax_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """An original ViT .npz, through timm's own conversion."""
     from timm.models.vision_transformer import VisionTransformer
 
-    size = model.size
+    size = cast(VideoSize, model.size)
     vit = VisionTransformer(
         img_size=size.resolution,
         patch_size=size.patch,

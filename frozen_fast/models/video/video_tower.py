@@ -1,0 +1,209 @@
+"""What every video tower offers: an embedding per clip, and what training has to know about the module.
+
+Axis letters: B batch, T frames, C channels, H and W pixels, D width.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from frozen_fast.config.schema import VideoTowerConfig
+from frozen_fast.errors import UserError
+from frozen_fast.models.counted_flops import counted_flops
+from frozen_fast.models.repeated_blocks import find_repeated_blocks
+
+ANY_NUMBER = sys.maxsize - 1
+"""max_frames of a tower without parameters per frame."""
+
+
+class VideoTower(nn.Module, ABC):
+    """Clips -> one vector each.
+
+    Attributes:
+        name: its name in frozen_fast.config.extensions.video_towers, written to config.json.
+        keys: the keys of model.video that it reads, beside tower, options and checkpointed_blocks. Another one that
+            is set is a mistake of the user's.
+        described_by: those of its keys that architecture() holds under the same names; with model.checkpoint they must
+            agree with it.
+        frame_embeddings: names of parameters [1, max_frames, D] with one row per frame, which grow at a stage with
+            more frames; none: the tower needs nothing to take more frames.
+        width: D.
+        resolution: pixels along a frame's edge.
+        max_frames: most frames of a clip.
+        checkpointed_blocks: so many of repeated_blocks() recompute their activations in the backward pass.
+    """
+
+    name: ClassVar[str]
+    keys: ClassVar[tuple[str, ...]] = ("size", "weights")
+    described_by: ClassVar[tuple[str, ...]] = ("size",)
+    frame_embeddings: tuple[str, ...] = ()
+    width: int
+    resolution: int
+    max_frames: int = ANY_NUMBER
+    checkpointed_blocks: int = 0
+
+    # Building
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> Self:
+        """A tower with the weights that a config asks for, random ones from torch's global random state.
+
+        Args:
+            section: model.video.
+            max_frames: most frames of any stage.
+
+        Raises:
+            UserError: naming the key under model.video.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_architecture(
+        cls, data: Mapping[str, Any], *, max_frames: int, section: VideoTowerConfig | None = None
+    ) -> Self:
+        """The tower that architecture() describes, for weights that are loaded afterwards: they may hold anything.
+
+        Args:
+            data: what architecture() returned.
+            max_frames: rows of its frame embeddings.
+            section: keys that say how it computes, not what it is (attention, checkpointed_blocks); None: defaults.
+        """
+
+    @abstractmethod
+    def architecture(self) -> dict[str, Any]:
+        """What from_architecture needs, as JSON-able data without the tower's name and max_frames."""
+
+    @classmethod
+    def frames_taken(cls, section: VideoTowerConfig, max_frames: int) -> range:
+        """Numbers of frames that a tower of this config takes; asked before it is built, so it must be cheap.
+
+        Args:
+            section: model.video.
+            max_frames: most frames of any stage.
+
+        Raises:
+            UserError: naming the key under model.video that is wrong.
+        """
+        return range(1, max_frames + 1)
+
+    @classmethod
+    def check_agreement(cls, section: VideoTowerConfig, data: Mapping[str, Any]) -> None:
+        """Refuse keys that contradict a checkpoint's architecture.
+
+        Args:
+            section: model.video, where keys that were not set are none.
+            data: what architecture() returned when the checkpoint was written.
+
+        Raises:
+            UserError: naming the key, the value and the checkpoint's.
+        """
+        for key in cls.described_by:
+            said = getattr(section, key)
+            if said is not None and key in data and said != data[key]:
+                raise UserError(f"model.video.{key}: got {said!r}; allowed: {data[key]!r}, that of model.checkpoint")
+        told = data.get("options") or {}
+        for key, said in section.options:
+            if key in told and said != told[key]:
+                allowed = f"{told[key]!r}, that of model.checkpoint"
+                raise UserError(f"model.video.options.{key}: got {said!r}; allowed: {allowed}")
+
+    # Computing
+
+    @abstractmethod
+    def forward(self, video_BTCHW: Tensor) -> Tensor:
+        """Embed clips.
+
+        Args:
+            video_BTCHW: [B, T, 3, resolution, resolution], normalised floats, T in `frames`.
+
+        Returns:
+            [B, D].
+
+        Raises:
+            ValueError: for another shape.
+        """
+
+    @property
+    def frames(self) -> range:
+        """The numbers of frames that a clip may have."""
+        return range(1, self.max_frames + 1)
+
+    def check_video(self, video_BTCHW: Tensor) -> None:
+        """Raise a ValueError that names the expected shape, unless the clip batch has it."""
+        side = self.resolution
+        shape = tuple(video_BTCHW.shape)
+        if len(shape) != 5 or shape[0] < 1 or shape[2:] != (3, side, side) or shape[1] not in self.frames:
+            expected = f"[B, T, 3, {side}, {side}] with {frames_in_words(self.frames, 'T')}"
+            raise ValueError(f"video: got shape {list(shape)}; allowed: {expected}")
+
+    # Kernels
+
+    def check_kernels(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
+        """Raise a UserError where a kernel that the config asks for cannot run on a device, in a dtype."""
+
+    def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        """Settle what is chosen by measurement, for the shapes of a stage; under torch.compile nothing can be measured.
+
+        Args:
+            batch_sizes: frames -> clips of one forward pass on this rank.
+            device: where it runs.
+            dtype: of its matrix products.
+        """
+
+    def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
+        """Entries of environment.json that say which kernels ran, for the report."""
+        return {}
+
+    # What training asks
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The blocks that make up most of the tower: units of compiling, recomputation and sharding."""
+        return find_repeated_blocks(self)
+
+    def forward_flops(self, frames: int, *, executed: bool = True) -> float | None:
+        """Forward FLOPs of one clip (a multiply-add counts as 2); None where they are not known.
+
+        Args:
+            frames: T.
+            executed: what this implementation computes; False: the model as it is published.
+        """
+        return counted_flops(self._bare_copy, (1, frames, 3, self.resolution, self.resolution))
+
+    def _bare_copy(self) -> nn.Module:
+        return type(self).from_architecture(self.architecture(), max_frames=min(self.max_frames, 2**16))
+
+
+def frames_in_words(frames: range, symbol: str = "") -> str:
+    """A range of frames as an error message gives it: "1 to 8", "exactly 16", "14 or more"; or bounds on a symbol."""
+    first, last = frames[0], frames[-1]
+    if last >= ANY_NUMBER:
+        return f"{symbol} >= {first}" if symbol else f"{first} or more"
+    if first == last:
+        return f"{symbol} = {first}" if symbol else f"exactly {first}"
+    return f"{first} <= {symbol} <= {last}" if symbol else f"{first} to {last}"
+
+
+def check_frames(tower: type[VideoTower], section: VideoTowerConfig, frames: Sequence[tuple[str, int]]) -> None:
+    """Refuse numbers of frames that a tower does not take, before it is built.
+
+    Args:
+        tower: the class.
+        section: model.video.
+        frames: (config key, number of frames) pairs.
+
+    Raises:
+        UserError: naming the first key at fault.
+    """
+    taken = tower.frames_taken(section, max(number for _, number in frames))
+    for key, number in frames:
+        if number not in taken:
+            what = f"{tower.name} {section.size}" if section.size else tower.name
+            raise UserError(f"{key}: got {number}; allowed: {frames_in_words(taken)}, which is what {what} takes")

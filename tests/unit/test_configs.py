@@ -108,6 +108,8 @@ def test_every_row_of_the_paper_has_a_config() -> None:
         row = published_row(config.paper.table, config.paper.row)
         followed.setdefault((row.table, row.name), []).append(name)
         frames = config.evaluation.frames or config.curriculum.stages[-1].frames
+        if name.startswith("eval/") and config.evaluation.frames is None:
+            continue  # as many as the checkpoint has learned
         assert row.frames in (None, frames), f"{name}: {frames} frames, the row has {row.frames}"
     for table in table_names():
         if table not in (BACKBONES, *OWN_MODELS):

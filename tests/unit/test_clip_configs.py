@@ -1,0 +1,55 @@
+"""Every file under configs/clip/: it loads, says what it is, resolves its stages, builds at a tiny size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from frozen_fast.config import ExperimentConfig, check_for_evaluation, check_for_training, load_config, resolve_stages
+from frozen_fast.evaluation.published import published_row, row_names
+from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_STD
+from frozen_fast.training.parts import build_model
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "clip"
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("_"))
+TRAIN = [name for name in FILES if not name.endswith("_eval.yaml")]
+CLIPS = {"msrvtt_1kA": 9000, "msrvtt_full": 6513, "msvd": 1200, "vatex": 25_991}
+TINY = (
+    "model.checkpoint=null", "model.clip2video.clip=", "model.clip2video.size=tiny", "training.device=cpu",
+)  # fmt: skip
+
+
+def config_of(name: str, *overrides: str) -> ExperimentConfig:
+    return load_config(FOLDER / name, overrides)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_loads_builds_and_encodes_a_clip(name: str) -> None:
+    pytest.importorskip("open_clip", reason="needs the extra clip")
+    config = config_of(name)
+    (check_for_training if name in TRAIN else check_for_evaluation)(config)
+    assert config.name == name.removesuffix(".yaml")
+    assert (config.data.augmentation.mean, config.data.augmentation.std) == (CLIP_MEAN, CLIP_STD)
+    config = config_of(name, *TINY)
+    model = build_model(config, torch.device("cpu"))
+    frames = config.evaluation.frames
+    assert frames is not None
+    with torch.no_grad():
+        sim_QV = model.similarity(["a dog", "a cat"], torch.rand(3, frames, 3, 32, 32))
+    assert sim_QV.shape == (2, 3) and frames == published_row(config.paper.table, config.paper.row).frames == 12
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_a_tenth_of_the_steps_warms_up(name: str) -> None:
+    config = config_of(name)
+    clips = next(count for part, count in CLIPS.items() if part in name)
+    stages = resolve_stages(config, {source.name: clips for source in config.data.sources}, 1)
+    steps = sum(stage.steps for stage in stages)
+    assert 0.09 * steps < config.optimizer.warmup_steps < 0.11 * steps
+
+
+def test_every_published_row_has_a_file() -> None:
+    rows = {config_of(name).paper.row for name in TRAIN}
+    assert rows == set(row_names("CLIP2Video"))

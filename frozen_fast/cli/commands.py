@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from frozen_fast.cli.train_seeds import train_seeds
 from frozen_fast.config import (
     ExperimentConfig,
     check_for_evaluation,
@@ -54,6 +55,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|none|PATH",
         help="auto: the run folder's newest checkpoint if there is one; none (default): start anew; or a checkpoint",
     )
+    parser.add_argument("--seeds", metavar="0,1,2", help="a run for each seed, and their mean and deviation (seeds.md)")
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -68,7 +70,8 @@ def train(arguments: argparse.Namespace) -> int:
 
     if config.paper.table:
         published_row(config.paper.table, config.paper.row)  # an unknown row is told before the run, not in its report
-
+    if arguments.seeds is not None:
+        return train_seeds(config, arguments)
     return train_run(config, resume=arguments.resume)
 
 

@@ -11,7 +11,12 @@ from typing import NoReturn
 
 from frozen_fast import __version__
 from frozen_fast.cli import commands, search_commands
-from frozen_fast.cli.feature_commands import convert_features, convert_features_arguments
+from frozen_fast.cli.feature_commands import (
+    convert_features,
+    convert_features_arguments,
+    make_caption_masks,
+    make_caption_masks_arguments,
+)
 from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arguments
 from frozen_fast.cli.pack_command import pack, pack_arguments
 from frozen_fast.cli.serve_command import serve, serve_arguments
@@ -38,6 +43,11 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         "turn released expert features into a memory-mapped feature store",
         convert_features_arguments,
         convert_features,
+    ),
+    "make-caption-masks": (
+        "which training captions a teacher finds their own video with, to train on those",
+        make_caption_masks_arguments,
+        make_caption_masks,
     ),
     "find-batch-size": (
         "the largest batch of each number of frames that fits one device",

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from frozen_fast.cli.main import main
 from frozen_fast.common.files import read_json_lines
-from frozen_fast.config import config_from_mapping
+from frozen_fast.config import config_from_mapping, dump_yaml
 from frozen_fast.data.features.convert_features import convert_features
+from frozen_fast.data.features.feature_store import FeatureStore
+from frozen_fast.data.load.feature_loader import read_caption_masks
 from frozen_fast.errors import UserError
 from frozen_fast.losses import gathered_loss
 from frozen_fast.losses.distillation import TEACHERS, SimilarityDistillation
@@ -78,6 +81,7 @@ def recall(folder: Path) -> float:
 def test_a_student_of_noisy_captions_gains_by_a_teacher(store: Path, tmp_path: Path) -> None:
     assert train(experiment(store, tmp_path / "teacher", "clean", 0, [], 40)) == 0
     teachers = [{"checkpoint": str(tmp_path / "teacher")}]
+    check_masks(store, tmp_path)
     found: dict[str, list[float]] = {"alone": [], "taught": []}
     for seed in range(3):
         for name, given in (("alone", []), ("taught", teachers)):
@@ -85,6 +89,27 @@ def test_a_student_of_noisy_captions_gains_by_a_teacher(store: Path, tmp_path: P
             assert train(experiment(store, folder, "noisy", seed, given, 25)) == 0
             found[name].append(recall(folder))
     assert np.mean(found["taught"]) > np.mean(found["alone"]) + 3, found
+
+
+def check_masks(store: Path, tmp_path: Path) -> None:
+    """The teacher keeps nearly all captions that tell of their own video, and few of the others."""
+    config = experiment(store, tmp_path / "masks", "noisy", 0, [], 1)
+    (tmp_path / "masks.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    arguments = ["--config", str(tmp_path / "masks.yaml"), "--checkpoint", str(tmp_path / "teacher")]
+    output = tmp_path / "masks.pkl"
+    assert main(["make-caption-masks", *arguments, "--rank-below", "5", "--output", str(output)]) == 0
+    masks = pickle.loads(output.read_bytes())
+    clean, noisy = (FeatureStore(store), "clean"), (FeatureStore(store), "noisy")
+    assert set(masks) == set(TRAIN) and min(map(sum, masks.values())) >= 1
+    right, wrong = [], []
+    for video, mask in masks.items():
+        hidden = np.mean([tokens.mean(0) for tokens in clean[0].caption_tokens(clean[1], video)], axis=0)
+        for kept, tokens in zip(mask, noisy[0].caption_tokens(noisy[1], video), strict=True):
+            told_right = np.abs(tokens.mean(0) - hidden).mean() < 0.2
+            (right if told_right else wrong).append(kept)
+    assert len(right) > 100 and len(wrong) > 100
+    assert np.mean(right) > 0.8 and np.mean(wrong) < 0.3
+    assert min(len(indices) for indices in read_caption_masks(output).values()) >= 1
 
 
 def test_released_embeddings_teach(store: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import frozen_fast
-from frozen_fast.config import config_from_mapping
+from frozen_fast.cli.main import main
+from frozen_fast.config import config_from_mapping, dump_yaml
 from frozen_fast.data.features.convert_features import convert_features
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training.run import evaluate_checkpoint, train
@@ -124,3 +125,24 @@ def test_two_processes_equal_one(store: Path, tmp_path: Path) -> None:
         assert (weights(two, 8)[name] - value).abs().max() < 1e-3, name
     metrics = [read_json(folder / "metrics.json")["evaluations"][0]["metrics"] for folder in (one, two)]
     assert metrics[0] == pytest.approx(metrics[1], rel=0.05)
+
+
+def test_seeds_are_run_one_after_the_other_and_averaged(store: Path, tmp_path: Path, capfd) -> None:
+    mapping = experiment(store, tmp_path / "run", paper={"table": "Collaborative Experts", "row": "MSVD"})
+    mapping["curriculum"] = {"stages": [{"global_batch_size": 50, "steps": 4}]}
+    (tmp_path / "experiment.yaml").write_text(dump_yaml(config_from_mapping(mapping)), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.environ", environment())
+        assert main(["train", "--config", str(tmp_path / "experiment.yaml"), "--seeds", "1,4"]) == 0
+    (row, *_) = json.loads((tmp_path / "run" / "seeds.json").read_text(encoding="utf-8"))
+    values = [
+        read_json(tmp_path / "run" / f"seed_{seed}" / "metrics.json")["evaluations"][0]["metrics"]["t2v/MnR"]
+        for seed in (1, 4)
+    ]
+    assert values[0] != values[1] and row["seeds"] == [1, 4]
+    assert row["mean"]["t2v/MnR"] == pytest.approx(sum(values) / 2)
+    assert row["deviation"]["t2v/MnR"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    written = (tmp_path / "run" / "seeds.md").read_text(encoding="utf-8")
+    assert "Collaborative Experts, MSVD" in written and (tmp_path / "run" / "seeds.html").is_file()
+    assert main(["train", "--config", str(tmp_path / "experiment.yaml"), "--seeds", "1,1"]) == 2
+    assert "--seeds: got '1,1'; allowed: different whole numbers" in capfd.readouterr().err

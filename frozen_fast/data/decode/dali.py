@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frozen_fast.data.decode.dali_pipeline import Stage, build_pipeline, run_pipeline
+from frozen_fast.data.decode.dali_pipeline import GraphKind, build_pipeline, run_pipeline
 from frozen_fast.data.decode.excerpt import Excerpt, cheapest, whole_file
 from frozen_fast.data.decode.geometry import Box, stored_box, view_steps
 from frozen_fast.data.decode.pictures import is_plain_jpeg
@@ -46,7 +46,7 @@ class Job:
     """A request made ready for the pipeline; sizes and boxes in stored pixels."""
 
     request: DecodeRequest
-    stage: Stage
+    graph: GraphKind
     source: Excerpt
     size: tuple[int, int]
     box: Box
@@ -82,7 +82,7 @@ class DaliDecoder:
         self._pictures = pictures
         self._codecs = GPU_CODECS if device.type == "cuda" else CPU_CODECS
         self._process = 0
-        self._pipelines: dict[tuple[Stage, int], object] = {}
+        self._pipelines: dict[tuple[GraphKind, int], object] = {}
         self._pool = DaemonPool(threads, "dali-read")
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
@@ -144,7 +144,7 @@ class DaliDecoder:
         size = (upright_size[1], upright_size[0]) if sideways else upright_size
         return Job(
             request=request,
-            stage=Stage(kind, isinstance(request.view, TestView)),
+            graph=GraphKind(kind, isinstance(request.view, TestView)),
             source=source,
             size=size,
             box=stored_box(steps.box, *size, rotation),
@@ -154,18 +154,18 @@ class DaliDecoder:
         )
 
     def _batches(self, outcomes: Sequence[Job | Decoded | ClipError]) -> Iterator[list[int]]:
-        """Places of jobs that go through one pipeline run: one stage, bounded memory."""
+        """Places of jobs that go through one pipeline run: one graph, bounded memory."""
         limit = _BATCH_BYTES[self._device.type]
-        groups: dict[Stage, list[int]] = {}
-        filled: dict[Stage, int] = {}
+        groups: dict[GraphKind, list[int]] = {}
+        filled: dict[GraphKind, int] = {}
         for place, job in enumerate(outcomes):
             if not isinstance(job, Job):
                 continue
-            group = groups.setdefault(job.stage, [])
-            if group and (len(group) == _BATCH_CLIPS or filled[job.stage] + job.decoded_bytes > limit):
+            group = groups.setdefault(job.graph, [])
+            if group and (len(group) == _BATCH_CLIPS or filled[job.graph] + job.decoded_bytes > limit):
                 yield group
-                group = groups[job.stage] = []
-            filled[job.stage] = (filled[job.stage] if group else 0) + job.decoded_bytes
+                group = groups[job.graph] = []
+            filled[job.graph] = (filled[job.graph] if group else 0) + job.decoded_bytes
             group.append(place)
         yield from (group for group in groups.values() if group)
 
@@ -181,10 +181,10 @@ class DaliDecoder:
         return [self._finish(*clip) for clip in zip(jobs, frames, peaks, strict=True)]
 
     def _run_pipeline(self, jobs: list[Job], capacity: int) -> tuple[list[Tensor], list[np.ndarray]]:
-        slot = (jobs[0].stage, capacity)
+        slot = (jobs[0].graph, capacity)
         if slot not in self._pipelines:
             self._pipelines[slot] = build_pipeline(
-                jobs[0].stage,
+                jobs[0].graph,
                 capacity=capacity,
                 threads=self._threads,
                 device=self._device,
@@ -195,7 +195,7 @@ class DaliDecoder:
         try:
             return run_pipeline(
                 self._pipelines[slot],
-                jobs[0].stage,
+                jobs[0].graph,
                 self._device,
                 encoded=[job.source.encoded for job in jobs],
                 frames=[job.source.frame_indices for job in jobs],

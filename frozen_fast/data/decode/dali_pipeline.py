@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Stage(NamedTuple):
+class GraphKind(NamedTuple):
     """Which graph: of a "video" or an "image", and whether it resizes before the crop (TestView)."""
 
     kind: str
@@ -29,15 +29,15 @@ def missing() -> str | None:
     return None
 
 
-def _inputs_of(stage: Stage) -> list[str]:
-    unused = set() if stage.resizes_first else {"size"}
-    if stage.kind == "image":
+def _inputs_of(graph: GraphKind) -> list[str]:
+    unused = set() if graph.resizes_first else {"size"}
+    if graph.kind == "image":
         unused.add("frames")
     return [name for name in _INPUTS if name not in unused]
 
 
 def build_pipeline(
-    stage: Stage,
+    graph: GraphKind,
     *,
     capacity: int,
     threads: int,
@@ -49,7 +49,7 @@ def build_pipeline(
     """Build the graph: decode, resize (where the view does so first), crop, resize, flip, normalise.
 
     Args:
-        stage: which graph.
+        graph: which graph.
         capacity: most clips in a run.
         threads: CPU threads.
         device: "cuda": decoding and all else on that GPU ("mixed"); otherwise the CPU.
@@ -69,16 +69,16 @@ def build_pipeline(
     with pipeline:
         given = {
             name: fn.external_source(name=name, ndim=_INPUTS[name][0], dtype=getattr(types, _INPUTS[name][1]))
-            for name in _inputs_of(stage)
+            for name in _inputs_of(graph)
         }
         decode_device = "mixed" if on_gpu else "cpu"
-        if stage.kind == "video":
+        if graph.kind == "video":
             decoded = fn.decoders.video(given["encoded"], frames=given["frames"], device=decode_device)
         else:
             picture = fn.decoders.image(given["encoded"], device=decode_device, output_type=types.RGB)
             decoded = fn.expand_dims(picture, axes=0, new_axis_names="F")
         peaks = fn.reductions.max(decoded, axes=(1, 2, 3))
-        viewed = fn.resize(decoded, size=given["size"], **linear) if stage.resizes_first else decoded
+        viewed = fn.resize(decoded, size=given["size"], **linear) if graph.resizes_first else decoded
         viewed = fn.slice(viewed, start=given["start"], shape=given["shape"], axes=(1, 2))
         viewed = fn.resize(viewed, size=[resolution, resolution], **linear)
         frames = fn.crop_mirror_normalize(
@@ -95,13 +95,13 @@ def build_pipeline(
 
 
 def run_pipeline(
-    pipeline: Any, stage: Stage, device: torch.device, **inputs: list[np.ndarray]
+    pipeline: Any, graph: GraphKind, device: torch.device, **inputs: list[np.ndarray]
 ) -> tuple[list[Tensor], list[np.ndarray]]:
     """Run a graph once.
 
     Args:
         pipeline: from build_pipeline.
-        stage: of the same pipeline.
+        graph: of the same pipeline.
         device: likewise.
         inputs: per clip: `encoded` [bytes] uint8, `frames` [T] int32, `size` [2] float32 (height, width of the first
             resize), `start` and `shape` [2] int32 (the crop), `mirror` scalar int32.
@@ -114,7 +114,7 @@ def run_pipeline(
     """
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    for name in _inputs_of(stage):
+    for name in _inputs_of(graph):
         pipeline.feed_input(name, inputs[name])
     frames, peaks = pipeline.run()
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from frozen_fast.cli.progress import Tell, progress
+from frozen_fast.common.progress import Tell, progress
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.errors import UserError

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frozen_fast.cli.progress import progress
+from frozen_fast.common.progress import progress
 from frozen_fast.errors import UserError, some
 
 if TYPE_CHECKING:

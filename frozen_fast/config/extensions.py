@@ -151,6 +151,19 @@ layouts = ExtensionPoint(
 )
 """frozen_fast.data.sources.Layout objects: data sets in their forms on disk."""
 
+decoders = ExtensionPoint(
+    "decoders",
+    "data.decode.backend",
+    {
+        "auto": "frozen_fast.data.decode.backends:AUTO",
+        "dali": "frozen_fast.data.decode.backends:DALI",
+        "torchcodec": "frozen_fast.data.decode.backends:TORCHCODEC",
+        "decord": "frozen_fast.data.decode.backends:DECORD",
+        "pyav": "frozen_fast.data.decode.backends:PYAV",
+    },
+)
+"""frozen_fast.data.decode.backends.DecoderKind objects."""
+
 optimizers = ExtensionPoint(
     "optimizers",
     "optimizer.name",

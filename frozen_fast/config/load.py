@@ -12,7 +12,6 @@ from frozen_fast.config.convert import build
 from frozen_fast.config.fields import to_plain
 from frozen_fast.config.model_defaults import with_model_defaults
 from frozen_fast.config.overrides import apply_overrides, copy_tree, merge
-from frozen_fast.config.renamed_values import replace_renamed_values
 from frozen_fast.config.schema import DataConfig, EvaluationConfig, ExperimentConfig, SourceConfig
 from frozen_fast.config.yaml_text import Origins
 from frozen_fast.errors import UserError
@@ -48,7 +47,7 @@ def config_from_mapping(
     if overrides:
         tree = merge(to_plain(ExperimentConfig()), tree)
         apply_overrides(tree, overrides, origins, ExperimentConfig, renamed.EXPERIMENT)
-    config = name_sources(build(ExperimentConfig, replace_renamed_values(tree), origins=origins))
+    config = name_sources(build(ExperimentConfig, tree, origins=origins))
     return replace(config, model=with_model_defaults(config.model))
 
 

@@ -1,4 +1,4 @@
-"""Config keys under their former names: still read, with a warning that gives the new name."""
+"""Config keys and values under their former names: still read, with a warning that gives the new name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ def trackers_of_wandb_mode(mode: Any) -> dict[str, Any]:
     return {"tracking.trackers": ["wandb"], "tracking.wandb_mode": mode}
 
 
+def current_attention(backend: Any) -> dict[str, Any]:
+    """What the former attention backends native and batched are called now."""
+    return {"model.video.attention": "cpu_c" if backend in ("native", "batched") else backend}
+
+
 EXPERIMENT: Renames = {
+    "model.video.attention": current_attention,
     "data.sources[i].cut": "data.sources[i].split_version",
     "evaluation.sources[i].cut": "evaluation.sources[i].split_version",
     "data.decode.max_image_pixels": "data.decode.max_pixels",
@@ -32,7 +38,7 @@ EXPERIMENT: Renames = {
     "wandb.project": "tracking.project",
     "wandb.name": "tracking.run_name",
 }
-"""Renamed keys of an experiment."""
+"""Renamed keys of an experiment, and keys with renamed values."""
 
 
 def current_path(path: str, renames: Renames) -> str:
@@ -43,6 +49,8 @@ def current_path(path: str, renames: Renames) -> str:
 
 def rename_keys(tree: dict[str, Any], renames: Renames, origins: Origins, *, overwrite: bool = False) -> None:
     """Move the values of old keys to the new ones, each with a warning.
+
+    A function of the table that gives a key its own value back changes nothing.
 
     Args:
         tree: plain values, changed in place.
@@ -57,14 +65,19 @@ def rename_keys(tree: dict[str, Any], renames: Renames, origins: Origins, *, ove
         new = renames.get(re.sub(r"\[\d+\]", "[i]", path))
         if new is None:
             continue
-        value = _take(tree, path)
+        value = _value_at(tree, path)
         targets = {_with_indices(new, path): value} if isinstance(new, str) else new(value)
+        if targets == {path: value}:
+            continue
+        _take(tree, path)
         where = origins.pop(path, "")
         for target, moved in targets.items():
             _put(tree, target, moved, path, overwrite)
             origins[target] = where
         if os.environ.get("RANK", "0") == "0":
-            log.warning("%s%s is an old name, use %s", path, f" ({where})" if where else "", " and ".join(targets))
+            old = f"{path}={value}" if path in targets else path
+            use = " and ".join(f"{name}={targets[name]}" if name == path else name for name in targets)
+            log.warning("%s%s is an old name, use %s", old, f" ({where})" if where else "", use)
 
 
 def _with_indices(pattern: str, path: str) -> str:
@@ -84,6 +97,13 @@ def _paths(node: Any, path: str) -> Iterator[str]:
 
 def _steps(path: str) -> list[str | int]:
     return [int(index) if index else name for index, name in re.findall(r"\[(\d+)\]|([^.\[]+)", path)]
+
+
+def _value_at(tree: dict[str, Any], path: str) -> Any:
+    here: Any = tree
+    for step in _steps(path):
+        here = here[step]
+    return here
 
 
 def _take(tree: dict[str, Any], path: str) -> Any:

@@ -24,7 +24,6 @@ from frozen_fast.errors import unknown_value
 
 Expansion = Literal["zero", "nearest", "bilinear"]
 Attention = Literal["auto", "reference", "sdpa", "cpu_c", "xformers", "triton"]
-DecodeBackend = Literal["auto", "dali", "torchcodec", "decord", "pyav"]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Spread = Annotated[float, Field(gt=0)]
@@ -210,7 +209,7 @@ class SamplingConfig:
 class DecodeConfig:
     """How clips become frames."""
 
-    backend: DecodeBackend = key("auto", "decoder; auto takes the fastest that reads the codec on this device")
+    backend: str = key("auto", "decoder: dali, torchcodec, decord, pyav, or a plugin's; auto takes the fastest that reads the codec on this device", names=extensions.decoders)
     threads: int = key(2, "decoding threads of one loader", ge=1)
     workers: int = key(0, "loader processes (torchcodec, decord, pyav); 0: a background thread", ge=0)
     prefetch_batches: int = key(2, "batches decoded ahead", ge=1)

@@ -94,7 +94,8 @@ def hours_plot(run: RunData) -> str | None:
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlim(0, None if longest > 0 else 1)
         axes.set_xlabel(f"{'GPU' if run.on_gpu else 'CPU process'}-{unit}")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(PART_COLOURS), handlelength=1)
+        if longest > 0:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(PART_COLOURS), handlelength=1)
 
     return _svg(draw, height=0.9 + 0.4 * len(run.stages))
 

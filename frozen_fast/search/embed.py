@@ -10,13 +10,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from frozen_fast.config.schema import DecodeBackend, DecodeConfig, EvaluationConfig
+from frozen_fast.config.schema import DecodeConfig, EvaluationConfig
 from frozen_fast.data import Clip, EvaluationLoader, Source
 from frozen_fast.data.load.for_model import FrameFormat, build_evaluation_loader
 from frozen_fast.data.load.video_frames import kind_of
@@ -76,7 +76,7 @@ def embed_videos(
         return torch.empty(0, model.embedding_width)
     check_decoder(decoder)
     policy: Literal["error", "skip"] = "error" if on_bad_clip == "error" else "skip"
-    decode = DecodeConfig(backend=cast(DecodeBackend, decoder), workers=workers, on_bad_clip=policy)
+    decode = DecodeConfig(backend=decoder, workers=workers, on_bad_clip=policy)
     loader = loader_for(model, source, with_windows(settings, windows), decode, batch_size)
     rows = torch.full((len(source), model.embedding_width), math.nan)
     for index, row_D in clip_vectors(model, loader):
@@ -194,6 +194,6 @@ def one_vector(model: DualEncoder, path: str, settings: EmbedSettings, batch_siz
         UserError: it cannot be read.
     """
     check_decoder(settings.decoder)
-    decode = DecodeConfig(backend=cast(DecodeBackend, settings.decoder), on_bad_clip="error")
+    decode = DecodeConfig(backend=settings.decoder, on_bad_clip="error")
     loader = loader_for(model, clip_source([path]), settings, decode, batch_size)
     return torch.stack([row_D for _, row_D in clip_vectors(model, loader)])

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from frozen_fast.common.logs import set_up_logging
-from frozen_fast.config.schema import DecodeBackend, DecodeConfig
+from frozen_fast.config.schema import DecodeConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
 from frozen_fast.parallel.base import Parallel
@@ -92,7 +92,7 @@ class EmbedRequest:
         """
         if self.workers and settings.decoder == "dali":
             raise UserError("--workers: got the decoder dali, which works in this process; allowed: 0, or --decoder")
-        decoder = cast(DecodeBackend, settings.decoder)
+        decoder = settings.decoder
         return DecodeConfig(backend=decoder, threads=self.threads, workers=self.workers, on_bad_clip="skip")
 
 

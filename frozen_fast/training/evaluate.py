@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frozen_fast.common.progress import progress
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source
 from frozen_fast.data.load.feature_loader import FeatureEvaluationLoader
@@ -217,14 +218,20 @@ def _encode_windows(
 ) -> dict[int, list[Features]]:
     """The features of this rank's windows per clip, each with first axis 1, fp32 on the CPU."""
     windows: dict[int, list[Features]] = {}
+    tell = progress("evaluate", len(loader.clip_indices), last_line=False) if parallel.is_main else None
     try:
         for batch in loader.batches():
             if stop_asked():
                 break
             with parallel.autocast():
                 features = _on_cpu(model.video_features(batch.windows))
+            read_before = len(windows)
             for row, index in enumerate(batch.clip_indices):
                 windows.setdefault(index, []).append({name: x[row : row + 1] for name, x in features.items()})
+            if tell is not None:
+                tell(len(windows) - read_before, 0)
+        if tell is not None:
+            tell(0, len(loader.clip_indices) - len(windows))
     except Exception as error:
         if not stop_explains(error, stop_asked):
             raise

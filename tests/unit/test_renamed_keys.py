@@ -22,6 +22,12 @@ wandb: {mode: offline, project: p, name: n}
 """
 
 
+@pytest.fixture(autouse=True)
+def logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a test that has set the package's logging up."""
+    monkeypatch.setattr(logging.getLogger("frozen_fast"), "propagate", True)
+
+
 def test_old_keys_are_read_with_a_warning_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "old.yaml"
     path.write_text(OLD)
@@ -66,9 +72,26 @@ def test_a_wrong_value_is_told_under_the_new_name_with_its_line(tmp_path: Path) 
 
 def test_new_names_exist_and_old_ones_do_not() -> None:
     known = {path for path, _ in walk_keys(ExperimentConfig)}
-    assert not known & set(EXPERIMENT)
+    assert known & set(EXPERIMENT) == {"model.video.attention"}, "whose values are renamed"
     targets = [new if isinstance(new, str) else new("online") for new in EXPERIMENT.values()]
     assert {path for target in targets for path in ([target] if isinstance(target, str) else target)} <= known
+
+
+@pytest.mark.parametrize("old", ["native", "batched"])
+def test_old_values_are_read_with_a_warning(old: str, caplog: pytest.LogCaptureFixture) -> None:
+    tree = {"model": {"video": {"attention": old}}}
+    assert config_from_mapping(tree).model.video.attention == "cpu_c"
+    assert config_from_mapping({}, [f"model.video.attention={old}"]).model.video.attention == "cpu_c"
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        f"model.video.attention={old} is an old name, use model.video.attention=cpu_c",
+        f"model.video.attention={old} (command line) is an old name, use model.video.attention=cpu_c",
+    ]
+    caplog.clear()
+    assert config_from_mapping({"model": {"video": {"attention": "sdpa"}}}).model.video.attention == "sdpa"
+    with pytest.raises(UserError, match="model.video.attention: got 5, an integer"):
+        config_from_mapping({"model": {"video": {"attention": 5}}})
+    assert not caplog.records
 
 
 def test_old_keys_of_a_sweep(tmp_path: Path) -> None:

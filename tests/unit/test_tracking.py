@@ -78,6 +78,12 @@ def start(folder: Path, config: ExperimentConfig, step: int | None = None) -> Tr
     return Trackers.start(config.tracking, name=config.name, config=config, folder=folder, step=step)
 
 
+@pytest.fixture(autouse=True)
+def logs_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a test that has set the package's logging up."""
+    monkeypatch.setattr(logging.getLogger("frozen_fast"), "propagate", True)
+
+
 def test_without_trackers_nothing_happens(tmp_path: Path) -> None:
     opened = start(tmp_path / "new", experiment())
     opened.log({"loss": 1.0}, 1)

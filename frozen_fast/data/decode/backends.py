@@ -3,33 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
+from frozen_fast.config.extensions import decoders
 from frozen_fast.data.decode import decord, pyav, torchcodec
 from frozen_fast.data.decode.auto import AutoDecoder
 from frozen_fast.data.decode.dali import DaliDecoder
 from frozen_fast.data.decode.dali_pipeline import missing as dali_missing
 from frozen_fast.data.decode.frame_index import av_missing
-from frozen_fast.data.decode.threaded import ThreadedDecoder
+from frozen_fast.data.decode.threaded import FrameReader, ThreadedDecoder
 from frozen_fast.data.decode.transforms import ViewTransform
 from frozen_fast.data.decode.types import Decoder
-from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.errors import UserError
 
-BACKENDS = ("dali", "torchcodec", "decord", "pyav")
-_MISSING: dict[str, Callable[[], str | None]] = {
-    "dali": dali_missing,
-    "torchcodec": torchcodec.missing,
-    "decord": decord.missing,
-    "pyav": av_missing,
-}
+BACKENDS = tuple(name for name in decoders.names() if name != "auto")
+"""The decoders that a clip can be given to, plugins included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings:
+    """What a decoder is built from.
+
+    Attributes:
+        device: where the frames are wanted.
+        resolution: side of the frames, pixels.
+        mean: normalisation mean, RGB in [0, 1].
+        std: normalisation standard deviation.
+        threads: decoding threads.
+        max_pixels: a frame or picture with more pixels is a bad clip.
+    """
+
+    device: torch.device
+    resolution: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    threads: int
+    max_pixels: int
+
+    def transform(self) -> ViewTransform:
+        """From decoded frames to what the model gets."""
+        return ViewTransform(self.resolution, self.mean, self.std, self.device)
+
+
+@dataclass(frozen=True)
+class DecoderKind:
+    """What an entry of the table extensions.decoders names.
+
+    Attributes:
+        missing: why the decoder cannot be used here, or None.
+        build: builds it; called in the thread or process that uses it.
+    """
+
+    missing: Callable[[], str | None]
+    build: Callable[[DecoderSettings], Decoder]
+
+
+def _threaded(name: str, read_frames: FrameReader, settings: DecoderSettings, *, needs_times: bool) -> ThreadedDecoder:
+    return ThreadedDecoder(
+        name, read_frames, settings.transform(), threads=settings.threads, max_pixels=settings.max_pixels,
+        needs_times=needs_times,
+    )  # fmt: skip
+
+
+def _dali(settings: DecoderSettings) -> Decoder:
+    pictures = _threaded("pil", pyav.read_frames, replace(settings, threads=1), needs_times=False)
+    others = [other for other in BACKENDS if other != "dali" and _missing(other) is None]
+    return DaliDecoder(
+        device=settings.device, resolution=settings.resolution, mean=settings.mean, std=settings.std,
+        threads=settings.threads, max_pixels=settings.max_pixels, pictures=pictures, others=others,
+    )  # fmt: skip
+
+
+def _auto(settings: DecoderSettings) -> Decoder:
+    def made(name: str) -> Decoder:
+        kind: DecoderKind = decoders.load(name)
+        return kind.build(settings)
+
+    return AutoDecoder(made, _missing, device=settings.device, max_pixels=settings.max_pixels)
+
+
+AUTO = DecoderKind(lambda: None, _auto)
+DALI = DecoderKind(dali_missing, _dali)
+TORCHCODEC = DecoderKind(
+    torchcodec.missing, lambda settings: _threaded("torchcodec", torchcodec.read_frames, settings, needs_times=True)
+)
+DECORD = DecoderKind(
+    decord.missing, lambda settings: _threaded("decord", decord.read_frames, settings, needs_times=True)
+)
+PYAV = DecoderKind(av_missing, lambda settings: _threaded("pyav", pyav.read_frames, settings, needs_times=False))
 
 
 @lru_cache
 def _missing(backend: str) -> str | None:
     """Why a backend cannot be used here, or None; PyAV is needed by all, since it finds the frames."""
-    return av_missing() or _MISSING[backend]()
+    kind: DecoderKind = decoders.load(backend)
+    return av_missing() or kind.missing()
 
 
 def unavailable_backends() -> dict[str, str]:
@@ -51,7 +122,7 @@ def build_decoder(
     """Build a decoder; call it in the thread or process that will use it.
 
     Args:
-        backend: dali, torchcodec, decord, pyav, or auto: each clip goes to the fastest that reads its codec.
+        backend: a name of extensions.decoders; auto: each clip goes to the fastest that reads its codec.
         device: where the frames are wanted.
         resolution: side of the frames, pixels.
         mean: normalisation mean, RGB in [0, 1].
@@ -62,36 +133,16 @@ def build_decoder(
     Raises:
         UserError: an unknown backend, or one that is not installed.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise unknown_name("data.decode.backend", backend, ("auto", *BACKENDS))
-    device = torch.device(device)
-    transform = ViewTransform(resolution, mean, std, device)
-
-    def made(name: str) -> Decoder:
-        if name != "dali":
-            reader = {"pyav": pyav, "torchcodec": torchcodec, "decord": decord}[name].read_frames
-            return ThreadedDecoder(
-                name, reader, transform, threads=threads, max_pixels=max_pixels, needs_times=name != "pyav"
-            )
-        return DaliDecoder(
-            device=device,
-            resolution=resolution,
-            mean=mean,
-            std=std,
-            threads=threads,
-            max_pixels=max_pixels,
-            pictures=ThreadedDecoder(
-                "pil", pyav.read_frames, transform, threads=1, max_pixels=max_pixels, needs_times=False
-            ),
-            others=[other for other in BACKENDS if other != "dali" and _missing(other) is None],
-        )
-
-    if backend == "auto":
-        return AutoDecoder(made, _missing, device=device, max_pixels=max_pixels)
-    reason = _missing(backend)
+    kind: DecoderKind = decoders.load(backend)
+    reason = None if backend == "auto" else _missing(backend)
     if reason is not None:
         raise UserError(f"data.decode.backend: got {backend}, but {reason}; allowed here: auto, {_usable()}")
-    return made(backend)
+    return kind.build(
+        DecoderSettings(
+            device=torch.device(device), resolution=resolution, mean=mean, std=std, threads=threads,
+            max_pixels=max_pixels,
+        )
+    )  # fmt: skip
 
 
 def _usable() -> str:

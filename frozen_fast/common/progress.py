@@ -11,7 +11,7 @@ SECONDS_BETWEEN_LINES = 10.0
 Tell = Callable[[int, int], None]
 
 
-def progress(command: str, total: int, *, done: int = 0, unit: str = "clip") -> Tell:
+def progress(command: str, total: int, *, done: int = 0, unit: str = "clip", last_line: bool = True) -> Tell:
     """Begin to show how far a command is, on stderr.
 
     Args:
@@ -19,17 +19,18 @@ def progress(command: str, total: int, *, done: int = 0, unit: str = "clip") -> 
         total: how much there is to do.
         done: how much of it was done before.
         unit: what is counted.
+        last_line: say at the end that all is done, however short the work was (not on a terminal).
 
     Returns:
         A function of (newly done, newly bad).
     """
-    return _bar(total, done, unit) if sys.stderr.isatty() else _lines(command, total, done, unit)
+    return _bar(command, total, done, unit) if sys.stderr.isatty() else _lines(command, total, done, unit, last_line)
 
 
-def _bar(total: int, done: int, unit: str) -> Tell:
+def _bar(command: str, total: int, done: int, unit: str) -> Tell:
     from tqdm import tqdm
 
-    bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True)
+    bar = tqdm(desc=command, total=total, initial=done, unit=unit, dynamic_ncols=True)
     state = {"bad": 0}
 
     def tell(more: int, bad: int) -> None:
@@ -43,21 +44,22 @@ def _bar(total: int, done: int, unit: str) -> Tell:
     return tell
 
 
-def _lines(command: str, total: int, done: int, unit: str) -> Tell:
+def _lines(command: str, total: int, done: int, unit: str, last_line: bool) -> Tell:
     began = time.monotonic()
     state = {"done": done, "bad": 0, "said": began}
 
     def tell(more: int, bad: int) -> None:
         state["done"] += more + bad
         state["bad"] += bad
-        now, finished = time.monotonic(), state["done"] >= total
+        now, finished = time.monotonic(), last_line and state["done"] >= total
         if now - state["said"] < SECONDS_BETWEEN_LINES and not finished:
             return
         state["said"] = now
         rate = (state["done"] - done) / max(now - began, 1e-9)
         left = duration((total - state["done"]) / rate) if rate else "unknown time"
         counts = f"{state['done']:.0f} of {total} {unit}s, {state['bad']:.0f} bad"
-        print(f"{command}: {counts}, {rate:.1f} {unit}s/s, {left} left", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{command}: {counts}, {rate:.1f} {unit}s/s, {left} left\n")
+        sys.stderr.flush()
 
     return tell
 

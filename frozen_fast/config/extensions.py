@@ -216,6 +216,7 @@ report_sections = ExtensionPoint(
         "mean_over_sources": f"{_REPORT}.mean_over_sources:mean_over_sources_section",
         "published": f"{_REPORT}.published_comparison:published_section",
         "reranked": f"{_REPORT}.reranked:reranked_section",
+        "classification": f"{_REPORT}.classification_section:classification_section",
         "stages": f"{_REPORT}.stages_section:stages_section",
         "paper": f"{_REPORT}.paper_section:paper_section",
         "loss": f"{_REPORT}.loss_section:loss_section",

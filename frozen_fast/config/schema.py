@@ -401,6 +401,7 @@ class EvaluationConfig:
     dual_softmax_scale: float = key(100.0, "dual_softmax: factor on the similarities inside the softmax", gt=0)
     querybank_size: int = key(5000, "qb_norm: captions of the querybank, one a clip, of clips evenly spread over data.sources[0]", ge=1)
     querybank_beta: float = key(20.0, "qb_norm: factor on the similarities inside the inverted softmax", gt=0)
+    prompts: tuple[str, ...] = key((), "zero-shot classification of sources whose clips carry a class: texts with {} for the class name, whose similarities are averaged; none: retrieval only")
     average_sources: bool = key(False, "the report adds the mean over the sources: the folds of COCO's 1k protocol, the splits of UCF101 and HMDB51")
     frames: int | None = key(None, "frames per window: up to those that the model learns in the run, and in training no more than it has learned by then; none: those of the stage, or of the checkpoint", ge=1)
     stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle", ge=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from frozen_fast.report.document import Section, Table, Text, number
 from frozen_fast.report.run_data import RunData
 
@@ -14,11 +16,17 @@ def mean_over_sources_section(run: RunData) -> Section | None:
     rows = []
     for protocol in dict.fromkeys(row["protocol"] for row in last):
         own = [row for row in last if row["protocol"] == protocol]
-        for metric in own[0]["metrics"]:
-            values = [row["metrics"][metric] for row in own if metric in row["metrics"]]
+        for metric in _numbers(own[0]):
+            values = [_numbers(row)[metric] for row in own if metric in _numbers(row)]
             spread = f"{number(min(values))} to {number(max(values))}"
             rows.append([protocol, metric, str(len(values)), number(sum(values) / len(values)), spread])
     sources = ", ".join(dict.fromkeys(row["source"] for row in last))
     text = Text(f"Mean over {sources}, after step {last[0]['step']:,}.")
     header = ["Protocol", "Metric", "Sets", "Mean", "Smallest to largest"]
     return Section("Mean over sets", [text, Table(header, rows, words=2)])
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """An evaluation's metrics, with those of classification where its source has classes."""
+    found = row.get("classification") or {}
+    return {**row["metrics"], **{name: found[name] for name in ("top1", "top5", "mean_class_accuracy") if found}}

@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from frozen_fast.report.run_data import RunData
 from frozen_fast.report.wording import frames_text
 
@@ -42,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 MAX_POINTS = 800
+MAX_NAMES = 60
 
 
 def loss_plot(run: RunData) -> str | None:
@@ -140,6 +143,24 @@ def retrieval_plot(run: RunData) -> str | None:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, handlelength=1)
 
     return _svg(draw, height=2.9)
+
+
+def matrix_plot(shares: np.ndarray, names: Sequence[str]) -> str:
+    """Shares from 0 to 1 of rows that fall on columns, [len(names), len(names)], as shaded cells.
+
+    Names stand beside the cells where they can be read: up to MAX_NAMES of them.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+        axes.grid(visible=False)
+        axes.set_xlabel("taken for")
+        axes.set_ylabel("class")
+        if len(names) <= MAX_NAMES:
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6.5)
+            axes.set_yticks(range(len(names)), names, fontsize=6.5)
+
+    return _svg(draw, height=7.0)
 
 
 def _svg(draw: Any, *, height: float, width: float = 7.6) -> str:

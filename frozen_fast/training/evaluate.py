@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from frozen_fast.common.progress import progress
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source
 from frozen_fast.data.load.feature_loader import FeatureEvaluationLoader
+from frozen_fast.errors import UserError
 from frozen_fast.evaluation import (
     Reranking,
     one_frame_ceiling,
@@ -25,6 +26,7 @@ from frozen_fast.evaluation import (
     twin_accuracy,
     v2t_max_over_captions,
 )
+from frozen_fast.evaluation.classification import Classification, average_prompts, classify, prompts_of
 from frozen_fast.evaluation.metric_table import compute_metrics
 from frozen_fast.losses import RetrievalLoss, batch_loss, build_loss
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput
@@ -92,6 +94,7 @@ def evaluate_with(
         loss=build_loss(config.loss),
         loss_batch_size=loss_batch_size,
         rerank=build_reranking(config),
+        prompts=config.evaluation.prompts,
         stop_asked=lambda: stop.asked,
     )
     if result is not None:
@@ -115,6 +118,7 @@ def evaluate_source(
     loss: RetrievalLoss | None = None,
     loss_batch_size: int = 32,
     rerank: Reranking | None = None,
+    prompts: Sequence[str] = (),
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on one source; every rank encodes its own clips and captions, then all hold the same result.
@@ -131,6 +135,7 @@ def evaluate_source(
         loss: of the validation loss; None: no validation loss.
         loss_batch_size: clips over which the validation loss is taken.
         rerank: re-rankings, whose metrics the first row holds under "reranked", apart from its plain "metrics".
+        prompts: templates for the class names of a source with classes; the first row then holds "classification".
         stop_asked: tells that this process was told to stop.
 
     Returns:
@@ -170,6 +175,9 @@ def evaluate_source(
                 if rerank is not None:
                     bank_BV = _querybank_similarities(model, rerank, video, parallel, batch_size)
                     rows[0]["reranked"] = reranked_metrics(rerank, sim_QV, video_of_query, bank_BV)
+                if prompts and source.classes:
+                    found = _classified(model, source, kept, prompts, video, parallel, batch_size)
+                    rows[0]["classification"] = asdict(found)
         rows = parallel.gather_objects(rows)[0]
         base = {
             "frames": frames,
@@ -346,6 +354,31 @@ def _querybank_similarities(
     bank = rerank.querybank
     text = _encode_texts(model, lambda rows: [bank[row] for row in rows], range(len(bank)), parallel, batch_size)
     return similarity_in_blocks(model, text, video)
+
+
+def _classified(
+    model: RetrievalModel,
+    source: Source,
+    kept: Sequence[int],
+    templates: Sequence[str],
+    video: Features,
+    parallel: Parallel,
+    batch_size: int,
+) -> Classification:
+    """Zero-shot classification of the gallery's clips by their class names' prompts.
+
+    Raises:
+        UserError: a clip of the source has no class.
+    """
+    labels = [source.clips[index].label for index in kept]
+    if None in labels:
+        clip = source.clips[kept[labels.index(None)]].id
+        raise UserError(f"evaluation.prompts: source {source.name}: clip {clip!r} has no class; allowed: all or none")
+    place = {name: number for number, name in enumerate(source.classes)}
+    texts = prompts_of(source.classes, templates)
+    text = _encode_texts(model, lambda rows: [texts[row] for row in rows], range(len(texts)), parallel, batch_size)
+    sim_CV = average_prompts(similarity_in_blocks(model, text, video), len(source.classes))
+    return classify(sim_CV, [place[str(label)] for label in labels], source.classes)
 
 
 def _twins(source: Source, kept: Sequence[int]) -> list[int]:

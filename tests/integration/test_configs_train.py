@@ -99,3 +99,16 @@ def test_rerankings_are_reported_apart(data: Path, tower: Path, tmp_path: Path) 
     for row in held:
         assert row["protocol"] == "several_captions" and "t2v/R@1" in row["metrics"]
         assert {name: len(metrics) for name, metrics in row["reranked"].items()} == {"dual_softmax": 14, "qb_norm": 7}
+
+
+@pytest.mark.slow
+def test_a_source_with_classes_is_classified_by_prompts(data: Path, tower: Path, tmp_path: Path) -> None:
+    config = tiny(with_data("eval/ucf101.yaml", data), tower, tmp_path / "run")
+    with without_reports():
+        assert train(config) == 0
+    rows = read_json(tmp_path / "run" / "metrics.json")["evaluations"]
+    found = [row["classification"] for row in rows if "classification" in row]
+    assert len(found) == 3, "one for each split"
+    for one in found:
+        assert one["classes"] == ["apply eye makeup", "archery", "wall pushups"] and one["clips"] == CLIPS
+        assert sum(map(sum, one["confusion"])) == CLIPS and one["top5"] == 100.0

@@ -47,7 +47,8 @@ def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     """
     for template in templates:
         if template.count(PLACE) != 1:
-            raise UserError(f"evaluation.prompts: got {template!r}; allowed: texts with {PLACE} once, for the class name")
+            allowed = f"texts with {PLACE} once, for the class name"
+            raise UserError(f"evaluation.prompts: got {template!r}; allowed: {allowed}")
     return [template.replace(PLACE, name) for name in classes for template in templates]
 
 

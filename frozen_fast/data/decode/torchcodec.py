@@ -73,6 +73,6 @@ def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_p
         if np.abs(batch.pts_seconds.numpy() - start - expected).max() > _TIME_TOLERANCE_SECONDS:
             raise ClipError("decode_failed", "torchcodec's frames appear at other times than the packets say", path)
     frames_NHWC = batch.data.numpy()
-    if frames_NHWC.shape[1:3] == (index.stored_height, index.stored_width):
+    if not getattr(decoder.metadata, "rotation", None):  # newer versions tell the file's rotation and apply it
         frames_NHWC = np.stack([upright(frame, index.info.rotation_degrees) for frame in frames_NHWC])
     return frames_NHWC

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from measure import (
     DTYPES,
+    cause,
     describe_machine,
     measured_peak,
     peak_step_bytes,
@@ -94,40 +95,45 @@ def training_step(backend: str, qkv: Tensor, grad: Tensor, case: Case) -> None:
 
 
 def measure_case(case: Case, backends: list[str], device: torch.device, peak: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of one case, a row per backend and direction; a backend that fails has a row with the reason."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (case.batch, case.tokens, 3, case.heads, case.head_width)
-    qkv = torch.randn(shape, generator=generator).to(device, DTYPES[case.dtype]).requires_grad_()
-    grad = torch.ones(case.batch, case.tokens, case.heads * case.head_width, device=device, dtype=qkv.dtype)
-    rows, working = [], []
-    for backend in backends:
-        try:
-            training_step(backend, qkv, grad, case)
-            working.append(backend)
-        except (RuntimeError, ValueError) as error:
-            rows.append({**asdict(case), "backend": backend, "failed": str(error).splitlines()[0]})
+    """Rows of one case, a row per backend and direction; what fails has a row with the cause."""
+    rows: list[dict[str, Any]] = []
+    try:
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (case.batch, case.tokens, 3, case.heads, case.head_width)
+        qkv = torch.randn(shape, generator=generator, device=device, dtype=DTYPES[case.dtype]).requires_grad_()
+        grad = torch.ones(case.batch, case.tokens, case.heads * case.head_width, device=device, dtype=qkv.dtype)
+    except Exception as error:  # the case itself does not fit
+        return [{**asdict(case), "backend": backend, "failed": cause(error)} for backend in backends]
     for direction in ("forward", "forward+backward"):
         backward = direction != "forward"
         steps = {
             name: partial(training_step, name, qkv, grad, case) if backward else partial(forward_step, name, qkv, case)
-            for name in working
+            for name in backends
         }
-        timings = time_in_turns(steps, device)
+        timings, failed = time_in_turns(steps, device)
+        rows += [
+            {**asdict(case), "backend": name, "direction": direction, "failed": reason}
+            for name, reason in failed.items()
+        ]
         floor, bound = floor_seconds(case, peak, backward=backward)
-        for name in working:
+        for name, timing in timings.items():
+            label = {**asdict(case), "backend": name, "direction": direction}
+            try:
+                peak_bytes = peak_step_bytes(steps[name], device)
+            except Exception as error:
+                rows.append({**label, "failed": cause(error)})
+                continue
             rows.append(
                 {
-                    **asdict(case),
-                    "backend": name,
-                    "direction": direction,
-                    "seconds": asdict(timings[name]),
+                    **label,
+                    "seconds": asdict(timing),
                     "speedup_over_reference": _ratio(timings, "reference", name),
-                    "peak_bytes": peak_step_bytes(steps[name], device),
+                    "peak_bytes": peak_bytes,
                     "least_bytes": least_bytes(case, backward=backward),
                     "least_flops": least_flops(case, backward=backward),
                     "floor_seconds": floor,
                     "bound": bound,
-                    "times_floor": timings[name].median / floor,
+                    "times_floor": timing.median / floor,
                 }
             )
     return rows
@@ -158,7 +164,7 @@ def table(
     for row in rows:
         head = f"| {row['axis']} | {row['frames']} | {row['batch']} | {row['dtype']} |"
         if "failed" in row:
-            lines.append(f"{head} | {row['backend']} | failed: {row['failed']} | | | | |")
+            lines.append(f"{head} {row.get('direction', '')} | {row['backend']} | failed: {row['failed']} | | | | |")
             continue
         seconds = row["seconds"]
         spread = f"{1e3 * seconds['median']:.3f} ({1e3 * seconds['p20']:.3f}-{1e3 * seconds['p80']:.3f})"
@@ -177,7 +183,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn = [row for row in rows if row.get("direction") == "forward+backward"]
+    drawn = [row for row in rows if row.get("direction") == "forward+backward" and "failed" not in row]
     panels = sorted({(row["axis"], row["dtype"]) for row in drawn}, reverse=True)
     if not panels:
         return
@@ -231,35 +237,39 @@ def main(arguments: list[str]) -> int:
     pairs = read_pairs(options.frames or BATCHES[device.type])
     dtypes = (options.dtypes or DEFAULT_DTYPES[device.type]).split(",")
     rows: list[dict[str, Any]] = []
-    peaks, left_out = {}, {}
+    peaks: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, dict[str, str]] = {}
+    options.output.mkdir(parents=True, exist_ok=True)
     for dtype in dtypes:
         peaks[dtype] = measured_peak(device, dtype)
-        missing = unavailable_backends(device, DTYPES[dtype])
-        left_out[dtype] = missing
+        left_out[dtype] = unavailable_backends(device, DTYPES[dtype])
         wanted = options.backends.split(",") if options.backends else list(BACKEND_NAMES)
-        backends = [name for name in wanted if name not in missing]
+        backends = [name for name in wanted if name not in left_out[dtype]]
         for axis in AXES:
             for frames, batch in pairs:
                 sizes = (options.patches, options.heads, options.head_width)
-                case = Case(axis, frames, batch, *sizes, dtype)
-                rows += measure_case(case, backends, device, peaks[dtype])
-    result = {
-        "note": "" if device.type == "cuda" else "CPU at small sizes: it says nothing about a GPU",
-        "peaks": peaks,
-        "left_out": left_out,
-        "operators": xformers_operators(),
-        "rows": rows,
-    }
-    text = table(rows, device, peaks, describe_machine(device))
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_result(options.output / "attention.json", device, vars(options), result)
-    write_atomically(options.output / "attention.md", text)
-    plot(rows, options.output / "attention.svg", result["note"] or "fwd + bwd over the measured floor")
-    print(text)
+                rows += measure_case(Case(axis, frames, batch, *sizes, dtype), backends, device, peaks[dtype])
+                # after every case, so that a run that is stopped leaves what it measured
+                write_files(options, device, {"peaks": peaks, "left_out": left_out, "rows": rows})
+    plot(rows, options.output / "attention.svg", note_for(device) or "fwd + bwd over the measured floor")
+    print((options.output / "attention.md").read_text(encoding="utf-8"))
     for dtype, missing in left_out.items():
         for name, reason in missing.items():
             print(f"left out in {dtype}: {name}: {reason}")
     return 0
+
+
+def note_for(device: torch.device) -> str:
+    """What a result says about itself."""
+    return "" if device.type == "cuda" else "CPU at small sizes: it says nothing about a GPU"
+
+
+def write_files(options: argparse.Namespace, device: torch.device, result: dict[str, Any]) -> None:
+    """The JSON and the table of what has been measured so far."""
+    whole = {"note": note_for(device), "operators": xformers_operators(), **result}
+    write_result(options.output / "attention.json", device, vars(options), whole)
+    text = table(result["rows"], device, result["peaks"], describe_machine(device))
+    write_atomically(options.output / "attention.md", text)
 
 
 def xformers_operators() -> dict[str, str]:

@@ -69,6 +69,12 @@ def time_window(step: Callable[[], object], device: torch.device, steps: int) ->
     return (time.perf_counter() - begin) / steps
 
 
+def cause(error: Exception) -> str:
+    """Why something failed, in one line: the exception's name and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def time_in_turns(
     steps: Mapping[str, Callable[[], object]],
     device: torch.device,
@@ -76,8 +82,11 @@ def time_in_turns(
     windows: int = 7,
     window_seconds: float = 0.05,
     warmup: int = 2,
-) -> dict[str, Timing]:
+) -> tuple[dict[str, Timing], dict[str, str]]:
     """Time several steps in turns, a window each, so that a machine's slow moments fall on all of them.
+
+    A step that raises is a result too: its cause is returned and it is not run again. Every exception counts, since
+    Triton's own derive from Exception alone.
 
     Args:
         steps: what to time, by name.
@@ -85,17 +94,32 @@ def time_in_turns(
         windows: windows per step.
         window_seconds: a window holds as many runs as fill about this time, at least one.
         warmup: runs of each step before anything is timed.
+
+    Returns:
+        The timings of the steps that ran, and the cause of each that failed.
     """
-    counts = {}
-    for name, step in steps.items():
-        for _ in range(warmup):
-            step()
-        counts[name] = max(1, round(window_seconds / max(time_window(step, device, 1), 1e-9)))
+    counts: dict[str, int] = {}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(windows):
-        for name, step in steps.items():
-            seconds[name].append(time_window(step, device, counts[name]))
-    return {name: summarize(values, counts[name]) for name, values in seconds.items()}
+    failed: dict[str, str] = {}
+
+    def run(name: str, window: int) -> None:
+        if window == 0:
+            for _ in range(warmup):
+                steps[name]()
+            counts[name] = max(1, round(window_seconds / max(time_window(steps[name], device, 1), 1e-9)))
+        else:
+            seconds[name].append(time_window(steps[name], device, counts[name]))
+
+    for window in range(1 + windows):
+        for name in steps:
+            if name in failed:
+                continue
+            try:
+                run(name, window)
+            except Exception as error:
+                failed[name] = cause(error)
+    timings = {name: summarize(seconds[name], counts[name]) for name in steps if name not in failed}
+    return timings, failed
 
 
 def peak_step_bytes(step: Callable[[], object], device: torch.device) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import DTYPES, Timing, peak_step_bytes, pick_device, time_in_turns, write_result
+from measure import DTYPES, Timing, cause, peak_step_bytes, pick_device, time_in_turns, write_result
 from released_tower import ReleasedTower
 from torch import Tensor, nn
 
@@ -64,28 +64,29 @@ class Contender:
             max_frames: rows of temporal_embed.
             device: where it runs.
         """
-        torch.manual_seed(0)
         size = VIDEO_SIZES[case.size]
         backend = backend_of(name)
-        ours = SpaceTimeTransformer(
-            size,
-            max_frames,
-            attention="auto" if backend == RELEASED else backend,
-            fused_ops="plain" if PLAIN in name else "auto",
-            full_last_block=WHOLE in name,
-            time_init="random",
-        )
-        tower: nn.Module = ours
-        if backend == RELEASED:
-            tower = ReleasedTower(size, max_frames)
-            tower.load_state_dict(ours.state_dict())
+        with torch.device(device):  # drawn where they are used: a base-size tower takes seconds on a CPU
+            torch.manual_seed(0)
+            ours = SpaceTimeTransformer(
+                size,
+                max_frames,
+                attention="auto" if backend == RELEASED else backend,
+                fused_ops="plain" if PLAIN in name else "auto",
+                full_last_block=WHOLE in name,
+                time_init="random",
+            )
+            tower: nn.Module = ours
+            if backend == RELEASED:
+                tower = ReleasedTower(size, max_frames)
+                tower.load_state_dict(ours.state_dict())
+            model = model_from_config(KNOWN_ARCHITECTURES[TEXT]()) if case.whole else None
+            encoder = DualEncoder(ours, TransformersTower(model, None, "auto")) if model is not None else None
         self.case = case
         self.device = device
         self.model = tower.to(device).train()
         self.optimizer: torch.optim.Optimizer | None = None
-        if case.whole:
-            text = TransformersTower(model_from_config(KNOWN_ARCHITECTURES[TEXT]()), None, "auto")
-            encoder = DualEncoder(ours, text)
+        if encoder is not None:
             encoder.video_model = tower  # type: ignore[assignment]
             self.model = encoder.to(device).train()
             fused = None if backend == RELEASED else True
@@ -118,36 +119,49 @@ class Contender:
 def measure_case(
     case: Case, options: argparse.Namespace, max_frames: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Rows of one case: a row per contender and precision; what cannot run has a row with the reason."""
+    """Rows of one case: a row per contender and precision; what fails or cannot run has a row with the cause."""
+    torch.compiler.reset()  # the code of an earlier case would count against the limit of recompilations
     resolution = VIDEO_SIZES[case.size].resolution
-    generator = torch.Generator().manual_seed(1)
-    video = torch.randn(case.batch, case.frames, 3, resolution, resolution, generator=generator).to(device)
-    ids = torch.randint(1000, 20000, (case.batch, TEXT_TOKENS), generator=generator).to(device)
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (case.batch, case.frames, 3, resolution, resolution)
+    ids = torch.randint(1000, 20000, (case.batch, TEXT_TOKENS), generator=generator, device=device)
     text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    video = torch.randn(shape, generator=generator, device=device)
     steps: dict[str, Callable[[], None]] = {}
     rows: list[dict[str, Any]] = []
     contenders = []
     for name in options.contenders.split(","):
-        contender = Contender(name, case, max_frames, device)
-        contenders.append(contender)
-        for precision in options.precisions.split(","):
-            label = {**asdict(case), "contender": name, "precision": precision}
-            reason = why_not(name, precision, device)
-            if reason:
-                rows.append({**label, "left_out": reason})
-                continue
-            steps[f"{name} {precision}"] = partial(contender.step, precision, video, text)
-            rows.append(label)
-    timings = time_in_turns(
+        labels = {f"{name} {key}": {**asdict(case), "contender": name, "precision": key} for key in precisions(options)}
+        try:
+            contenders.append(Contender(name, case, max_frames, device))
+        except Exception as error:
+            rows += [{**label, "failed": cause(error)} for label in labels.values()]
+            continue
+        for key, label in labels.items():
+            reason = why_not(name, label["precision"], device)
+            rows.append({**label, "left_out": reason} if reason else label)
+            if not reason:
+                steps[key] = partial(contenders[-1].step, label["precision"], video, text)
+    timings, failed = time_in_turns(
         steps, device, windows=options.windows, window_seconds=options.window_seconds, warmup=options.warmup
     )
     for row in rows:
         key = f"{row['contender']} {row['precision']}"
-        if key in steps:
+        if key in failed:
+            row["failed"] = failed[key]
+        elif key in timings:
             for contender in contenders:
                 contender.drop_gradients()
-            row.update(figures(key, timings, case.batch), peak_bytes=peak_step_bytes(steps[key], device))
+            try:
+                row.update(figures(key, timings, case.batch), peak_bytes=peak_step_bytes(steps[key], device))
+            except Exception as error:
+                row["failed"] = cause(error)
     return rows
+
+
+def precisions(options: argparse.Namespace) -> list[str]:
+    """Those asked for."""
+    return options.precisions.split(",")
 
 
 def figures(key: str, timings: dict[str, Timing], batch: int) -> dict[str, Any]:
@@ -175,8 +189,9 @@ def table(rows: list[dict[str, Any]], device: torch.device) -> str:
     for row in rows:
         step = "whole" if row["whole"] else "video tower"
         head = f"| {step} | {row['frames']} | {row['batch']} | {row['contender']} | {row['precision']} |"
-        if "left_out" in row:
-            lines.append(f"{head} left out: {row['left_out']} | | | | |")
+        if "left_out" in row or "failed" in row:
+            what = f"failed: {row['failed']}" if "failed" in row else f"left out: {row['left_out']}"
+            lines.append(f"{head} {what} | | | | |")
             continue
         seconds = row["seconds"]
         ratios = " | ".join(
@@ -241,13 +256,23 @@ def main(arguments: list[str]) -> int:
     """Measure, print the table, write the file."""
     options = parse(arguments)
     device = pick_device(options.device)
+    # past the limit of recompilations Dynamo would run a contender eagerly and its row would say "compile"
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     if options.threads:
         torch.set_num_threads(options.threads)
     pairs = read_pairs(options.frames or BATCHES[device.type])
     max_frames = max(frames for frames, _ in pairs)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for frames, batch in pairs:
-        rows += measure_case(Case(frames, batch, options.whole, options.size), options, max_frames, device)
+        case = Case(frames, batch, options.whole, options.size)
+        try:
+            rows += measure_case(case, options, max_frames, device)
+        except Exception as error:  # the batch itself does not fit
+            names = [(name, key) for name in options.contenders.split(",") for key in precisions(options)]
+            rows += [
+                {**asdict(case), "contender": name, "precision": key, "failed": cause(error)} for name, key in names
+            ]
         print(f"{frames} frames, batch {batch}: measured", file=sys.stderr)
         # after every case, so that a run that is stopped leaves what it measured
         write_result(options.output, device, vars(options), {"rows": rows, "attention": chosen_backends()})

@@ -64,9 +64,29 @@ def test_percentiles(measure):
 def test_steps_take_turns(measure):
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    timings = measure.time_in_turns(steps, torch.device("cpu"), windows=3, window_seconds=0.0, warmup=1)
+    timings, failed = measure.time_in_turns(steps, torch.device("cpu"), windows=3, window_seconds=0.0, warmup=1)
+    assert not failed
     assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3
     assert {timing.windows for timing in timings.values()} == {3}
+
+
+class CompilationError(Exception):
+    """As Triton's: neither a RuntimeError nor a ValueError."""
+
+
+@pytest.mark.parametrize("good_runs", [0, 1, 4])
+def test_a_step_that_fails_does_not_stop_the_others(measure, good_runs):
+    runs = []
+
+    def fails():
+        runs.append(1)
+        if len(runs) > good_runs:
+            raise CompilationError("at 12:3:\n  cannot")
+
+    steps = {"bad": fails, "good": lambda: None}
+    timings, failed = measure.time_in_turns(steps, torch.device("cpu"), windows=5, window_seconds=0.0, warmup=1)
+    assert set(timings) == {"good"} and timings["good"].windows == 5
+    assert failed == {"bad": "CompilationError: at 12:3:"} and len(runs) == good_runs + 1
 
 
 def test_peak_memory_of_a_step(measure):
@@ -101,15 +121,41 @@ def test_a_run_writes_result_table_and_plot(benchmark, tmp_path, capsys, monkeyp
 PEAK = {"bytes_per_second": 1e10, "flops_per_second": 1e11, "source": "made up for a test"}
 
 
-def test_a_failing_backend_has_a_row_with_its_reason(benchmark, monkeypatch):
-    def attention(qkv, frames, axis, backend):
-        if backend == "sdpa":
-            raise RuntimeError("no kernel\nfor this")
-        return qkv.sum(dim=(2,)).flatten(2)
+def failing_attention(qkv, frames, axis, backend):
+    if backend == "sdpa":
+        raise CompilationError("no kernel\nfor this")
+    return qkv.sum(dim=(2,)).flatten(2)
 
-    monkeypatch.setattr(benchmark, "divided_attention", attention)
+
+def test_a_failing_backend_has_a_row_with_its_reason(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "divided_attention", failing_attention)
     one = benchmark.Case("time", 1, 1, 2, 1, 4, "fp32")
     rows = benchmark.measure_case(one, ["sdpa", "cpu_c"], torch.device("cpu"), PEAK)
-    assert rows[0]["failed"] == "no kernel"
-    assert [row.get("direction") for row in rows[1:]] == ["forward", "forward+backward"]
-    assert "failed: no kernel" in benchmark.table(rows, torch.device("cpu"), {"fp32": PEAK})
+    found = [(row["direction"], row["backend"], row.get("failed")) for row in rows]
+    assert found == [
+        (direction, backend, reason)
+        for direction in ("forward", "forward+backward")
+        for backend, reason in (("sdpa", "CompilationError: no kernel"), ("cpu_c", None))
+    ]
+    assert "failed: CompilationError: no kernel" in benchmark.table(rows, torch.device("cpu"), {"fp32": PEAK})
+
+
+def test_what_was_measured_is_written_after_every_case(benchmark, tmp_path, monkeypatch):
+    """A run that is ended at its third case leaves the first two."""
+    monkeypatch.setattr(benchmark, "measured_peak", lambda device, dtype: PEAK)
+    monkeypatch.setattr(benchmark, "time_in_turns", partial(benchmark.time_in_turns, windows=1, window_seconds=0.0))
+    measure_case, cases = benchmark.measure_case, []
+
+    def ended(case, *rest):
+        cases.append(case)
+        if len(cases) == 3:
+            raise KeyboardInterrupt
+        return measure_case(case, *rest)
+
+    monkeypatch.setattr(benchmark, "measure_case", ended)
+    arguments = ["--device", "cpu", "--frames", "1=2,3=1", "--patches", "4", "--heads", "2", "--head-width", "4"]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([*arguments, "--backends", "sdpa", "--output", str(tmp_path)])
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert {(row["axis"], row["frames"]) for row in rows} == {("time", 1), ("time", 3)}
+    assert (tmp_path / "attention.md").read_text().count("| time |") == 4

@@ -78,3 +78,44 @@ def test_mistakes_are_named(
     import re
 
     assert re.search(message, capsys.readouterr().err)
+
+
+class OutOfResources(Exception):
+    """As Triton's: neither a RuntimeError nor a ValueError."""
+
+
+def test_a_contender_that_fails_is_a_row_and_the_others_are_measured(
+    model_step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One cannot be built, one fails in its step, and a case's batch does not fit."""
+    build, step, draw = model_step.Contender.__init__, model_step.Contender.step, torch.randn
+
+    def failing_build(self: object, name: str, *rest: object) -> None:
+        build(self, name, *rest)
+        self.name = name  # type: ignore[attr-defined]
+        if name == "reference":
+            raise OutOfResources("too much shared memory\nRequired: 300000")
+
+    def failing_step(self: object, *rest: object) -> None:
+        if self.name == "sdpa":  # type: ignore[attr-defined]
+            raise OutOfResources
+        step(self, *rest)
+
+    def failing_draw(shape: object, **rest: object) -> torch.Tensor:
+        if isinstance(shape, tuple) and shape[:2] == (3, 2):
+            raise torch.OutOfMemoryError("no room for the batch")
+        return draw(shape, **rest)
+
+    monkeypatch.setattr(model_step.Contender, "__init__", failing_build)
+    monkeypatch.setattr(model_step.Contender, "step", failing_step)
+    monkeypatch.setattr(torch, "randn", failing_draw)
+    output = tmp_path / "result.json"
+    command = f"--device cpu --size {SIZE} --frames 2=3,2=1 --contenders released,reference,sdpa,cpu_c"
+    rest = ["--precisions", "fp32", "--windows", "1", "--window-seconds", "0.001", "--output", str(output)]
+    assert model_step.main([*command.split(), *rest]) == 0
+    rows = {(row["batch"], row["contender"]): row for row in json.loads(output.read_text())["rows"]}
+    assert all(rows[3, name]["failed"] == "OutOfMemoryError: no room for the batch" for name in ("released", "cpu_c"))
+    assert rows[1, "reference"]["failed"] == "OutOfResources: too much shared memory"
+    assert rows[1, "sdpa"]["failed"] == "OutOfResources" and "seconds" not in rows[1, "sdpa"]
+    assert rows[1, "cpu_c"]["times_released_fp32"] > 0
+    assert "failed: OutOfResources" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from frozen_fast.data.decode.dali_pipeline import GraphKind, build_pipeline, run_pipeline
+from frozen_fast.data.decode.dali_pipeline import CopyStream, GraphKind, build_pipeline, run_pipeline
 from frozen_fast.data.decode.excerpt import Excerpt, cheapest, whole_file
 from frozen_fast.data.decode.geometry import Box, stored_box, view_steps
 from frozen_fast.data.decode.pictures import is_plain_jpeg
@@ -82,7 +82,7 @@ class DaliDecoder:
         self._pictures = pictures
         self._codecs = GPU_CODECS if device.type == "cuda" else CPU_CODECS
         self._process = 0
-        self._pipelines: dict[tuple[GraphKind, int], object] = {}
+        self._pipelines: dict[tuple[GraphKind, int], tuple[object, CopyStream | None]] = {}
         self._pool = DaemonPool(threads, "dali-read")
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
@@ -183,7 +183,7 @@ class DaliDecoder:
     def _run_pipeline(self, jobs: list[Job], capacity: int) -> tuple[list[Tensor], list[np.ndarray]]:
         slot = (jobs[0].graph, capacity)
         if slot not in self._pipelines:
-            self._pipelines[slot] = build_pipeline(
+            pipeline = build_pipeline(
                 jobs[0].graph,
                 capacity=capacity,
                 threads=self._threads,
@@ -192,11 +192,15 @@ class DaliDecoder:
                 mean=self._mean,
                 std=self._std,
             )
+            copies = CopyStream(self._device) if self._device.type == "cuda" else None
+            self._pipelines[slot] = (pipeline, copies)
+        pipeline, copies = self._pipelines[slot]
         try:
             return run_pipeline(
-                self._pipelines[slot],
+                pipeline,
                 jobs[0].graph,
                 self._device,
+                copies,
                 encoded=[job.source.encoded for job in jobs],
                 frames=[job.source.frame_indices for job in jobs],
                 size=[np.array(job.size, np.float32) for job in jobs],
@@ -237,5 +241,8 @@ class DaliDecoder:
     def close(self) -> None:
         """Free the pipelines and stop the reading threads."""
         self._pool.close()
+        for _, copies in self._pipelines.values():
+            if copies is not None:
+                copies.wait()
         self._pipelines, self._process = {}, 0
         self._pictures.close()

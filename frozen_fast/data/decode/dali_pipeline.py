@@ -49,7 +49,7 @@ def build_pipeline(
     """Build the graph: decode, resize (where the view does so first), crop, resize, flip, normalise.
 
     Args:
-        graph: which graph.
+        graph: which one.
         capacity: most clips in a run.
         threads: CPU threads.
         device: "cuda": decoding and all else on that GPU ("mixed"); otherwise the CPU.
@@ -95,7 +95,7 @@ def build_pipeline(
 
 
 def run_pipeline(
-    pipeline: Any, graph: GraphKind, device: torch.device, **inputs: list[np.ndarray]
+    pipeline: Any, graph: GraphKind, device: torch.device, copies: CopyStream | None, **inputs: list[np.ndarray]
 ) -> tuple[list[Tensor], list[np.ndarray]]:
     """Run a graph once.
 
@@ -103,6 +103,7 @@ def run_pipeline(
         pipeline: from build_pipeline.
         graph: of the same pipeline.
         device: likewise.
+        copies: on a GPU, what copies out of DALI's buffers, one for each pipeline; none on a CPU.
         inputs: per clip: `encoded` [bytes] uint8, `frames` [T] int32, `size` [2] float32 (height, width of the first
             resize), `start` and `shape` [2] int32 (the crop), `mirror` scalar int32.
 
@@ -112,17 +113,46 @@ def run_pipeline(
     Raises:
         RuntimeError: DALI could not decode one of the clips; the pipeline is of no further use.
     """
-    from nvidia.dali.plugin.pytorch import feed_ndarray
-
+    if copies is not None:
+        copies.wait()  # the run below writes into the buffers that they read
     for name in _inputs_of(graph):
         pipeline.feed_input(name, inputs[name])
     frames, peaks = pipeline.run()
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    if device.type == "cuda":
+    outputs = [frames[number] for number in range(len(inputs["encoded"]))]
+    if copies is not None:
         peaks = peaks.as_cpu()
-    clips = []
-    for number in range(len(inputs["encoded"])):
-        clip = torch.empty(frames[number].shape(), dtype=torch.float32, device=device)
-        feed_ndarray(frames[number], clip, cuda_stream=stream)
-        clips.append(clip)
+        clips = copies.copy(outputs)
+    else:
+        clips = [torch.from_numpy(np.array(output)) for output in outputs]
     return clips, [np.array(peaks.at(number)) for number in range(len(clips))]
+
+
+class CopyStream:
+    """Copies DALI's output into tensors on a CUDA stream of its own, beside what the GPU computes.
+
+    DALI's next run overwrites its buffers, whatever still reads them: `wait` comes before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._done: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Return when the copies that were started last are done."""
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+
+    def copy(self, outputs: list[Any]) -> list[Tensor]:
+        """Start copying tensors of DALI; what is queued on the caller's stream from now on finds them copied."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        compute = torch.cuda.current_stream(self._device)
+        clips = [torch.empty(output.shape(), dtype=torch.float32, device=self._device) for output in outputs]
+        self._stream.wait_stream(compute)  # memory that was freed before may still be read there
+        for output, clip in zip(outputs, clips, strict=True):
+            feed_ndarray(output, clip, cuda_stream=self._stream)
+        self._done = self._stream.record_event()
+        compute.wait_event(self._done)
+        return clips

@@ -210,9 +210,9 @@ class DecodeConfig:
     """How clips become frames."""
 
     backend: str = key("auto", "decoder: dali, torchcodec, decord, pyav, or a plugin's; auto takes the fastest that reads the codec on this device", names=extensions.decoders)
-    threads: int = key(2, "decoding threads of one loader", ge=1)
-    workers: int = key(0, "loader processes (torchcodec, decord, pyav); 0: a background thread", ge=0)
-    prefetch_batches: int = key(2, "batches decoded ahead", ge=1)
+    threads: int | None = key(None, "decoding threads of one loader process or background thread; null: by device (docs/data.md)", ge=1)
+    workers: int | None = key(None, "loader processes (torchcodec, decord, pyav); 0: a background thread; null: on a GPU one for each core of a rank but one (dali: 0), on a CPU 0", ge=0)
+    prefetch_batches: int | None = key(None, "batches decoded ahead; null: twice the workers, at least 2", ge=1)
     on_bad_clip: Literal["auto", "error", "skip"] = key("auto", "auto: skip in training, error in evaluation")
     max_bad_share: float = key(0.05, "a run fails past this share of unreadable clips", ge=0, le=1)
     max_pixels: int = key(50_000_000, "a picture or frame with more pixels is a bad clip", ge=1)

@@ -19,6 +19,7 @@ from frozen_fast.config.schema import DecodeConfig, SamplingConfig
 from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, TestView
 from frozen_fast.data.decode.threads import map_in_threads
 from frozen_fast.data.load.bad_clips import BadClip
+from frozen_fast.data.load.load_settings import load_settings
 from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, stream_from_workers
 from frozen_fast.data.load.reading import probe
 from frozen_fast.data.load.training_loader import (
@@ -262,10 +263,11 @@ class EvaluationLoader:
         self._source = source
         self._decode = decode
         self._device = torch.device(device)
+        self._settings = settings = load_settings(decode, self._device)
         self._prefetcher: Prefetcher[EvaluationBatch | _Dropped] | None = None
         self._reader = _WindowReader(
             source, decoder_factory, prober, resolve_policy(decode, training=False), decode.max_pixels,
-            decode.threads, frames, stride_seconds, max_windows, batch_size, resize, self._device.type == "cuda",
+            settings.threads, frames, stride_seconds, max_windows, batch_size, resize, self._device.type == "cuda",
             fixed_rate(sampling),
         )
 
@@ -277,20 +279,20 @@ class EvaluationLoader:
         """
         self.close()
         self.dropped.clear()
-        decode = self._decode
+        decode, settings = self._decode, self._settings
 
         def describe() -> str:
             return f"evaluation windows of source {self._source.name!r}"
 
-        if decode.workers > 0:
+        if settings.workers > 0:
             reader = replace(self._reader, pin=False)
             self._prefetcher = stream_from_workers(
-                partial(reader.of_worker, self.clip_indices), workers=decode.workers, depth=decode.prefetch_batches,
+                partial(reader.of_worker, self.clip_indices), workers=settings.workers, depth=settings.prefetch_batches,
                 timeout_seconds=decode.read_timeout_seconds, describe=describe, pin_memory=self._reader.pin,
             )
         else:
             self._prefetcher = ThreadPrefetcher(
-                partial(self._reader.read, self.clip_indices), depth=decode.prefetch_batches,
+                partial(self._reader.read, self.clip_indices), depth=settings.prefetch_batches,
                 timeout_seconds=decode.read_timeout_seconds, describe=describe,
             )
         return self._delivered(self._prefetcher)

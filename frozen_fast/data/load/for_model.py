@@ -11,6 +11,7 @@ import torch
 from frozen_fast.config.schema import DecodeConfig, EvaluationConfig, SamplingConfig
 from frozen_fast.data.decode import Decoder
 from frozen_fast.data.load.evaluation_loader import EvaluationLoader
+from frozen_fast.data.load.load_settings import load_settings
 from frozen_fast.data.load.reading import build_decoder
 from frozen_fast.data.sources import Source
 
@@ -38,14 +39,15 @@ def decoder_factory(decode: DecodeConfig, frames: FrameFormat, device: torch.dev
 
     Loader processes decode on the CPU; the background thread decodes on the model's device where the backend can.
     """
+    settings = load_settings(decode, device)
     return partial(
         build_decoder,
         decode.backend,
-        device=torch.device("cpu") if decode.workers else device,
+        device=torch.device("cpu") if settings.workers else device,
         resolution=frames.resolution,
         mean=frames.mean,
         std=frames.std,
-        threads=decode.threads,
+        threads=settings.threads,
         max_pixels=decode.max_pixels,
     )
 

@@ -18,6 +18,7 @@ from frozen_fast.config.schema import AugmentationConfig, DecodeConfig, Sampling
 from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, VideoInfo
 from frozen_fast.data.decode.threads import map_in_threads
 from frozen_fast.data.load.bad_clips import BadClip
+from frozen_fast.data.load.load_settings import load_settings
 from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, map_in_workers
 from frozen_fast.data.load.reading import probe
 from frozen_fast.data.plan.frame_sampling import FixedRate, train_frames
@@ -291,14 +292,14 @@ class _ReaderFactory:
     tokenizer: Tokenizer
     augmentation: AugmentationConfig
     decode: DecodeConfig
+    threads: int
     prober: Prober
     rule: FixedRate | None
 
     def reader(self) -> ClipReader:
         return ClipReader(
             self.sources, self.decoder_factory(), self.tokenizer, self.augmentation,
-            resolve_policy(self.decode, training=True), self.decode.max_pixels, self.decode.threads, self.prober,
-            self.rule,
+            resolve_policy(self.decode, training=True), self.decode.max_pixels, self.threads, self.prober, self.rule,
         )
 
     def __call__(self) -> Callable[[BatchSpec], Batch]:
@@ -327,16 +328,19 @@ class TrainingLoader:
             decoder_factory: makes a decoder for the training resolution; picklable where decode.workers is above 0.
             tokenizer: list of captions to tensors; picklable likewise.
             augmentation: crop and flip.
-            decode: decode.workers 0 reads in a background thread (DALI decodes on the device there), more read in so
-                many processes.
+            decode: workers 0 reads in a background thread (DALI decodes on the device there), more read in so many
+                processes; what it leaves open is settled by load_settings.
             sampling: which frames of a clip; None: one of each of T equal segments.
             device: where batches are delivered.
             prober: finds out what a file holds.
         """
         rule = fixed_rate(sampling)
-        self._factory = _ReaderFactory(sources, decoder_factory, tokenizer, augmentation, decode, prober, rule)
-        self._decode = decode
         self._device = torch.device(device)
+        self._settings = load_settings(decode, self._device)
+        self._factory = _ReaderFactory(
+            sources, decoder_factory, tokenizer, augmentation, decode, self._settings.threads, prober, rule
+        )
+        self._decode = decode
         self._prefetcher: Prefetcher[Batch] | None = None
 
     def batches(self, specs: Iterable[BatchSpec]) -> Iterator[Batch]:
@@ -360,14 +364,14 @@ class TrainingLoader:
         def describe() -> str:
             return awaited[0].describe() if awaited else "the first batch"
 
-        if decode.workers > 0:
+        if self._settings.workers > 0:
             self._prefetcher = map_in_workers(
-                self._factory, noted(), workers=decode.workers, depth=decode.prefetch_batches,
+                self._factory, noted(), workers=self._settings.workers, depth=self._settings.prefetch_batches,
                 timeout_seconds=decode.read_timeout_seconds, describe=describe, pin_memory=pin,
             )
         else:
             self._prefetcher = ThreadPrefetcher(
-                partial(_read_all, self._factory, noted(), pin), depth=decode.prefetch_batches,
+                partial(_read_all, self._factory, noted(), pin), depth=self._settings.prefetch_batches,
                 timeout_seconds=decode.read_timeout_seconds, describe=describe,
             )
         return self._delivered(self._prefetcher, awaited)

@@ -1,0 +1,55 @@
+"""How much is read at a time: what data.decode says, and per device what it leaves open."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from frozen_fast.config.schema import DecodeConfig
+
+MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """Numbers of one rank's loader.
+
+    Attributes:
+        workers: loader processes; 0: a background thread.
+        threads: decoding threads of each.
+        prefetch_batches: batches read ahead.
+    """
+
+    workers: int
+    threads: int
+    prefetch_batches: int
+
+
+def load_settings(decode: DecodeConfig, device: torch.device, *, cores: int | None = None) -> LoadSettings:
+    """Fill in what data.decode leaves open.
+
+    On a CPU the model needs the cores: one background thread with two decoding threads, two batches ahead. On a GPU
+    a thread of the training process would share its interpreter lock with the thread that launches the kernels, so
+    loader processes of one thread each read, one for each core of this rank but one, and twice as many batches are
+    read ahead. The backend dali decodes on the GPU, which takes the background thread.
+
+    Args:
+        decode: the config's section.
+        device: the model's.
+        cores: that this rank may use; None: those of this process divided by the ranks of this machine.
+    """
+    workers, threads, ahead = decode.workers, decode.threads, decode.prefetch_batches
+    if cores is None:
+        cores = _cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if workers is None:
+        workers = max(1, min(MOST_WORKERS, cores - 1)) if device.type == "cuda" and decode.backend != "dali" else 0
+    if threads is None:
+        threads = 1 if workers and decode.workers is None else 2
+    return LoadSettings(workers, threads, ahead if ahead is not None else max(2, 2 * workers))
+
+
+def _cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -185,12 +185,17 @@ def run(options: argparse.Namespace) -> Path:
             rows.append(measure_stage(key, options, manifest, Path(scratch)))
             if rows[-1]["cause"] != "ok":
                 print(f"    {rows[-1]['cause']}: {rows[-1]['message']}", flush=True)
-    table = table_4()
+            report = write_measured(options, stages, rows)  # a run that is stopped leaves what it measured
+    return report
+
+
+def write_measured(options: argparse.Namespace, stages: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write the result of the stages measured so far; returns report.md."""
     result = {
         "command": ["python", "benchmarks/throughput.py", *sys.argv[1:]],
         "small": options.small,
         "data": options.data,
-        "clips_per_row": table.clips,
+        "clips_per_row": table_4().clips,
         "paper_hardware": HARDWARE_NOTE,
         "row_stages": stages,
         "stages": rows,

@@ -3,26 +3,32 @@
     launch/gpu_bench.sh [FOLDER]                     on a GPU: all steps, at most nine minutes
     launch/gpu_bench.sh --cpu FOLDER                 the same lines at tiny sizes (also taken, and said, without a GPU)
     launch/gpu_bench.sh --steps training FOLDER      some steps only
+    launch/gpu_bench.sh --rehearse attention=hang@5,model_step=oom@3 FOLDER
+                                                     on a CPU, where a device fails in these steps after so many seconds
 
 Each step is a process of its own with a log and a time limit; one that fails is recorded in summary.json, and the
-next one starts. Time that a step leaves over goes to the steps after it. The folder gets at most eight flat files:
-summary.json (steps, what was left out and why, the machine), the steps' JSON, the training run's report.md, logs.txt.
+next one starts. Time that a step leaves over goes to the steps after it. The figures that count most come first. What a
+step has written is copied into the folder every few seconds, so that whatever ends the command, what was measured is
+there. The folder gets at most eight flat files: summary.json (steps, what was left out and why, the machine), the
+steps' results, logs.txt (the training run's report in it).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from gpu_bench_machine import describe_machine, left_out, write_text_tower
 
@@ -39,6 +45,10 @@ FILE_BYTES = 16 << 20
 """A lent machine hands back no larger file."""
 STOP_SECONDS = 25.0
 """A training run that is told to stop saves a checkpoint and its report first."""
+KEEP_SECONDS = 2.0
+"""How often what a running step has written is copied into the results folder."""
+FAULTS = ("crash", "hang", "oom", "kill")
+"""What a device can do in a rehearsal: see failing_step.py; kill ends this whole command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,8 @@ class Step:
         results: file in the scratch folder -> name in the results folder.
         environment: variables.
         before: a command that prepares it, in the same time.
+        logged: files in the scratch folder that are added to its log.
+        left_out: why it cannot run here; empty if it can.
     """
 
     name: str
@@ -88,6 +100,8 @@ class Step:
     results: dict[str, str] = field(default_factory=dict)
     environment: Callable[[Bench], dict[str, str]] = lambda bench: {}
     before: Callable[[Bench], list[str]] | None = None
+    logged: tuple[str, ...] = ()
+    left_out: Callable[[Bench], str] = lambda bench: ""
 
 
 @dataclass(kw_only=True)
@@ -105,9 +119,17 @@ class Row:
 
 
 def tests_command(bench: Bench) -> list[str]:
-    """tests/gpu; on a GPU a test that is skipped for want of CUDA fails."""
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu",
-            f"--junitxml={bench.scratch / 'gpu_tests.xml'}"]  # fmt: skip
+    """tests/gpu in several processes, since each compiles kernels; every result is written when it is there."""
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") and not bench.small else []
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_results", *parallel,
+            "tests/gpu"]  # fmt: skip
+
+
+def tests_environment(bench: Bench) -> dict[str, str]:
+    """On a GPU a test that is skipped for want of CUDA fails."""
+    folders = [str(ROOT / "launch"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    results = {"PYTEST_RESULTS": str(bench.scratch / "gpu_tests.jsonl"), "PYTHONPATH": os.pathsep.join(folders)}
+    return results if bench.small else {**results, "FAIL_WITHOUT_CUDA": "1"}
 
 
 def attention_command(bench: Bench) -> list[str]:
@@ -137,16 +159,33 @@ def common_overrides(bench: Bench) -> list[str]:
     return [*tower, f"model.text.tokenizer={bench.text}"]
 
 
-def throughput_command(bench: Bench) -> list[str]:
-    """Projected GPU-hours of the row 1=>4=>8, with input where clips can be rendered."""
+def clips_command(bench: Bench) -> list[str]:
+    """Clips and shards of them for both throughput steps; without a video encoder stills."""
+    kind = "shards" if bench.reads_videos else "stills"
+    return [sys.executable, "benchmarks/clips.py", kind, str(bench.scratch / "clips"),
+            *(["--small"] if bench.small else [])]  # fmt: skip
+
+
+def throughput_command(bench: Bench, name: str, *, dali: bool) -> list[str]:
+    """Projected GPU-hours of the row 1=>4=>8 from shards, or from videos through DALI; without videos the model's."""
     if bench.small:
         size = ["--small", "--windows", "2", "--window-steps", "1", "--warmup-steps", "1"]
     else:
         size = ["--batch-sizes", "1=512,4=128,8=64", "--window-seconds", "1.5", "--measure-peak"]
-    data = ["--data", "render"] if bench.reads_videos else ["--data", "stills", "--modes", "model"]
-    workers = [] if bench.small or not bench.reads_videos else ["data.decode.workers=12"]
+    folder = bench.scratch / "clips"
+    data = ["--data", str(folder / ("clips/clips.jsonl" if dali else "packed"))]
+    if not bench.reads_videos:
+        data = ["--data", str(folder / "stills/stills.jsonl"), "--modes", "model"]
+    backend = ["data.decode.backend=dali", "data.decode.workers=0"] if dali else []
     return [sys.executable, "benchmarks/throughput.py", "--rows", "1=>4=>8", *data, *size,
-            "--output", str(bench.scratch / "throughput"), *common_overrides(bench), *workers]  # fmt: skip
+            "--output", str(bench.scratch / name), *common_overrides(bench), *backend]  # fmt: skip
+
+
+def without_dali(bench: Bench) -> str:
+    """Why nothing can be measured through DALI here; empty if it can."""
+    if not bench.reads_videos:
+        return "no video encoder"
+    return str(bench.machine.get("missing_decoders", {}).get("dali", ""))
 
 
 def render_command(bench: Bench) -> list[str]:
@@ -181,94 +220,130 @@ def training_command(bench: Bench) -> list[str]:
 
 
 STEPS = (
+    Step(name="attention", seconds=70.0, command=attention_command, results={"attention": "attention.json"}),
+    Step(
+        name="throughput_shards",
+        seconds=115.0,
+        before=clips_command,
+        command=lambda bench: throughput_command(bench, "throughput_shards", dali=False),
+        results={"throughput_shards/throughput.json": "throughput_shards.json"},
+    ),
+    Step(
+        name="throughput_dali",
+        seconds=75.0,
+        command=lambda bench: throughput_command(bench, "throughput_dali", dali=True),
+        results={"throughput_dali/throughput.json": "throughput_dali.json"},
+        left_out=without_dali,
+    ),
+    Step(name="model_step", seconds=110.0, command=model_step_command, results={"model_step.json": "model_step.json"}),
     Step(
         name="gpu_tests",
-        seconds=70.0,
+        seconds=60.0,
         command=tests_command,
-        results={"gpu_tests.xml": "gpu_tests.json"},
-        environment=lambda bench: {} if bench.small else {"FAIL_WITHOUT_CUDA": "1"},
+        results={"gpu_tests.jsonl": "gpu_tests.jsonl"},
+        environment=tests_environment,
     ),
-    Step(name="attention", seconds=65.0, command=attention_command, results={"attention": "attention.json"}),
-    Step(name="model_step", seconds=190.0, command=model_step_command, results={"model_step.json": "model_step.json"}),
     Step(
         name="training",
-        seconds=110.0,
+        seconds=80.0,
         before=render_command,
         command=training_command,
-        results={"training/report.md": "training_report.md", "training/stages.json": "training_stages.json"},
-    ),
-    Step(
-        name="throughput",
-        seconds=75.0,
-        command=throughput_command,
-        results={"throughput/throughput.json": "throughput.json"},
+        results={"training/stages.json": "training_stages.json"},
+        logged=("training/report.md",),
     ),
 )
 """In the order in which a lease that ends early should lose them last."""
 
 
-def run_step(step: Step, bench: Bench, *, limit: float) -> Row:
-    """Run a step; whatever goes wrong is in its row."""
+def run_step(step: Step, bench: Bench, output: Path, *, limit: float, fault: str = "") -> Row:
+    """Run a step, its results copied into the results folder while it runs; whatever goes wrong is in its row."""
+    row = Row(step=step.name, cause="ok", limit_seconds=round(limit, 1))
+    reason = step.left_out(bench)
+    if reason:
+        row.cause, row.message = "left_out", reason
+        return row
     print(f"[gpu_bench] {step.name}: up to {limit:.0f} s", flush=True)
     started = time.monotonic()
-    row = Row(step=step.name, cause="ok", limit_seconds=round(limit, 1))
     log = bench.scratch / f"{step.name}.log"
     commands = [step.before(bench)] if step.before else []
-    for number, command in enumerate([*commands, step.command(bench)]):
-        part = bench.scratch / f"{step.name}_{number}.part"
-        row.command = command
-        result = run_limited(
-            command,
-            folder=ROOT,
-            environment={"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **step.environment(bench)},
-            log=part,
-            seconds=max(1.0, limit - (time.monotonic() - started)),
-            memory_bytes=None,
-            grace_seconds=STOP_SECONDS,
-        )
-        text = part.read_text(encoding="utf-8", errors="replace")
-        with log.open("a", encoding="utf-8") as joined:
-            joined.write(f"$ {' '.join(command)}\n{text}\n")
-        row.exit_code = result.exit_code
-        row.cause = classify(result.exit_code, text, timed_out=result.timed_out, over_memory=False)
-        if row.cause != "ok":
-            row.message = telling_line(text)
-            break
+    with kept_while_running(step, bench, output):
+        for number, command in enumerate([*commands, step.command(bench)]):
+            part = bench.scratch / f"{step.name}_{number}.part"
+            row.command = command
+            if fault and number == len(commands):
+                command = [sys.executable, str(ROOT / "launch/failing_step.py"), fault, str(os.getpid()), *command]
+            result = run_limited(
+                command,
+                folder=ROOT,
+                environment={"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **step.environment(bench)},
+                log=part,
+                seconds=max(1.0, limit - (time.monotonic() - started)),
+                memory_bytes=None,
+                grace_seconds=STOP_SECONDS,
+            )
+            text = part.read_text(encoding="utf-8", errors="replace")
+            with log.open("a", encoding="utf-8") as joined:
+                joined.write(f"$ {' '.join(command)}\n{text}\n")
+            row.exit_code = result.exit_code
+            row.cause = classify(result.exit_code, text, timed_out=result.timed_out, over_memory=False)
+            if row.cause != "ok":
+                row.message = telling_line(text)
+                break
+    add_to_log(log, [bench.scratch / name for name in step.logged])
     row.seconds = round(time.monotonic() - started, 1)
     return row
+
+
+def add_to_log(log: Path, files: Sequence[Path]) -> None:
+    """Append files that are there."""
+    with log.open("a", encoding="utf-8") as joined:
+        for path in files:
+            if path.is_file():
+                joined.write(f"-- {path.name}\n{path.read_text(encoding='utf-8', errors='replace')}\n")
+
+
+@contextmanager
+def kept_while_running(step: Step, bench: Bench, output: Path) -> Iterator[None]:
+    """Copy what the step has written every few seconds, in a thread."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(KEEP_SECONDS):
+            for source, target in step.results.items():
+                copy_result(bench.scratch / source, output / target)
+
+    thread = threading.Thread(target=work, name=f"keep-{step.name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def copy_result(source: Path, target: Path) -> str:
+    """Copy a result file, whole or not at all; returns why it was not copied, or nothing."""
+    path = next(iter(sorted(source.glob("*.json"))), source / "missing.json") if source.is_dir() else source
+    if not path.is_file():
+        return f"left no {source.name}"
+    if path.stat().st_size >= FILE_BYTES:
+        return f"{target.name} is larger than {FILE_BYTES >> 20} MiB and was not kept"
+    part = target.with_suffix(".part")
+    shutil.copyfile(path, part)
+    part.replace(target)
+    return ""
 
 
 def keep_results(step: Step, row: Row, bench: Bench, output: Path) -> None:
     """Copy a step's files into the results folder; a step that should have left one and did not has failed."""
     for source, target in step.results.items():
-        path = bench.scratch / source
-        if path.is_dir():  # a benchmark's folder: its JSON
-            path = next(iter(sorted(path.glob("*.json"))), path / "missing.json")
-        if path.suffix == ".xml" and path.is_file():
-            path = tests_as_json(path)
-        if not path.is_file():
-            row.cause, row.message = (row.cause, row.message) if row.cause != "ok" else ("crash", f"left no {source}")
-        elif path.stat().st_size >= FILE_BYTES:
-            row.message = f"{target} is larger than {FILE_BYTES >> 20} MiB and was not kept"
-        else:
-            shutil.copyfile(path, output / target)
+        problem = "" if row.cause == "left_out" else copy_result(bench.scratch / source, output / target)
+        if problem.startswith("left no") and row.cause == "ok":
+            row.cause, row.message = "crash", problem
+        elif problem and row.cause == "ok":
+            row.message = problem
+        if (output / target).is_file():
             row.files.append(target)
-
-
-def tests_as_json(junit: Path) -> Path:
-    """Turn pytest's XML into JSON: counts, and each test that failed or was skipped with its reason."""
-    cases = list(ElementTree.parse(junit).iter("testcase"))
-    found: dict[str, list[dict[str, str]]] = {"failure": [], "error": [], "skipped": []}
-    for case in cases:
-        for kind, rows in found.items():
-            reason = case.find(kind)
-            if reason is not None:
-                name = f"{case.get('classname')}::{case.get('name')}"
-                rows.append({"test": name, "reason": (reason.get("message") or "")[:500]})
-    target = junit.with_suffix(".json")
-    passed = len(cases) - sum(len(rows) for rows in found.values())
-    write_json(target, {"tests": len(cases), "passed": passed, **found})
-    return target
 
 
 def run(options: argparse.Namespace) -> int:
@@ -278,8 +353,8 @@ def run(options: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_bench_", ignore_cleanup_errors=True) as scratch:
         machine = describe_machine(ROOT, Path(scratch) / "environment.log")
-        small = options.cpu or machine.get("cuda_device") is None
-        if small and not options.cpu:
+        small = options.cpu or options.rehearse is not None or machine.get("cuda_device") is None
+        if small and not options.cpu and options.rehearse is None:
             print("[gpu_bench] no CUDA device here: tiny sizes on the CPU, and no figure counts", flush=True)
         text = write_text_tower(Path(scratch) / "text")
         bench = Bench(scratch=Path(scratch), small=small, machine=machine, text=text)
@@ -288,14 +363,14 @@ def run(options: argparse.Namespace) -> int:
         for number, step in enumerate(chosen):
             later = sum(other.seconds for other in chosen[number + 1 :])
             limit = deadline - time.monotonic() - later
-            rows.append(run_step(step, bench, limit=max(limit, 1.0)))
+            rows.append(run_step(step, bench, output, limit=max(limit, 1.0), fault=options.faults.get(step.name, "")))
             keep_results(step, rows[-1], bench, output)
             print(
                 f"[gpu_bench] {step.name}: {rows[-1].cause} after {rows[-1].seconds} s {rows[-1].message}", flush=True
             )
             write_summary(output, bench, rows, chosen, options)
-        join_logs(bench.scratch, output / "logs.txt")
-    return 0 if all(row.cause == "ok" for row in rows) else 1
+            join_logs(bench.scratch, output / "logs.txt")
+    return 0 if all(row.cause in ("ok", "left_out") for row in rows) else 1
 
 
 def write_summary(
@@ -333,6 +408,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [step.name for step in STEPS]
     parser.add_argument("output", nargs="?", type=Path, default=Path(default), help="results ($OUT or runs/gpu_bench)")
     parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU, even where there is a GPU")
+    parser.add_argument("--rehearse", nargs="?", const="", metavar="STEP=FAULT@SECONDS,...",
+                        help=f"as --cpu, with faults of a device: {', '.join(FAULTS)}")  # fmt: skip
     parser.add_argument("--steps", default=",".join(names), help=f"some of {','.join(names)}")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything (default %(default)s)")
     options = parser.parse_args(arguments)
@@ -342,6 +419,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.steps if name not in names]
     if unknown:
         parser.error(f"--steps: got {unknown[0]!r}; allowed: {', '.join(names)}")
+    options.faults = {}
+    for text in filter(None, (options.rehearse or "").split(",")):
+        step, _, fault = text.partition("=")
+        kind, _, seconds = fault.partition("@")
+        if step not in names or kind not in FAULTS or not seconds.replace(".", "", 1).isdigit():
+            allowed = f"STEP=FAULT@SECONDS with {', '.join(names)} and {', '.join(FAULTS)}"
+            parser.error(f"--rehearse: got {text!r}; allowed: {allowed}")
+        options.faults[step] = fault
     return options
 
 

@@ -1,0 +1,43 @@
+"""Run a command as if its GPU failed after some seconds; what `launch/gpu_bench.sh --rehearse` starts.
+
+    python launch/failing_step.py FAULT@SECONDS PARENT command ...
+
+FAULT: crash (an illegal memory access ends the command), oom (the device's memory runs out), hang (the command is
+stopped where it is and never returns), kill (the process PARENT is killed too, as when a lease ends).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+MESSAGES = {
+    "crash": "RuntimeError: CUDA error: an illegal memory access was encountered",
+    "oom": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Start the command, wait, fail; the command's own exit code where it ends before that."""
+    kind, _, seconds = arguments[0].partition("@")
+    with subprocess.Popen(arguments[2:]) as process:
+        try:
+            return process.wait(timeout=float(seconds))
+        except subprocess.TimeoutExpired:
+            pass
+        if kind == "hang":
+            process.send_signal(signal.SIGSTOP)
+            while True:
+                time.sleep(3600)
+        if kind == "kill":
+            os.kill(int(arguments[1]), signal.SIGKILL)
+        process.kill()
+    print(MESSAGES.get(kind, "killed"), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

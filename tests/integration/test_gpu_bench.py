@@ -153,7 +153,7 @@ gpu_bench.KEEP_SECONDS = 0.1
 gpu_bench.STEPS = (
     step("quick", "import sys; open(sys.argv[1], 'w').write('1')", "quick.json"), step("long", WRITES_ON, "long.json")
 )
-sys.exit(gpu_bench.main([sys.argv[1], "--rehearse", "long=kill@3"]))
+sys.exit(gpu_bench.main([sys.argv[1], "--rehearse", "long=kill@12"]))
 """
 
 

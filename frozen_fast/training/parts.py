@@ -150,7 +150,7 @@ def build_training_loader(
             feature_format(config, model),
             caption_masks={source_name(one): one.caption_masks for one in config.data.sources if one.caption_masks},
             device=device,
-            prefetch_batches=config.data.decode.prefetch_batches,
+            prefetch_batches=config.data.decode.prefetch_batches or 2,
             timeout_seconds=config.data.decode.read_timeout_seconds,
         )
     tokenizer = model.tokenizer

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from frozen_fast.common.files import read_json_lines
-from frozen_fast.common.tracking import Tracker
 from frozen_fast.config import config_from_mapping
 from frozen_fast.data import LoaderEndedError
 from frozen_fast.data.load.bad_clips import BadClip
@@ -30,6 +29,7 @@ from frozen_fast.parallel.base import Parallel, check_world, seed_step
 from frozen_fast.parallel.precision import choose_precision
 from frozen_fast.profiling.meter import StageMeter
 from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.records.tracking import Trackers
 from frozen_fast.training import journal as journal_module
 from frozen_fast.training import signals
 from frozen_fast.training.checkpoint_keeper import selection_value
@@ -226,7 +226,7 @@ def test_weights_that_overflow_a_norm_are_still_finite(parallel: Parallel) -> No
 def journal(folder: RunFolder, parallel: Parallel, log_every_steps: int = 10) -> Journal:
     folder.create()
     return Journal(
-        folder, parallel, Tracker(), total_steps=9, num_stages=2, log_every_steps=log_every_steps, advice="lower it"
+        folder, parallel, Trackers(), total_steps=9, num_stages=2, log_every_steps=log_every_steps, advice="lower it"
     )
 
 

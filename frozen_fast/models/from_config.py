@@ -132,8 +132,9 @@ def load_checkpoint(
     stored = read_model(path, config.text.tokenizer, config.text.max_tokens, **heads)
     if compare:
         check_agreement(config, stored)
-    name = None if stored.tokenizer is not None else config.text.name or own_tokenizer(path, stored.architecture)
-    if name is not None:
+    own = own_tokenizer(path, stored.architecture)
+    name = config.text.name or own if compare else own or config.text.name
+    if stored.tokenizer is None and name is not None:
         longest = config.text.max_tokens or stored.architecture["text"]["max_tokens"]
         stored.tokenizer = load_tokenizer(name, longest)
     if keep_rows:

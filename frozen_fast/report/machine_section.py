@@ -9,6 +9,22 @@ from frozen_fast.report.run_data import RunData
 from frozen_fast.report.wording import devices
 
 
+def _model(run: RunData) -> str:
+    """The model that was built or loaded, with its weights in millions."""
+    model = run.environment.get("model") or {}
+    if "parameters" not in model:
+        return ""
+    whole = f"{model['parameters'] / 1e6:.1f} million weights"
+    if "video_parameters" not in model:
+        return f"{model['kind']}, {whole}"
+    video, text = model["video"], model["text"]
+    parts = [
+        f"{video['tower']} {run.video_size} ({model['video_parameters'] / 1e6:.1f})",
+        f"{text['tower']} {text.get('name') or ''} ({model['text_parameters'] / 1e6:.1f})".replace("  ", " "),
+    ]
+    return f"{' + '.join(parts)}, {whole}"
+
+
 def machine_section(run: RunData) -> Section | None:
     """Devices, backends, versions and command; None without environment.json."""
     environment = run.environment
@@ -24,6 +40,7 @@ def machine_section(run: RunData) -> Section | None:
         "Precision": " ".join(
             str(environment[key]) for key in ("precision", "precision_reason") if environment.get(key)
         ),
+        "Model": _model(run),
         "Decoding": _backends(environment.get("decode_backends") or {}),
         "Attention": ", ".join(dict.fromkeys(str(row["backend"]) for row in attention)),
         "Residual norms, GELU": environment.get("fused_ops") or "",

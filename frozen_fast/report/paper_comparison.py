@@ -61,13 +61,9 @@ def compare_with_paper(run: RunData) -> PaperComparison | None:
         covers=covers,
         measured_gpu_hours=None if None in hours else sum(hour for hour in hours if hour is not None),
         projected_gpu_hours=_projection(run, totals, clips, table.clips),
-        same_model=_video_size(run) == PAPER_MODEL,
+        same_model=run.video_size == PAPER_MODEL,
         notes=_notes(run, totals, name, clips, table.clips, covers),
     )
-
-
-def _video_size(run: RunData) -> str:
-    return str(((run.config.get("model") or {}).get("video") or {}).get("size"))
 
 
 def _planned_stages(run: RunData) -> int:
@@ -96,7 +92,7 @@ def _notes(run: RunData, totals: list[StageTotals], name: str, clips: int, paper
             "to that many clips, with this run's share of clips per stage; warm-up, checkpoints and evaluation are "
             "left out."
         )
-    size = _video_size(run)
+    size = run.video_size
     if size != PAPER_MODEL:
         notes.append(f"The video tower is {size}, the paper's is {PAPER_MODEL}: times are of another model.")
     frames = "=>".join(str(total.frames) for total in totals)

@@ -53,7 +53,7 @@ def _notes(run: RunData, row: PublishedRow, ours: list[dict[str, Any]]) -> list[
     if row.frames is not None and frames and frames != [row.frames]:
         shown = ", ".join(map(str, frames))
         notes.append(f"Frames a window in this run: {shown}; the paper's model has {row.frames}.")
-    size = ((run.config.get("model") or {}).get("video") or {}).get("size")
+    size = run.video_size
     if row.source == "Frozen in Time" and not row.table.startswith("Table A.2") and size != PAPER_MODEL:
         notes.append(f"The video tower is {size}, the paper's is {PAPER_MODEL}.")
     return notes

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from frozen_fast.common.files import read_rows
+from frozen_fast.config.video_sizes import VIDEO_SIZES
 from frozen_fast.errors import UserError
 from frozen_fast.records.checkpoint_folder import best_checkpoint
 from frozen_fast.records.run_folder import RunFolder
@@ -93,6 +94,16 @@ class RunData:
     def on_gpu(self) -> bool:
         """Whether the stages ran on CUDA devices."""
         return any(row.get("device") == "cuda" for row in self.stages)
+
+    @property
+    def video_size(self) -> str:
+        """Name of the video tower's size: the built or loaded model's, or the config's where no model was noted."""
+        model = self.environment.get("model") or self.config.get("model") or {}
+        size = (model.get("video") or {}).get("size")
+        if not isinstance(size, dict):
+            return str(size)
+        named = (name for name, known in VIDEO_SIZES.items() if asdict(known) == size)
+        return next(named, ", ".join(f"{key} {value}" for key, value in size.items()))
 
     def totals(self) -> list[StageTotals]:
         """Stages that have a step, from steps.jsonl."""

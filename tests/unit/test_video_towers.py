@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks import parameter_counts
 from frozen_fast.cli.main import main
-from frozen_fast.config import config_from_mapping
+from frozen_fast.config import config_from_mapping, load_config
 from frozen_fast.config.schema import ModelConfig, TextTowerConfig, VideoTowerConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder, VideoTower, build_dual_encoder, check_model
@@ -213,3 +215,26 @@ def test_s3d_equals_torchvisions_at_its_own_size() -> None:
     video = torch.randn(1, 16, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(tower(video), plain(video.transpose(1, 2)), rtol=1e-4, atol=1e-5)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", ["resnet101", "s3d", "r3d_101"])
+def test_the_backbones_of_table_a2_have_configs(name: str) -> None:
+    config = load_config(ROOT / f"configs/pretrain/backbones/{name}.yaml")
+    assert config.model.video.size == name and config.name == f"backbone_{name}"
+    check_model(config.model, [("curriculum.stages", stage.frames) for stage in config.curriculum.stages])
+
+
+def test_weights_are_as_many_as_the_paper_prints() -> None:
+    rows = {(row["table"], row["row"]): row for row in parameter_counts.measure()}
+    same = ["R(3D)-101", "S-Tformer B/16", "distilbert-base-uncased", "bert-base-uncased"]
+    for (_, name), row in rows.items():
+        if name in same:
+            assert row["parameters"] == pytest.approx(row["printed"], rel=0.005), name
+    resnet = rows["Table A.2", "ResNet-101"]
+    assert resnet["parameters"] + 1000 * (2048 + 1) == pytest.approx(resnet["printed"], rel=0.012)
+    assert {table for table, _ in rows} == {"Table A.2", "Table A.3"} and len(rows) == 8
+    committed = json.loads((ROOT / "benchmarks/results/parameter_counts.json").read_text(encoding="utf-8"))["rows"]
+    assert committed == list(rows.values())

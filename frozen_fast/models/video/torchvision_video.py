@@ -5,12 +5,13 @@ Axis letters: B batch, T frames, C channels, H and W pixels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
+from torchvision.models.video.resnet import BasicStem, Bottleneck, Conv3DSimple, VideoResNet
 
 from frozen_fast.config.schema import VideoTowerConfig
 from frozen_fast.errors import UserError, reason, unknown_name
@@ -46,6 +47,7 @@ _SWIN = Network(head="head", resolution=224)
 NETWORKS: dict[str, Network] = {
     "s3d": Network(head="classifier", frames=range(8, ANY_NUMBER + 1), resolution=224),
     "r3d_18": _RESNET,
+    "r3d_101": _RESNET,
     "r2plus1d_18": _RESNET,
     "mc3_18": _RESNET,
     "mvit_v1_b": _MVIT,
@@ -58,7 +60,7 @@ NETWORKS: dict[str, Network] = {
 
 
 class TorchvisionVideo(VideoTower):
-    """S3D, R3D, R(2+1)D, MC3, MViT or Video Swin of torchvision.
+    """S3D, R3D, R(2+1)D, MC3, MViT or Video Swin of torchvision, and the 3D ResNet of 101 layers from its parts.
 
     S3D (from 8 frames on), the ResNets and Swin have no weights per frame and take clips of any length. MViT's
     positions are for 16 frames: it cannot grow from stage to stage. S3D's last average is taken over the whole feature
@@ -94,8 +96,7 @@ class TorchvisionVideo(VideoTower):
         self.resolution = resolution or network.resolution
         self.max_frames = network.frames[-1]
         try:
-            build: Callable[..., nn.Module] = get_model
-            self.model = build(size, weights=get_model_weights(size).DEFAULT if pretrained else None)
+            self.model = _network(size, pretrained)
         except Exception as error:  # a download raises many kinds
             raise UserError(f"model.video.size: got {size!r}, which cannot be had ({reason(error)})") from error
         if size == "s3d":
@@ -162,6 +163,16 @@ def named_network(size: str | None) -> Network:
     if size not in NETWORKS:
         raise unknown_name("model.video.size", str(size), NETWORKS)
     return NETWORKS[size]
+
+
+def _network(size: str, pretrained: bool) -> nn.Module:
+    """The network with its classifier."""
+    if size != "r3d_101":
+        return get_model(size, weights=get_model_weights(size).DEFAULT if pretrained else None)
+    if pretrained:
+        raise ValueError("torchvision has no weights for it; allowed: none, or a local file")
+    # torchvision has its parts only: the 3D ResNet of 101 layers, 3 + 4 + 23 + 3 bottlenecks.
+    return VideoResNet(Bottleneck, [Conv3DSimple] * 4, [3, 4, 23, 3], BasicStem)
 
 
 def _take_off_the_head(model: nn.Module, name: str) -> int:

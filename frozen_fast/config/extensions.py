@@ -237,6 +237,7 @@ video_towers = ExtensionPoint(
     {
         "space_time": "frozen_fast.models.video.space_time:SpaceTimeTransformer",
         "timm": "frozen_fast.models.video.timm_frames:TimmFrames",
+        "clip": "frozen_fast.models.clip.clip_frames:ClipFrames",
         "torchvision_video": "frozen_fast.models.video.torchvision_video:TorchvisionVideo",
     },
 )
@@ -247,6 +248,7 @@ text_towers = ExtensionPoint(
     "model.text.tower",
     {
         "transformers": "frozen_fast.models.text.transformers_tower:TransformersTower",
+        "clip": "frozen_fast.models.clip.clip_captions:ClipCaptions",
     },
 )
 """frozen_fast.models.text.text_tower.TextTower classes."""

@@ -33,12 +33,12 @@ Spread = Annotated[float, Field(gt=0)]
 class VideoTowerConfig:
     """The video tower. A key that the chosen tower does not read is refused when it is set."""
 
-    tower: str | None = key(None, "space_time; timm: an image model on each frame; torchvision_video; or a plugin's; none: space_time, or the checkpoint's", names=extensions.video_towers)
-    size: str | None = key(None, "which model of the tower. space_time: a named size (frozen_fast/config/video_sizes.py); timm: a timm model; torchvision_video: s3d, r3d_18, r3d_101, r2plus1d_18, mc3_18, mvit_v1_b, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b; none: base_patch16_224 for space_time, or the checkpoint's", not_blank=True)
-    weights: str = key("none", "initial weights: none; a local .pth/.safetensors file; timm:NAME, a local .onnx file, or package:MODULE/FILE.onnx inside an installed package (space_time: a ViT's); pretrained (timm and torchvision_video: from the library's cache or a download)", not_blank=True)
+    tower: str | None = key(None, "space_time; timm: an image model on each frame; clip: CLIP's image tower on each frame; torchvision_video; or a plugin's; none: space_time, or the checkpoint's", names=extensions.video_towers)
+    size: str | None = key(None, "which model of the tower. space_time: a named size (frozen_fast/config/video_sizes.py); timm: a timm model; torchvision_video: s3d, r3d_18, r3d_101, r2plus1d_18, mc3_18, mvit_v1_b, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b; clip: ViT-B/32, ViT-B/16, ViT-L/14 (random weights); none: base_patch16_224 for space_time, or the checkpoint's", not_blank=True)
+    weights: str = key("none", "initial weights: none; a local .pth/.safetensors file; timm:NAME, a local .onnx file, or package:MODULE/FILE.onnx inside an installed package (space_time: a ViT's); OpenAI's, open_clip's or transformers' files or open_clip:MODEL/TAG (clip); pretrained (timm and torchvision_video: from the library's cache or a download)", not_blank=True)
     resolution: int | None = key(None, "pixels along a frame's edge (timm, torchvision_video); none: what the model was made for, or the checkpoint's", ge=1)
-    over_time: Literal["mean", "transformer"] | None = key(None, "timm: how the frames' features become one: their mean, or a transformer with learned frame positions; none: mean, or the checkpoint's")
-    time_layers: int | None = key(None, "timm: layers of the transformer over time; none: 2, or the checkpoint's", ge=1)
+    over_time: Literal["mean", "transformer"] | None = key(None, "timm, clip: how the frames' features become one: their mean (clip: of normalised ones, CLIP4Clip's meanP), or a transformer with learned frame positions; none: mean, or the checkpoint's")
+    time_layers: int | None = key(None, "timm, clip: layers of the transformer over time; none: 2 (clip: 4), or the checkpoint's", ge=1)
     heads: int | None = key(None, "attention heads of a released checkpoint's video tower, which its file does not tell; none: width / 64", ge=1)
     block: Literal["frozen_in_time", "timesformer"] | None = key(None, "space_time: where the space residual adds: the block's input, or TimeSformer's divided block; none: frozen_in_time, or the checkpoint's")
     attention: Attention = key("auto", "space_time: attention backend of frozen_kernels")
@@ -62,7 +62,7 @@ class VideoTowerConfig:
 class TextTowerConfig:
     """The caption encoder."""
 
-    tower: str | None = key(None, "transformers: any encoder of that library; or a plugin's; none: transformers, or the checkpoint's", names=extensions.text_towers)
+    tower: str | None = key(None, "transformers: any encoder of that library; clip: CLIP's; or a plugin's; none: transformers, or the checkpoint's", names=extensions.text_towers)
     name: str | None = key(None, "transformers name, local folder, or package:MODULE/FOLDER inside an installed package; none: distilbert-base-uncased, or the checkpoint's", not_blank=True)
     weights: Literal["pretrained", "random"] = key("pretrained", "random keeps the architecture and draws the weights")
     tokenizer: str | None = key(None, "tokenizer name or folder; none: the tower's own, or the checkpoint's")
@@ -134,7 +134,7 @@ class ModelConfig:
     checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, else its newest) or released .pth/.pth.tar file; it says what the model is, and keys that contradict it are refused")
     video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
     text: TextTowerConfig = section(TextTowerConfig, "text tower")
-    embedding_width: int | None = key(None, "width of the common space; none: 256, or the checkpoint's", ge=1)
+    embedding_width: int | None = key(None, "width of the common space; 0: no projections, the towers' outputs are compared as they are (the towers clip); none: 256, or the checkpoint's", ge=0)
     text_activation: Literal["relu", "none"] | None = key(None, "before the text projection: relu as released, none as in the paper; null: relu, or the checkpoint's")
     expansion: Expansion = key("zero", "how temporal embeddings for m frames become embeddings for M > m")
     experts: ExpertsConfig = section(ExpertsConfig, "models of expert features")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class DualEncoder(RetrievalModel):
         Args:
             video_model: the video tower.
             text_model: the text tower.
-            embedding_width: D.
+            embedding_width: D; 0: no projections, the towers' outputs are compared as they are (CLIP's towers).
             text_activation: before the text projection: "relu" as released, "none" as in the paper.
             learned_frames: None: as many as the tower takes.
             mean: of the training data's pixels, RGB in [0, 1].
@@ -80,21 +80,27 @@ class DualEncoder(RetrievalModel):
         """
         super().__init__()
         self.loss_scale = loss_scale
+        self.projected = embedding_width != 0
+        if not self.projected and text_model.width != video_model.width:
+            got = f"got 0 with a text tower of width {text_model.width} and a video tower of {video_model.width}"
+            raise UserError(f"model.embedding_width: {got}; allowed: 1 or more, or towers of one width")
+        embedding_width = embedding_width or video_model.width
         if embedding_width < 1:
-            raise UserError(f"model.embedding_width: got {embedding_width}; allowed: 1 or more")
+            raise UserError(f"model.embedding_width: got {embedding_width}; allowed: 0 or more")
         if text_activation not in ("relu", "none"):
             raise UserError(f"model.text_activation: got {text_activation!r}; allowed: relu, none")
         self.video_model = video_model
         self.text_model = text_model
         self.embedding_width = embedding_width
         self.text_activation: TextActivation = text_activation
-        activation = nn.ReLU() if text_activation == "relu" else nn.Identity()
-        self.txt_proj = nn.Sequential(activation, nn.Linear(text_model.width, embedding_width))
-        self.vid_proj = nn.Sequential(nn.Linear(video_model.width, embedding_width))
-        for projection in (self.txt_proj[1], self.vid_proj[0]):
-            linear = cast(nn.Linear, projection)
-            nn.init.trunc_normal_(linear.weight, std=PROJECTION_STD)
-            nn.init.zeros_(linear.bias)
+        self.txt_proj, self.vid_proj = nn.Sequential(), nn.Sequential()
+        if self.projected:
+            self.txt_proj.append(nn.ReLU() if text_activation == "relu" else nn.Identity())
+            for projection, width in ((self.txt_proj, text_model.width), (self.vid_proj, video_model.width)):
+                linear = nn.Linear(width, embedding_width)
+                nn.init.trunc_normal_(linear.weight, std=PROJECTION_STD)
+                nn.init.zeros_(linear.bias)
+                projection.append(linear)
         self.learned_frames = video_model.max_frames if learned_frames is None else learned_frames
         if not 1 <= self.learned_frames <= video_model.max_frames:
             raise UserError(f"learned_frames: got {self.learned_frames}; allowed: 1 to {video_model.max_frames}")
@@ -106,7 +112,7 @@ class DualEncoder(RetrievalModel):
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return cast(nn.Linear, self.vid_proj[0]).weight.device
+        return next(self.parameters()).device
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -159,7 +165,7 @@ class DualEncoder(RetrievalModel):
 
     def _normalised(self, video_BTCHW: Tensor) -> Tensor:
         """Move a clip batch to the weights' device, as floats of their dtype, uint8 pixels normalised."""
-        dtype = cast(nn.Linear, self.vid_proj[0]).weight.dtype
+        dtype = next(self.parameters()).dtype
         self._check_range(video_BTCHW)
         video = video_BTCHW.to(self.device)
         if video.is_floating_point():
@@ -263,7 +269,7 @@ class DualEncoder(RetrievalModel):
         return {
             "video": {"tower": video.name, **video.architecture(), "max_frames": video.max_frames},
             "text": {"tower": text.name, **text.architecture(), "max_tokens": longest},
-            "embedding_width": self.embedding_width,
+            "embedding_width": self.embedding_width if self.projected else 0,
             "text_activation": self.text_activation,
             "learned_frames": self.learned_frames,
             "mean": list(self.mean),

@@ -19,6 +19,10 @@ CLIPS = {"msrvtt_1kA": 9000, "msrvtt_full": 6513, "msvd": 1200, "vatex": 25_991}
 TINY = (
     "model.checkpoint=null", "model.clip2video.clip=", "model.clip2video.size=tiny", "training.device=cpu",
 )  # fmt: skip
+TINY_TOWERS = (
+    "model.video.weights=none", "model.video.size=tiny", "model.text.name=tiny", "model.text.weights=random",
+    "training.device=cpu",
+)  # fmt: skip
 
 
 def config_of(name: str, *overrides: str) -> ExperimentConfig:
@@ -32,13 +36,15 @@ def test_every_file_loads_builds_and_encodes_a_clip(name: str) -> None:
     (check_for_training if name in TRAIN else check_for_evaluation)(config)
     assert config.name == name.removesuffix(".yaml")
     assert (config.data.augmentation.mean, config.data.augmentation.std) == (CLIP_MEAN, CLIP_STD)
-    config = config_of(name, *TINY)
+    config = config_of(name, *(TINY if name.startswith("clip2video") else TINY_TOWERS))
     model = build_model(config, torch.device("cpu"))
     frames = config.evaluation.frames
     assert frames is not None
     with torch.no_grad():
         sim_QV = model.similarity(["a dog", "a cat"], torch.rand(3, frames, 3, 32, 32))
-    assert sim_QV.shape == (2, 3) and frames == published_row(config.paper.table, config.paper.row).frames == 12
+    assert sim_QV.shape == (2, 3) and frames == 12
+    if config.paper.table:
+        assert published_row(config.paper.table, config.paper.row).frames == frames
 
 
 @pytest.mark.parametrize("name", TRAIN)
@@ -51,5 +57,5 @@ def test_a_tenth_of_the_steps_warms_up(name: str) -> None:
 
 
 def test_every_published_row_has_a_file() -> None:
-    rows = {config_of(name).paper.row for name in TRAIN}
+    rows = {config_of(name).paper.row for name in TRAIN if name.startswith("clip2video")}
     assert rows == set(row_names("CLIP2Video"))

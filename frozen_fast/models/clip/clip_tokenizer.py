@@ -49,6 +49,11 @@ class ClipTokenizer(Tokenizer):
         return super().__call__([html.unescape(html.unescape(self._fix_text(caption))) for caption in captions])
 
     @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ClipTokenizer:
+        """A stored tokenizer, which was read as a plain one, with CLIP's cleaning of text."""
+        return cls(tokenizer._backend, max_tokens=tokenizer.max_tokens, pad_token=tokenizer.pad_token)
+
+    @classmethod
     def build(cls, max_tokens: int = 77) -> ClipTokenizer:
         """CLIP's tokenizer.
 

@@ -7,7 +7,8 @@ from textwrap import fill
 from typing import Any
 
 from frozen_fast.config import yaml_text
-from frozen_fast.config.fields import KeyInfo, keys_of, mapping_value_type, to_plain, type_in_words, walk_keys
+from frozen_fast.config.fields import KeyInfo, keys_of, mapping_value_type, to_plain, walk_keys
+from frozen_fast.config.renamed import EXPERIMENT
 from frozen_fast.config.schema import ExperimentConfig
 
 
@@ -32,7 +33,7 @@ def help_text() -> str:
             continue
         lines.append(f"  {path} = {_default_in_words(info)}")
         lines.append(
-            fill(f"{info.meaning} [{type_in_words(info.type)}]", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            fill(f"{info.meaning} [{info.allowed}]", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
         )
     return "\n".join(lines) + "\n"
 
@@ -52,12 +53,16 @@ def docs_markdown() -> str:
     for path, cls in _groups(ExperimentConfig, ""):
         title = f"`{path}`" if path else "Top level"
         doc = (cls.__doc__ or "").strip().splitlines()[0]
-        rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+        rows = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
         for info in keys_of(cls):
             if not info.is_section:
-                cells = (f"`{info.name}`", type_in_words(info.type), f"`{_default_in_words(info)}`", info.meaning)
+                cells = (f"`{info.name}`", info.allowed, f"`{_default_in_words(info)}`", info.meaning)
                 rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts += [f"## {title}", doc, "\n".join(rows)]
+    rows = ["| former name | now |", "|---|---|"]
+    for old, new in EXPERIMENT.items():
+        rows += [f"| `{old}` | `{new}` |"] if isinstance(new, str) else [f"| `{old}` | {new.__doc__} |"]
+    parts += ["## Former names", "Read with a warning; a config may not hold a key under both names.", "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
 
 

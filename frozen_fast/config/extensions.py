@@ -46,6 +46,10 @@ class ExtensionPoint:
         """Every name that the config key takes: built-in parts, then plugins."""
         return (*self._built_in, *sorted(set(_plugins(self.kind)) - set(self._built_in)))
 
+    def built_in(self) -> tuple[str, ...]:
+        """The names that every installation has."""
+        return tuple(self._built_in)
+
     def check(self, name: str, key: str | None = None) -> None:
         """Refuse an unknown name without importing anything.
 

@@ -35,9 +35,15 @@ class KeyInfo:
         return item if is_dataclass(item) else None  # type: ignore[return-value]
 
     @property
-    def names(self) -> OneOf | None:
-        """The table that the value must be a name of, if there is one."""
-        return next((limit for limit in self.limits if isinstance(limit, OneOf)), None)
+    def allowed(self) -> str:
+        """The values that the key takes, as a user reads them; of a table the names that every installation has."""
+        table = next((limit for limit in self.limits if isinstance(limit, OneOf)), None)
+        null = ", or null" if optional_type(self.type) else ""
+        if table is not None:
+            return ", ".join(table.built_in()) + null
+        limits = range_in_words(self.limits)
+        words = type_in_words(optional_type(self.type) or self.type)
+        return f"{words}{f', {limits}' if limits else ''}{null}"
 
 
 def keys_of(cls: type) -> tuple[KeyInfo, ...]:

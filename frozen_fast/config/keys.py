@@ -25,6 +25,10 @@ class NameTable(Protocol):
         """Every name that a config may use."""
         ...
 
+    def built_in(self) -> Collection[str]:
+        """The names that every installation has."""
+        ...
+
 
 class OneOf:
     """Marks a text key whose value is a name of a table."""
@@ -35,6 +39,10 @@ class OneOf:
     def names(self) -> tuple[str, ...]:
         """The names at this moment, those of plugins included."""
         return tuple(self.table if isinstance(self.table, Collection) else self.table.names())
+
+    def built_in(self) -> tuple[str, ...]:
+        """The names without those of plugins."""
+        return tuple(self.table if isinstance(self.table, Collection) else self.table.built_in())
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Check the name after the type."""

@@ -18,14 +18,14 @@ Renames = Mapping[str, "str | Callable[[Any], dict[str, Any]]"]
 
 
 def trackers_of_wandb_mode(mode: Any) -> dict[str, Any]:
-    """What the former `wandb.mode` (off, offline, online) is called now."""
+    """`tracking.trackers` and `tracking.wandb_mode`."""
     if mode == "off":
         return {"tracking.trackers": []}
     return {"tracking.trackers": ["wandb"], "tracking.wandb_mode": mode}
 
 
 def current_attention(backend: Any) -> dict[str, Any]:
-    """What the former attention backends native and batched are called now."""
+    """Its values native and batched are `cpu_c`."""
     return {"model.video.attention": "cpu_c" if backend in ("native", "batched") else backend}
 
 

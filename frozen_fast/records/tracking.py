@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 
 from frozen_fast.common.files import write_json
@@ -86,6 +87,8 @@ class Trackers:
             UserError: a tracker is not installed, or cannot start.
         """
         known = {} if step is None else _known_ids(folder)
+        if settings.trackers:
+            PartialState()  # Accelerate's trackers ask it for the rank; a sweep has not made it
         started: dict[str, TrackerSetUp] = {}
         ids = dict(known)
         for kind in settings.trackers:

@@ -397,6 +397,8 @@ class EvaluationConfig:
     metrics: tuple[Annotated[str, OneOf(extensions.metrics)], ...] = key(("retrieval",), "families of metrics to compute: retrieval (recall, ranks), or a plugin's")
     keep_best: str = key("none", "keep the checkpoint with the best value on the first of evaluation.sources as checkpoints/best: validation_loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or any metric such as t2v/R@1; none: keep none")
     protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
+    gallery: int = key(0, "queries that the retrieval page of each source shows with the first 5 clips found (gallery_SOURCE.html in the run folder), 0: no page", ge=0)
+    gallery_videos: str | None = key(None, "folder with ID.mp4 for the retrieval page, where a source's clips are no videos (feature stores)")
     rerank: tuple[Literal["dual_softmax", "qb_norm"], ...] = key((), "re-rankings, reported apart from the plain numbers: dual_softmax over the test set, qb_norm with captions of data.sources[0] as querybank (text to video)")
     dual_softmax_scale: float = key(100.0, "dual_softmax: factor on the similarities inside the softmax", gt=0)
     querybank_size: int = key(5000, "qb_norm: captions of the querybank, one a clip, of clips evenly spread over data.sources[0]", ge=1)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from frozen_fast.profiling.peak import DevicePeak
 from frozen_fast.profiling.trace import StageTrace
 from frozen_fast.records.checkpoint import RunState
 from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.report.gallery import GalleryPage, gallery_file, write_gallery
 from frozen_fast.training import compiling
 from frozen_fast.training.checkpoint_keeper import CheckpointKeeper
 from frozen_fast.training.evaluate import evaluate_with
@@ -385,6 +387,7 @@ class Engine:
         bad_clips: list[dict[str, Any]] = []
         batch_size = loss_batch_size(self._config)
         eager = compiling.eager() if self._config.training.compile else nullcontext()
+        pages: dict[str, GalleryPage] = {}
         with eager, self._parallel.whole_model() as whole:
             model = cast(RetrievalModel, whole)
             for source in self._parts.evaluation_sources.values():
@@ -396,9 +399,14 @@ class Engine:
                     return None
                 rows += [{"step": self.step, "stage": plan.index, **row} for row in found.rows]
                 bad_clips += [{"step": self.step, **asdict(bad)} for bad in found.bad_clips]
+                if found.gallery is not None:
+                    pages[source.name] = found.gallery
         with self._parallel.together():
             if self._parallel.is_main:
                 self._folder.append_bad_clips(bad_clips)
                 self._folder.add_evaluations(rows)
+                for name, page in pages.items():
+                    videos = self._config.evaluation.gallery_videos
+                    write_gallery(self._folder.path / gallery_file(name), page, Path(videos) if videos else None)
                 self._journal.tell_evaluations(rows)
         return rows

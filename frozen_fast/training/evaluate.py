@@ -31,6 +31,8 @@ from frozen_fast.evaluation.metric_table import compute_metrics
 from frozen_fast.losses import RetrievalLoss, batch_loss, build_loss
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput
 from frozen_fast.parallel.base import Parallel
+from frozen_fast.report.gallery import GalleryPage
+from frozen_fast.training.gallery_page import gallery_page
 from frozen_fast.training.parts import build_evaluation_loader, build_reranking
 from frozen_fast.training.signals import StopRequest, stop_explains
 
@@ -45,10 +47,12 @@ class Evaluation:
     Attributes:
         rows: entries of metrics.json, one per protocol, without step and stage; "loss" is the validation loss.
         bad_clips: clips left out of the gallery (policy skip), over all ranks.
+        gallery: the retrieval page, on rank 0 and where one is asked for.
     """
 
     rows: list[Row]
     bad_clips: list[BadClip]
+    gallery: GalleryPage | None = None
 
 
 def evaluate_with(
@@ -95,6 +99,7 @@ def evaluate_with(
         loss_batch_size=loss_batch_size,
         rerank=build_reranking(config),
         prompts=config.evaluation.prompts,
+        gallery=config.evaluation.gallery,
         stop_asked=lambda: stop.asked,
     )
     if result is not None:
@@ -119,6 +124,7 @@ def evaluate_source(
     loss_batch_size: int = 32,
     rerank: Reranking | None = None,
     prompts: Sequence[str] = (),
+    gallery: int = 0,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on one source; every rank encodes its own clips and captions, then all hold the same result.
@@ -136,6 +142,7 @@ def evaluate_source(
         loss_batch_size: clips over which the validation loss is taken.
         rerank: re-rankings, whose metrics the first row holds under "reranked", apart from its plain "metrics".
         prompts: templates for the class names of a source with classes; the first row then holds "classification".
+        gallery: queries of the retrieval page, 0: no page.
         stop_asked: tells that this process was told to stop.
 
     Returns:
@@ -164,11 +171,18 @@ def evaluate_source(
             own_texts = _encode_texts(model, inputs, own_queries, parallel, batch_size)
         text = _interleave(parallel.gather_objects(own_texts), len(texts))
         rows: list[Row] = []
+        page: GalleryPage | None = None
         with parallel.together():
             if parallel.is_main:
                 video = stack_features([clips[index] for index in kept])
                 sim_QV = similarity_in_blocks(model, text, video)
                 rows = _rows(sim_QV, video_of_query, _twins(source, kept), name, metrics)
+                if gallery:
+                    clips_of_gallery = [source.clips[index] for index in kept]
+                    page = gallery_page(
+                        model, source.name, clips_of_gallery, texts, video_of_query, sim_QV, text, rows[0]["metrics"],
+                        queries=gallery,
+                    )  # fmt: skip
                 if loss is not None:
                     value = validation_loss(model, loss, text, video, video_of_query, loss_batch_size)
                     rows = [{**row, "loss": value, "loss_batch_size": loss_batch_size} for row in rows]
@@ -188,7 +202,7 @@ def evaluate_source(
             "bad_clips": len(bad_clips),
             "seconds": time.perf_counter() - began,
         }
-        return Evaluation([{**base, **row} for row in rows], bad_clips)
+        return Evaluation([{**base, **row} for row in rows], bad_clips, page)
     finally:
         model.train(training)
 

@@ -69,6 +69,7 @@ def experiment(store: Path, run_folder: Path, kind: str = "collaborative_experts
         "evaluation": {
             "every": "end",
             "keep_best": "t2v/Geom",
+            "gallery": 10,
             "sources": [{"name": "val", "format": "features", "path": str(store), "split": "val_list_full"}],
         },
     }  # fmt: skip
@@ -89,6 +90,7 @@ def test_a_planted_correspondence_is_learned(kind: str, store: Path, tmp_path: P
     again = evaluate_checkpoint(config, str(best))["evaluations"][0]["metrics"]
     assert again == rows[0]["metrics"]
     assert (tmp_path / "run" / "report.html").is_file()
+    assert "mixture weights" in (tmp_path / "run" / "gallery_val.html").read_text(encoding="utf-8")
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and the whole test suite, on a fresh machine without a GPU. --newest, as the first argument, takes the
+# Lint, types, the site and the whole test suite, on a fresh machine without a GPU. --newest, as the first argument, takes the
 # versions of constraints-newest.txt. The other arguments go to pytest.
 set -euo pipefail
 
@@ -20,6 +20,8 @@ echo "== ruff"
 "$bin/python" -m ruff check . || status=1
 echo "== mypy"
 "$bin/python" -m mypy || status=1
+echo "== docs"
+NO_MKDOCS_2_WARNING=1 "$bin/python" -m mkdocs build --strict --quiet --site-dir "$(mktemp -d)" || status=1
 echo "== pytest"
 "$bin/python" -m pytest -n "$((workers < 4 ? workers : 4))" --dist worksteal --durations 10 "$@" || status=1
 exit "$status"

@@ -1,4 +1,4 @@
-"""frozen_fast: video-text dual encoders in the manner of Frozen in Time, trained as fast as the hardware allows."""
+"""frozen_fast: train and use video-text retrieval models of the Frozen-in-Time family."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The demo: installs, renders moving shapes, trains 1 => 4 => 8 frames on them, evaluates, and says where the report is.
-# What is there is reused: the environment, the clips, a finished run (shown again), an unfinished one (gone on with).
+# What is there is reused: the environment, the clips, a finished run (shown again), an unfinished one (continued).
 set -euo pipefail
 
 usage() {

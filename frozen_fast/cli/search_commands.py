@@ -32,7 +32,7 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=positive, metavar="T", help="frames of a window (default: the checkpoint's)")
     parser.add_argument(
         "--windows", type=_windows, default="auto", metavar="auto|middle|N",
-        help="auto: the run's test windows; middle: one; N: at most so many a clip",
+        help="auto: the run's test windows; middle: one; N: at most N per clip",
     )  # fmt: skip
     parser.add_argument("--stride-seconds", type=float, metavar="S", help="distance of windows (default: the run's)")
     parser.add_argument("--span", type=_seconds, metavar="10s", help="cut videos into spans of this length")

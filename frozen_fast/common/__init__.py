@@ -1,1 +1,1 @@
-"""What every room may need: files that survive a kill, log lines, this process's rank. Import its modules by name."""
+"""Shared by all packages: atomic file writes, logging, ranks and collectives. Import its modules by name."""

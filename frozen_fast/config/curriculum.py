@@ -34,7 +34,7 @@ class StagePlan:
     """Optimizer steps of one epoch at these batch sizes, as data.epoch_ends counts epochs."""
 
     def ends_epoch(self, steps_done: int) -> bool:
-        """Whether the last of so many steps of this stage is the one in which an epoch of the stage ends."""
+        """Whether an epoch of the stage ends at its step number steps_done."""
         return math.floor(steps_done / self.epoch_steps) > math.floor((steps_done - 1) / self.epoch_steps)
 
 
@@ -93,7 +93,7 @@ def resolve_stages(
     """Settle every stage's batch sizes and steps.
 
     A stage with a share of budget_clips takes the steps whose expected clips come nearest to that share; with a
-    share of budget_epochs, so many epochs at its own batch sizes. A stage has at least one step.
+    share of budget_epochs, that number of epochs at its own batch sizes. A stage has at least one step.
 
     Args:
         config: a checked config with at least one training source.

@@ -70,7 +70,7 @@ def without_limits(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def type_at(cls: type, steps: Sequence[str | int]) -> tuple[Any, tuple[Any, ...]]:
-    """The type and the limits of what stands at a path below a section; (Any, ()) where the schema has nothing."""
+    """The type and the limits of the key at a path below a section; (Any, ()) for an unknown key."""
     hint: Any = cls
     limits: tuple[Any, ...] = ()
     for step in steps:

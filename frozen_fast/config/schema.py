@@ -67,7 +67,7 @@ class TextTowerConfig:
     weights: Literal["pretrained", "random"] = key("pretrained", "random keeps the architecture and draws the weights")
     tokenizer: str | None = key(None, "tokenizer name or folder; none: the tower's own, or the checkpoint's")
     max_tokens: int | None = key(None, "captions are cut to this many tokens; none: 77 or as many as the tower takes, or the checkpoint's", ge=3)
-    frozen_layers: int = key(0, "the token embeddings and the first so many layers keep their weights; 0: all of the tower learns", ge=0)
+    frozen_layers: int = key(0, "freeze the embeddings and the first N layers; 0: freeze none", ge=0)
     pooling: Literal["auto", "cls", "mean", "pooler", "eos"] = key("auto", "cls: token 0; mean: over the caption's tokens; pooler: the model's own; eos: the caption's last token; auto: the checkpoint's, or what the architecture was trained with (BERT's pooler, T5's mean, CLIP's eos), otherwise cls")
     heads: int | None = key(None, "attention heads of a released checkpoint's text tower, which its file does not tell; none: width / 64", ge=1)
     options: Named[Any] = key((), "further settings of a plugin's tower (a mapping)")
@@ -80,7 +80,7 @@ class ExpertConfig:
     name: str = key("", "as in the feature store: imagenet.senet154.0, face, ocr", not_blank=True)
     width: int = key(512, "of one vector", ge=1)
     clusters: int = key(0, "NetVLAD clusters over an expert's vectors; 0: the store has one vector per video", ge=0)
-    max_vectors: int = key(0, "an expert with clusters: vectors that are read of a video, padded by zeros to so many", ge=0)
+    max_vectors: int = key(0, "an expert with clusters: largest number of vectors read per video, padded with zeros", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class ExpertsConfig:
     text_width: int = key(768, "width of a token's features", ge=1)
     text_clusters: int = key(28, "NetVLAD clusters over a caption's tokens", ge=1)
     ghost_clusters: int = key(1, "clusters of the text that only take part in the softmax", ge=0)
-    max_text_tokens: int = key(37, "tokens that are read of a caption, padded by zeros to so many", ge=1)
+    max_text_tokens: int = key(37, "largest number of tokens read per caption, padded with zeros", ge=1)
 
     @model_validator(mode="after")
     def _vectors_and_names(self) -> Self:
@@ -157,7 +157,7 @@ class SourceConfig:
     caption_masks: str | None = key(None, "features: pickle of 0 or 1 for each caption of a video; training draws from the captions marked 1 (TeachText's denoising)")
     twins_together: bool = key(False, "training takes a clip and its twin (a manifest's field) in turn, so that an even batch holds both: negatives that one frame cannot tell apart")
     weight: float = key(1.0, "relative share of optimizer steps among the sources", ge=0)
-    max_clips: int = key(0, "use the first so many clips only, 0: all", ge=0)
+    max_clips: int = key(0, "use only the first N clips, 0: all", ge=0)
 
 
 def check_sources(sources: tuple[SourceConfig, ...]) -> None:
@@ -202,7 +202,7 @@ class SamplingConfig:
 
     rule: Literal["segments", "fixed_rate"] = key("segments", "segments: one frame of each of T equal segments, short clips repeat frames; fixed_rate: CLIP2Video's, T of the frames at a fixed rate, short clips are padded and masked (for models that take masks)")
     frames_per_second: float = key(5.0, "fixed_rate: rate of the frames to choose from", gt=0)
-    divisor: int = key(1, "fixed_rate: those frames are first thinned evenly to one of so many (2 on MSR-VTT, 1 on MSVD and VATEX)", ge=1)
+    divisor: int = key(1, "fixed_rate: keep one of every N of those frames (2 on MSR-VTT, 1 on MSVD and VATEX)", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +334,7 @@ class LossConfig:
     average_directions: bool = key(False, "infonce: the mean of both directions (CLIP) in place of their sum (the paper)")
     margin: float = key(0.2, "max_margin: by how much a true pair's similarity should exceed a wrong pair's", ge=0)
     local: bool = key(True, "each rank computes the rows of its own clips only (same value and gradient)")
-    chunk_rows: int = key(0, "compute logits in chunks of so many rows, 0: at once", ge=0)
+    chunk_rows: int = key(0, "rows of logits computed at once, 0: all", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +372,7 @@ class TrainingConfig:
     compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
     expected_world_size: int | None = key(None, "refuse to run with another number of processes", ge=1)
     log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)", ge=1)
-    profile_steps: int = key(0, "trace so many steps of each stage with torch.profiler: a Chrome trace in traces/, the most expensive kernels in the report", ge=0)
+    profile_steps: int = key(0, "number of steps of each stage to trace with torch.profiler: a Chrome trace in traces/, the most expensive kernels in the report", ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,7 +381,7 @@ class CheckpointConfig:
 
     every_steps: int = key(500, "optimizer steps between checkpoints, 0: only at stage ends", ge=0)
     every_minutes: float = key(30.0, "minutes between checkpoints, whatever every_steps says, 0: by steps only", ge=0)
-    keep: int = key(2, "newest so many are kept, beside the best (evaluation.keep_best)", ge=1)
+    keep: int = key(2, "number of newest checkpoints to keep, beside the best (evaluation.keep_best)", ge=1)
     keep_every_steps: int = key(0, "checkpoints whose step is a multiple of this are kept too, 0: none", ge=0)
     keep_stage_ends: bool = key(False, "the checkpoint at the end of each stage is kept too")
     asynchronous: bool = key(True, "a thread writes a snapshot in host memory (as large as weights and optimizer state) while training continues; false: training waits")
@@ -407,7 +407,7 @@ class EvaluationConfig:
     average_sources: bool = key(False, "the report adds the mean over the sources: the folds of COCO's 1k protocol, the splits of UCF101 and HMDB51")
     frames: int | None = key(None, "frames per window: up to those that the model learns in the run, and in training no more than it has learned by then; none: those of the stage, or of the checkpoint", ge=1)
     stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle", ge=0)
-    max_windows: int = key(0, "at most so many windows a clip, evenly spread, 0: all", ge=0)
+    max_windows: int = key(0, "largest number of windows per clip, evenly spread, 0: all", ge=0)
     batch_size: int = key(32, "windows per forward pass on a rank", ge=1)
     resize: int = key(256, "short side before the centre crop, for a 224 model; scaled with the resolution", ge=1)
 

@@ -34,6 +34,6 @@ def counted_flops(
             with FlopCounterMode(display=False) as counter:
                 module(*inputs)
         return float(counter.get_total_flops())
-    except Exception as error:  # foreign code: whatever it raises, training goes on without FLOPs
+    except Exception as error:  # foreign code: whatever it raises, training continues without FLOPs
         log.warning("no FLOPs and no MFU: %s cannot be counted (%s)", build, reason(error))
         return None

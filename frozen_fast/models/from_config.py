@@ -95,7 +95,7 @@ def build_dual_encoder(
 
 
 def _from_checkpoint(config: ModelConfig, max_frames: int, first_frames: int, resuming: bool) -> DualEncoder:
-    """Start from a checkpoint, with room for max_frames."""
+    """Start from a checkpoint, with max_frames rows of frame embeddings."""
     model = load_checkpoint(config, max_frames=max_frames, keep_rows=resuming, compare=not resuming)
     model.expand_frames(max(first_frames, model.learned_frames), config.expansion)
     if model.text_model.tokenizer is None:

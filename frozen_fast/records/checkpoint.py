@@ -229,7 +229,7 @@ def _flush(folder: Path) -> None:
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
-    """Rename a finished folder; a damaged one of the same step makes room first."""
+    """Rename a finished folder; a damaged one of the same step is moved away first."""
     if final.exists():
         aside = final.with_name(f".{final.name}.{os.getpid()}.old.tmp")
         shutil.rmtree(aside, ignore_errors=True)

@@ -30,7 +30,7 @@ class Retention:
     """Which checkpoints stay when a new one is complete, beside the best.
 
     Attributes:
-        newest: so many of the newest.
+        newest: number of newest checkpoints to keep.
         every_steps: those whose step is a multiple of this; 0: none.
         stage_ends: those that close a stage.
     """

@@ -68,7 +68,7 @@ Block = Text | Caution | Bullets | Table | Plot | Listing
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and its content."""
 
     title: str
     blocks: Sequence[Block]
@@ -94,7 +94,7 @@ class Document:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A number with so many decimals, thousands apart."""
+    """A number with a given number of decimals, thousands separated."""
     return NOT_AVAILABLE if value is None else f"{value:,.{digits}f}"
 
 
@@ -104,7 +104,7 @@ def count(value: float | None) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits and no exponent."""
+    """A number with a given number of significant digits and no exponent."""
     if value is None:
         return NOT_AVAILABLE
     if value == 0:

@@ -31,7 +31,7 @@ class EmbedSettings:
     Attributes:
         frames: frames of a window.
         stride_seconds: distance of test windows inside a segment; 0: one window in the middle.
-        max_windows: at most so many windows a clip, evenly spread; 0: all.
+        max_windows: largest number of windows per clip, evenly spread; 0: all.
         resize: short side before the centre crop, for a 224 model.
         decoder: backend that reads frames; backends differ by a few 256ths where colours are subsampled.
         span_seconds: videos are cut into spans of this length; None: a clip is one row.
@@ -151,7 +151,7 @@ def load_for_search(
 
     Args:
         checkpoint: a folder or a released file.
-        frames: temporal embeddings are cut or expanded to so many; None: those that the checkpoint learned.
+        frames: number of frames to cut or expand the temporal embeddings to; None: the checkpoint's.
         trained: the run's config as plain values; says how temporal embeddings are expanded.
         tokenizer: name or folder; None: the checkpoint's own (a released file: RELEASED_TOKENIZER).
         device: where it runs.

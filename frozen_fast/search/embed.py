@@ -47,7 +47,7 @@ def embed_videos(
         model: on its device; put into eval mode and back.
         clips: paths of videos and pictures, or frozen_fast.data.Clip objects (which may name a stretch of a file).
         frames: frames of a window, up to model.learned_frames; None: as many as the model learned.
-        windows: "auto": a window every 2 seconds inside a segment; "middle": one; a number: at most so many.
+        windows: "auto": a window every 2 seconds inside a segment; "middle": one; a number: at most that many.
         batch_size: windows per forward pass.
         workers: loader processes; 0: a background thread.
         decoder: backend that reads frames.

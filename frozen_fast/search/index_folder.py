@@ -4,7 +4,7 @@
     segment-00000.npy    vectors [n, D], float16 or float32, L2 norm 1; read through a memory map
     segment-00000.arrow  the rows of these vectors (row_table.SCHEMA)
     removed-00001.npy    numbers of rows that no longer count, int64
-    neighbours-00002.faiss   HNSW or IVF-PQ over the first so many rows
+    neighbours-00002.faiss   HNSW or IVF-PQ over the first rows
     bad_clips.jsonl      clips that could not be embedded
     work/                parts of an embedding that is not finished
 

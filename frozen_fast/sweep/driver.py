@@ -36,7 +36,7 @@ ALWAYS = ("tracking.trackers=[]",)
 
 
 class Sweep:
-    """One sweep over the settings of a file; a second call goes on where the first was stopped.
+    """One sweep over the settings of a file; a second call continues where the first was stopped.
 
     Args:
         config: the sweep file, its paths absolute.
@@ -217,7 +217,7 @@ class Sweep:
                 stop=self._stop,
             )
         finally:
-            shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)  # gigabytes that nobody goes on from
+            shutil.rmtree(run_folder / "checkpoints", ignore_errors=True)  # gigabytes that no run resumes from
         output = log_path.read_text(errors="replace")
         cause = classify(result.exit_code, output, timed_out=result.timed_out, over_memory=result.over_memory)
         common: dict[str, Any] = {

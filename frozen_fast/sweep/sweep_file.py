@@ -43,11 +43,11 @@ class SweepConfig:
     trials: tuple[Named[Any], ...] = key(
         (), "single trials beside the product (a list of mappings in YAML)"
     )
-    max_trials: int = key(0, "try so many of the product, drawn at random, 0: all; listed trials are always tried")
+    max_trials: int = key(0, "number of trials drawn at random from the product, 0: all; listed trials always run")
     seed: int = key(0, "seed of that draw")
     search: Literal["all", "halving"] = key("all", "all at full length, or successive halving over the rungs")
     rungs: tuple[tuple[str, ...], ...] = key((), "halving: overrides of each rung, short runs first")
-    keep_share: float = key(0.5, "halving: share of trials that goes on to the next rung")
+    keep_share: float = key(0.5, "halving: share of trials that advances to the next rung")
     parallel: int = key(0, "trials at a time; 0: one per free group of GPUs, one on CPU")
     devices_per_trial: int = key(1, "GPUs of one trial")
     epoch_clips: int = key(2_500_000, "clips of the epoch that GPU-hours are projected for")

@@ -24,7 +24,7 @@ def caption_masks(
         model: the teacher, in eval mode.
         source: its videos are the gallery.
         format: what the teacher reads.
-        rank_below: a caption is kept where fewer than so many videos come before its own, ties counting half: rank
+        rank_below: a caption is kept where fewer videos than this come before its own, ties counting half: rank
             (from 1) <= rank_below.
         batch_size: videos, and captions, of a forward pass.
 

@@ -69,7 +69,7 @@ class CheckpointKeeper:
         self._retention = Retention(
             newest=kept.keep, every_steps=kept.keep_every_steps, stage_ends=kept.keep_stage_ends
         )
-        # A run that goes on from another folder's checkpoint has a best of its own.
+        # A run that resumes from another folder's checkpoint has a best of its own.
         self._last = state if state is not None and self._is_here(state.step) else None
         self.best = None if self._last is None else self._last.best
         if self.best is not None and self._metric not in ("none", self.best["metric"]):

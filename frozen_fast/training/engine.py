@@ -91,7 +91,7 @@ class Engine:
         stop: StopRequest,
         state: RunState | None,
     ) -> None:
-        """Hold the parts; `state` is the checkpoint's that the run goes on from."""
+        """Hold the parts; `state` is that of the checkpoint to resume from."""
         self._config, self._parallel, self._folder, self._parts = config, parallel, folder, parts
         self._journal, self._stop = journal, stop
         self._total_steps = sum(plan.steps for plan in parts.plans)
@@ -115,7 +115,7 @@ class Engine:
         """Run every stage that is not done yet.
 
         Args:
-            state: where to go on from; None: the beginning.
+            state: of the checkpoint to resume from; None: start at the first step.
             closed_stages: stages whose evaluation and row are written already.
 
         Returns:
@@ -361,7 +361,7 @@ class Engine:
         self._folder.update_environment(decode_backends=used, **kernels)
 
     def _evaluation_due(self, plan: StagePlan, done: int) -> bool:
-        """Whether the model is evaluated after so many steps of a stage."""
+        """Whether the model is evaluated after this number of steps of a stage."""
         every = self._config.evaluation.every
         if not self._parts.evaluation_sources or every == "never" or not done:
             return False
@@ -370,7 +370,7 @@ class Engine:
         return every != "end" or plan.index == len(self._parts.plans) - 1
 
     def _evaluate(self, stage: OpenStage, done: int) -> bool:
-        """Evaluate on every source after so many steps of a stage; False when told to stop meanwhile (then saved)."""
+        """Evaluate on every source; False if a stop was requested meanwhile (then a checkpoint is saved)."""
         self._journal.flush(stage.meter)
         with stage.meter.section("evaluation"):
             rows = self._evaluations(stage.plan)

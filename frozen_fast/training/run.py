@@ -69,7 +69,7 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
 
     Args:
         config: the experiment.
-        resume: "none": start anew; "auto": go on from the run folder's newest checkpoint if there is one; or a
+        resume: "none": start anew; "auto": resume from the run folder's newest checkpoint if there is one; or a
             checkpoint folder.
 
     Returns:
@@ -332,7 +332,7 @@ class _Run:
                 if complete:
                     self._write_status("done", exit_code=EXIT_DONE)
                 else:
-                    message = "stopped by a signal after a checkpoint; --resume auto goes on"
+                    message = "stopped by a signal after a checkpoint; --resume auto continues"
                     self._write_status("stopped", exit_code=EXIT_STOPPED, message=message)
                 self._report()
 

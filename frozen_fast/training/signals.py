@@ -88,7 +88,7 @@ def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
 
     A signal to the whole process group (Ctrl-C, Slurm) ends loader processes too, maybe before this process has heard
     it; so for a loader process that ended the signal is waited for. Whatever else goes wrong after a wish to stop goes
-    wrong again when the run goes on.
+    wrong again when the run resumes.
 
     Args:
         error: what reading raised.
@@ -99,7 +99,7 @@ def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(_POLL_SECONDS)
-    log.warning("what was being read is given up: %s", error)
+    log.warning("discarding the batch in flight: %s", error)
     return True
 
 

@@ -128,7 +128,7 @@ class Teachers:
         return self._weight * to_minimise, self._weight * value
 
     def frames_to_read(self, student: int) -> int:
-        """Frames of a clip that are read for a student of so many."""
+        """Frames of a clip that are read for a student of a given number of frames."""
         return max(student, self.frames)
 
 

@@ -28,7 +28,7 @@ from frozen_fast.errors import UserError
 
 CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
 GPU_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg"))
-# An excerpt costs some 1 ms (96 x 96) to 5 ms (456 x 256), which is what decoding so many frames costs.
+# An excerpt costs some 1 ms (96 x 96) to 5 ms (456 x 256), which is what decoding a few frames costs.
 _EXCERPT_SAVING_FRAMES = 16
 _BATCH_CLIPS = 64
 _BATCH_BYTES = {"cpu": 256 * 1024 * 1024, "cuda": 1024 * 1024 * 1024}  # decoded frames of one pipeline run

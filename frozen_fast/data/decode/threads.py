@@ -27,7 +27,7 @@ class DaemonPool:
     """A few threads that wait for work until close(); they start with the first work, also after a fork."""
 
     def __init__(self, threads: int, name: str) -> None:
-        """Plan a pool of so many threads; `name` is theirs."""
+        """Plan a pool of threads of a given number and name."""
         self._threads = threads
         self._name = name
         self._process = 0

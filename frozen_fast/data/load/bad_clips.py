@@ -52,7 +52,7 @@ class BadClipLedger:
         Args:
             path: bad_clips.jsonl of the run folder; None: write nothing.
             max_share: the largest share of bad clips among all that were tried.
-            minimum_clips: the share means nothing before so many clips were tried.
+            minimum_clips: number of clips to read before the share is checked.
         """
         self.clips = 0
         self.causes: Counter[str] = Counter()

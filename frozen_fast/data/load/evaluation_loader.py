@@ -246,7 +246,7 @@ class EvaluationLoader:
             decode: as for training; on_bad_clip "auto" means "error" here.
             frames: frames of a window (pictures: 1).
             stride_seconds: distance of windows inside a segment; 0: one window in the middle.
-            max_windows: at most so many a clip, 0: all.
+            max_windows: largest number of windows per clip, 0: all.
             batch_size: windows of a batch.
             resize: short side before the centre crop.
             sampling: which frames of a clip; None: windows over T equal segments. Its fixed_rate gives one window a

@@ -95,7 +95,7 @@ def stacked(clips: Sequence[Tensor], num_frames: int | None) -> Tensor | dict[st
 
     Args:
         clips: of one size; of one T where num_frames is None.
-        num_frames: pad every clip to so many frames with zeros, and tell which are real.
+        num_frames: pad every clip with zeros to this number of frames, and tell which are real.
 
     Returns:
         [B, T, 3, H, W], or {"video": that, "frame_mask": [B, num_frames], 1 on real frames}.
@@ -328,7 +328,7 @@ class TrainingLoader:
             decoder_factory: makes a decoder for the training resolution; picklable where decode.workers is above 0.
             tokenizer: list of captions to tensors; picklable likewise.
             augmentation: crop and flip.
-            decode: workers 0 reads in a background thread (DALI decodes on the device there), more read in so many
+            decode: workers 0 reads in a background thread (DALI decodes on the device there), more read in that many
                 processes; what it leaves open is settled by load_settings.
             sampling: which frames of a clip; None: one of each of T equal segments.
             device: where batches are delivered.

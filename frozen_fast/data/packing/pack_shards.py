@@ -1,4 +1,4 @@
-"""Pack a source: a few JPEG frames of every clip into shards. Killed, it goes on; finished, it is reused."""
+"""Pack a source: a few JPEG frames of every clip into shards. A killed pack resumes; a finished one is reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards as they are written: a tar and its journal, both growing clip by clip, so that a killed pack goes on.
+"""Shards as they are written: a tar and its journal, both growing clip by clip, so that a killed pack resumes.
 
 While a shard grows, both carry `.part`; both lose it when the shard is full, the journal last. After a kill the
 journal's whole lines whose frames are in the tar, byte for byte, are kept, and the rest is cut off.

@@ -49,7 +49,7 @@ def test_windows(num_available: int, num_frames: int, *, stride_frames: int, max
         num_available: frames of the clip, L, at least 1.
         num_frames: frames of a window, T, at least 1.
         stride_frames: distance of the windows inside a segment; 0: one window, the middle frame of each segment.
-        max_windows: at most so many, evenly spread; 0: all.
+        max_windows: largest number of windows, evenly spread; 0: all.
 
     Returns:
         Windows of T indices each; a clip with fewer frames than T gives one window that repeats frames.

@@ -148,7 +148,7 @@ def plan_steps(
 def source_order(weights: Mapping[str, float], order: Order, seed: int, first_step: int) -> Iterator[str]:
     """The source of each optimizer step from first_step (0 is the run's first), endlessly.
 
-    round_robin puts the k-th turn of a source at the time (k + 1/2) / weight and takes turns by time, first come in
+    round_robin puts the k-th turn of a source at the time (k + 1/2) / weight and orders turns by time, first come in
     the config first; weighted draws each step by itself.
     """
     names = [name for name in weights if weights[name] > 0]

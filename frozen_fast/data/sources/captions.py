@@ -19,7 +19,7 @@ class CaptionRule:
         mode: random: training draws one, evaluation reads each. first: the first. paragraph: training joins a random
             number of them in their order (the paper's text augmentation for paragraph retrieval), evaluation
             joins all. all: training joins all, evaluation reads each.
-        max_characters: a caption, or a joined paragraph, is cut to so many characters; 0: never.
+        max_characters: a caption, or a joined paragraph, is cut to this number of characters; 0: never.
     """
 
     mode: CaptionMode = "random"

@@ -167,7 +167,7 @@ class ClipTransformer(nn.Module):
             eps: of the LayerNorms.
             attention: backend of frozen_kernels.divided_attention, used where there is no mask.
             fused_ops: residual norms by frozen_kernels' fastest form, or by PyTorch's own operators.
-            checkpointed_blocks: the first so many blocks recompute their activations in the backward pass.
+            checkpointed_blocks: number of first blocks that recompute their activations in the backward pass.
         """
         super().__init__()
         if depth < 1:

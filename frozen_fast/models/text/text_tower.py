@@ -31,7 +31,7 @@ class TextTower(nn.Module, ABC):
         max_positions: the longest L; None: any.
         vocabulary_size: token ids are below it.
         tokenizer: None where only token ids come.
-        frozen_layers: so many of its first layers do not learn.
+        frozen_layers: number of first layers that are frozen.
     """
 
     name: ClassVar[str]

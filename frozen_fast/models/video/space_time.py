@@ -85,7 +85,7 @@ class SpaceTimeTransformer(VideoTower):
             position_init_std: spread of the spatial position embeddings' start.
             temporal_init_std: likewise of the temporal embeddings'; 0: zeros.
             skip_time_attention_at_one_frame: leave it out at T=1; another model than the released one.
-            checkpointed_blocks: the first so many blocks recompute their activations in the backward pass.
+            checkpointed_blocks: number of first blocks that recompute their activations in the backward pass.
             full_last_block: compute the last block's patch outputs too, as the released code does.
         """
         super().__init__()

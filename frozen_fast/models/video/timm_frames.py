@@ -58,7 +58,7 @@ class TimmFrames(VideoTower):
             over_time: how the frames' features become one.
             time_layers: of the transformer over time.
             max_frames: rows of the frame positions (over_time "transformer").
-            checkpointed_blocks: so many of the image model's blocks recompute their activations.
+            checkpointed_blocks: number of the image model's blocks that recompute their activations.
             temporal_init_std: spread of the frame positions' start.
             pretrained: timm's weights for the name, from its cache or a download; False: random ones.
 

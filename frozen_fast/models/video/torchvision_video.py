@@ -84,7 +84,7 @@ class TorchvisionVideo(VideoTower):
         Args:
             size: a name of NETWORKS.
             resolution: pixels along a frame's edge; None: what the pretrained weights were made for.
-            checkpointed_blocks: so many blocks recompute their activations.
+            checkpointed_blocks: number of blocks that recompute their activations.
             pretrained: torchvision's weights (Kinetics-400), from its cache or a download; False: random ones.
 
         Raises:

@@ -37,7 +37,7 @@ class VideoTower(nn.Module, ABC):
         width: D.
         resolution: pixels along a frame's edge.
         max_frames: most frames of a clip.
-        checkpointed_blocks: so many of repeated_blocks() recompute their activations in the backward pass.
+        checkpointed_blocks: number of repeated_blocks() that recompute their activations in the backward pass.
     """
 
     name: ClassVar[str]

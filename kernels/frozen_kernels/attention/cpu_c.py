@@ -25,7 +25,7 @@ from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
 CHUNKS = 8
 """Ranges of positions per clip on the time axis: what threads share out."""
 PIECE_BYTES = 1 << 20
-"""Space axis: frames are worked on together up to so many bytes of queries, keys, values and probabilities."""
+"""Space axis: frames are processed together up to this number of bytes of queries, keys, values and probabilities."""
 
 
 class _Sizes(ctypes.Structure):

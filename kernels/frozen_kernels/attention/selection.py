@@ -38,7 +38,7 @@ CANDIDATES = {"cpu": ("cpu_c", "sdpa"), "cuda": ("xformers", "triton", "sdpa")}
 """Per device, the default first: another one must beat it by MARGIN."""
 MARGIN = 0.05
 TOKENS_MEASURED = {"cpu": 2048, "cuda": 32_768}
-"""The batch of a measurement is cut to about so many tokens."""
+"""The batch of a measurement is cut to about this number of tokens."""
 REPEATS = 3
 
 Compute = Callable[[str, Tensor, int, str], Tensor]
@@ -221,7 +221,7 @@ def _measure(
 ) -> Measured:
     """Milliseconds of forward and backward by backend, the shortest of a few runs after one to warm up.
 
-    The backends take turns, so that other load on the machine falls on all of them; one that fails is left out
+    The backends alternate, so that other load on the machine falls on all of them; one that fails is left out
     with a warning. Every exception counts as a failure: Triton's own (a kernel that does not compile, or needs more
     shared memory or registers than there are) derive from Exception alone.
 

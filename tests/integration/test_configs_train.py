@@ -11,7 +11,7 @@ from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.config.fields import to_plain
 from frozen_fast.data.sources import karpathy
 from frozen_fast.training.run import train
-from support.config_data import experiments, with_data, write_data
+from support.config_data import experiments, small_video_tower, with_data, write_data
 from support.datasets import WriteClip
 from support.runs import make_data, read_json, without_reports, write_clip, write_picture
 
@@ -50,7 +50,7 @@ def tiny(config: ExperimentConfig, tower: Path, run_folder: Path) -> ExperimentC
     tree = to_plain(config)
     tree["run_folder"] = str(run_folder)
     tree["model"]["checkpoint"] = None
-    tree["model"]["video"].update(size="pico_patch16_32", weights="none", attention="sdpa")
+    tree["model"]["video"].update(small_video_tower(config), weights="none")
     tree["model"]["text"].update(
         name=str(tower), weights="random", tokenizer=None, max_tokens=12, pooling="cls", frozen_layers=0
     )

@@ -33,6 +33,15 @@ def experiments() -> list[str]:
     return sorted(path.relative_to(CONFIGS).as_posix() for path in found if not path.name.startswith("_"))
 
 
+def small_video_tower(config: ExperimentConfig) -> dict[str, Any]:
+    """Keys of model.video for the smallest model of the config's tower at 32 x 32 pixels."""
+    return {
+        "space_time": {"size": "pico_patch16_32"},
+        "timm": {"size": "resnet10t", "resolution": 32},
+        "torchvision_video": {"size": "mc3_18", "resolution": 32},
+    }[config.model.video.tower or "space_time"]
+
+
 def write_data(
     root: Path, names: Iterable[str], clips: int, *, clip: WriteClip = write_placeholder,
     picture: WriteClip = write_placeholder,

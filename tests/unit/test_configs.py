@@ -20,7 +20,7 @@ from frozen_fast.data.sources import karpathy
 from frozen_fast.evaluation.published import published_row, row_names, table_names
 from frozen_fast.profiling.paper import table_4
 from frozen_fast.training.parts import build_model, read_evaluation_sources, read_training_sources
-from support.config_data import CONFIGS, experiments, with_data, write_data
+from support.config_data import CONFIGS, experiments, small_video_tower, with_data, write_data
 from support.towers import make_text_tower
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_every_experiment_loads_and_builds(name: str, text_tower: Path) -> None:
     config = config_of(
         name,
         "model.checkpoint=null",
-        "model.video.size=pico_patch16_32",
+        *(f"model.video.{key}={value}" for key, value in small_video_tower(config_of(name)).items()),
         "model.video.weights=none",
         f"model.text.name={text_tower}",
         "model.text.weights=random",
@@ -71,13 +71,13 @@ def test_every_experiment_loads_and_builds(name: str, text_tower: Path) -> None:
         *(["optimizer.groups=[]"] if name in NAMES_EIGHT_BLOCKS else []),
     )
     model = build_model(config, torch.device("cpu"))
-    text = model.text_model.tokenize(["a dog runs"])
+    text = model.text_model.tokenize(["a dog runs", "a cat"])
     for stage in config.curriculum.stages:
         if stage.frames > model.learned_frames:
             model.expand_frames(stage.frames, config.model.expansion)
-        captions, clips, _ = model(torch.rand(1, stage.frames, 3, 32, 32), text)
+        captions, clips, _ = model(torch.rand(2, stage.frames, 3, 32, 32), text)
         video_BD, text_BD = clips["embedding"], captions["embedding"]
-        assert video_BD.shape == text_BD.shape == (1, config.model.embedding_width)
+        assert video_BD.shape == text_BD.shape == (2, config.model.embedding_width)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -199,10 +199,11 @@ def heading(result: dict[str, Any]) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in one["environment"]["versions"].items() if version)
         lines.append(f"Machine: {one['num_devices']} x {one['device']}; precision {one['precision']}; {versions}")
         lines.append(f"Peak for MFU: {one['peak_source'] or 'n/a (unknown device; --measure-peak times one)'}")
-    lines.append(
-        "GPU-hours are projections from measured windows"
-        f" to {result['clips_per_row']:,} clips, not runs over a real epoch."
-    )
+    if not result["small"]:
+        lines.append(
+            "GPU-hours are projections from measured windows"
+            f" to {result['clips_per_row']:,} clips, not runs over a real epoch."
+        )
     lines.append(result["paper_hardware"])
     if result["small"]:
         lines.append("SMALL: a tiny model and batch to exercise the harness; no figure here compares with the paper.")
@@ -210,7 +211,12 @@ def heading(result: dict[str, Any]) -> list[str]:
 
 
 def projected_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every row of Table 4 that a result can project, for each attention backend that it measured."""
+    """Every row of Table 4 that a result can project, for each attention backend that it measured.
+
+    None of a smoke run: hours at a tiny model's speed mean nothing.
+    """
+    if result["small"]:
+        return []
     backends = list(dict.fromkeys(stage["attention"] for stage in result["stages"]))
     return [
         projected
@@ -224,10 +230,8 @@ def write_throughput_report(folder: Path, result: dict[str, Any]) -> Path:
     """Write report.md, report.html and throughput.svg; returns report.md."""
     rows = projected_rows(result)
     notes, picture = heading(result), plot(rows, result["stages"])
-    tables = [
-        ("Rows of Table 4", row_table(rows, comparable=not result["small"])),
-        ("Stages", stage_table(result["stages"])),
-    ]
+    tables = [("Rows of Table 4", row_table(rows, comparable=True))] if rows else []
+    tables.append(("Stages", stage_table(result["stages"])))
     text = "# Throughput\n\n" + "\n".join(f"- {note}" for note in notes)
     body = "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>"
     for title, lines in tables:

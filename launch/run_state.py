@@ -6,9 +6,12 @@ usage: python launch/run_state.py [--since UNIX_SECONDS] [--exit-code] EXPERIMEN
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
+from frozen_fast.common.files import write_json
 from frozen_fast.config import load_config
 from frozen_fast.errors import UserError
 from frozen_fast.records.run_folder import RunFolder
@@ -29,11 +32,41 @@ def read_status(run_folder: Path, since: float, field: str) -> str:
     return "unknown" if status.get(field) is None else str(status[field])
 
 
+def may_restart(run_folder: Path, futile_starts: int) -> tuple[bool, str]:
+    """Whether a run that ended without finishing should be started again.
+
+    Each call counts as one start: restarts.json in the run folder holds the last checkpoint's step and how many starts
+    in a row have saved none.
+
+    Returns:
+        (the answer, one line with the reason).
+    """
+    folder = RunFolder(run_folder)
+    status = folder.last_status()
+    if not status:
+        return False, "the run has not got as far as its status.json"
+    if status.get("state") in ("done", "stopped") or status.get("exit_code") == 2:
+        return False, f"the run is {status.get('state')} with exit code {status.get('exit_code')}"
+    path = run_folder / "restarts.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        futile, before = int(known["futile_starts"]), known["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        futile, before = 0, None
+    checkpoint = status.get("checkpoint")
+    futile = 0 if checkpoint is not None and checkpoint != before else futile + 1
+    write_json(path, {"checkpoint": checkpoint, "futile_starts": futile})
+    if futile >= futile_starts:
+        return False, f"giving up: {futile} starts in a row have saved no checkpoint (the last is {checkpoint})"
+    return True, f"starting again from checkpoint {checkpoint}"
+
+
 def main() -> int:
-    """Print the state; 2 for a mistake in the experiment file."""
+    """Print the state; 2 for a mistake in the experiment file, 1 where --restart says no."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--since", type=float, default=0.0, help="ignore what was written earlier, unix seconds")
     parser.add_argument("--exit-code", action="store_true", help="the run's own exit code instead of its state")
+    parser.add_argument("--restart", action="store_true", help="exit with 0 if a run that ended should start again")
     parser.add_argument("experiment", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
@@ -42,8 +75,13 @@ def main() -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    run_folder = Path(config.run_folder.format(name=config.name))
+    if options.restart:
+        restart, why = may_restart(run_folder, int(os.environ.get("FROZEN_FAST_FUTILE_STARTS", "3")))
+        print(why)
+        return 0 if restart else 1
     field = "exit_code" if options.exit_code else "state"
-    print(read_status(Path(config.run_folder.format(name=config.name)), options.since, field))
+    print(read_status(run_folder, options.since, field))
     return 0
 
 

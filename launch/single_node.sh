@@ -4,7 +4,9 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
-    echo "usage: launch/single_node.sh [--dry-run] [--accelerate FILE] [--processes N] EXPERIMENT.yaml [key=value ...]"
+    echo "usage: launch/single_node.sh [--dry-run] [--accelerate FILE] [--processes N] [--restarts N]"
+    echo "       EXPERIMENT.yaml [key=value ...]"
+    echo "--restarts: start a run that crashed or was killed again, at most so often (default 0)"
     echo "example: launch/single_node.sh --accelerate configs/accelerate/gpu_8.yaml configs/pretrain/webvid_1_4_8.yaml"
 }
 

@@ -15,7 +15,9 @@
 #
 # Slurm sends TERM 180 s before the end (or when it preempts the job); it goes on to train.py, which saves a
 # checkpoint and leaves "stopped" in the run folder's status.json; the job is then put back into the queue under the
-# same number and `--resume auto` goes on from that checkpoint. A run that failed stays failed.
+# same number and `--resume auto` goes on from that checkpoint. A run that crashed or was killed (a lost node, no
+# memory) goes back too, unless three starts in a row have saved no checkpoint (FROZEN_FAST_FUTILE_STARTS=3); one that
+# failed with a mistake in config or data stays failed.
 set -uo pipefail
 
 # Slurm runs a copy of this file, so the checkout is where the job was submitted.
@@ -44,6 +46,8 @@ if [ "${DRY_RUN:-0}" = 1 ]; then
 fi
 
 cd "$checkout" || exit 2
+python="${FROZEN_FAST_PYTHON:-python3}"
+[ -x "${FROZEN_FAST_VENV:-$checkout/.venv}/bin/python" ] && python="${FROZEN_FAST_VENV:-$checkout/.venv}/bin/python"
 "${step[@]}" &
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null' TERM INT
@@ -51,9 +55,14 @@ wait "$child"; status=$?
 while kill -0 "$child" 2>/dev/null; do wait "$child"; status=$?; done  # the trap interrupts the first wait
 
 # torchrun turns every exit code of a rank into 1, so the run's own word counts: a status.json newer than this start.
-state="$(cd "$checkout" && "${FROZEN_FAST_PYTHON:-python3}" launch/run_state.py --since "$started" "$@")" || exit 2
+state="$("$python" launch/run_state.py --since "$started" "$@")" || exit 2
 if [ "$state" = stopped ]; then
     echo "slurm.sh: stopped after a checkpoint; back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+if [ "$status" != 0 ] && "$python" launch/run_state.py --restart "$@"; then
+    echo "slurm.sh: the run ended without finishing; back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from frozen_fast import __version__
 from frozen_fast.cli import commands, search_commands
+from frozen_fast.cli.doctor import doctor, doctor_arguments
 from frozen_fast.cli.feature_commands import (
     convert_features,
     convert_features_arguments,
@@ -62,6 +63,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "search": ("clips of an index that fit a text or a clip", search_commands.search_arguments, search_commands.search),
     "index": ("what an index holds; build, remove, compact", search_commands.index_arguments, search_commands.index),
     "serve": ("a local page that searches an index", serve_arguments, serve),
+    "doctor": ("whether this machine can run an experiment, and what to do where it cannot", doctor_arguments, doctor),
     "report": ("write a run's report.md and report.html again", commands.report_arguments, commands.report),
     "compare": ("put several runs side by side", commands.compare_arguments, commands.compare),
     "config-docs": ("write docs/config.md from the schema", commands.config_docs_arguments, commands.config_docs),

@@ -376,6 +376,17 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """Limits on the time of each phase; past one, every rank writes its stacks to hangs/ and the run ends with 1."""
+
+    start_minutes: float = key(60.0, "until the first stage begins: reading sources, building the model, 0: no limit", ge=0)
+    first_step_minutes: float = key(60.0, "first step of a stage, which may compile, 0: no limit", ge=0)
+    step_minutes: float = key(30.0, "any other step, the wait for its batch included, 0: no limit", ge=0)
+    evaluation_minutes: float = key(240.0, "an evaluation, 0: no limit", ge=0)
+    checkpoint_minutes: float = key(60.0, "a snapshot for a checkpoint, 0: no limit", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What is saved and when."""
 
@@ -459,6 +470,7 @@ class ExperimentConfig:
     distillation: DistillationConfig = section(DistillationConfig, "teachers")
     training: TrainingConfig = section(TrainingConfig, "engine")
     checkpoints: CheckpointConfig = section(CheckpointConfig, "checkpoints")
+    watchdog: WatchdogConfig = section(WatchdogConfig, "limits on the time of each phase")
     evaluation: EvaluationConfig = section(EvaluationConfig, "evaluation")
     tracking: TrackingConfig = section(TrackingConfig, "experiment trackers")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +65,7 @@ class Parallel(RankAgreement):
         """
         training = config.training
         strategy = requested_strategy(os.environ)
+        check_gpus_are_there(os.environ, training.device, strategy)
         cpu = _wants_cpu(training.device)
         check_precision(os.environ, training)
         device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -287,6 +288,24 @@ def _wants_cpu(requested: str) -> bool:
             raise UserError("training.device: got 'cuda', but accelerate was launched with use_cpu; make them agree")
         return False
     return requested == "cpu" or told_cpu or not torch.cuda.is_available()
+
+
+def check_gpus_are_there(environ: Mapping[str, str], device: str, strategy: str) -> None:
+    """Refuse an accelerate config for several GPUs on a machine without any, unless the experiment asks for the CPU.
+
+    Under DeepSpeed and FSDP2 the files for the CPU say use_cpu false too, so there several processes may share a CPU.
+
+    Raises:
+        UserError: naming the config for CPU processes.
+    """
+    told = environ.get("ACCELERATE_USE_CPU", "").lower()
+    processes = int(environ.get("WORLD_SIZE", "1"))
+    wants_gpus = strategy == "ddp" and device == "auto" and processes > 1 and told in ("false", "0", "no")
+    if wants_gpus and not torch.cuda.is_available():
+        raise UserError(
+            f"accelerate config: got use_cpu false and {processes} processes, but PyTorch finds no CUDA device; "
+            "allowed: configs/accelerate/cpu_2.yaml (CPU processes), or training.device=cpu"
+        )
 
 
 def check_world(num_processes: int, expected: int | None) -> None:

@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "loss.chunk_rows",
     "training.",
     "checkpoints.",
+    "watchdog.",
     "evaluation.",
     "tracking.",
 )

@@ -58,7 +58,7 @@ class Sweep:
         self.trials = {trial.name: trial for trial in (*product, *listed)}
         self.rungs = config.rungs if config.search == "halving" else ((),)
         self._experiment = to_plain(load_config(config.experiment))
-        self._check_trials()
+        self._check_trials([trial.name for trial in listed])
         self.results = folder / "results.jsonl"
         earlier = [outcome for row in whole_lines(self.results) if (outcome := self._usable(row))]
         self.outcomes = [outcome for outcome in earlier if outcome.cause not in again]
@@ -89,7 +89,10 @@ class Sweep:
         if not best or best[0].cause != "ok":
             return None
         winner = self.trials[best[0].trial]
-        write_winner(self.folder, Path(config.experiment), winner, self._accelerate(winner), self._environment(winner))
+        write_winner(
+            self.folder, Path(config.experiment), winner, self._accelerate(winner), self._environment(winner),
+            self.train_script,
+        )  # fmt: skip
         return best[0]
 
     def print_commands(self, out: TextIO) -> None:
@@ -130,8 +133,13 @@ class Sweep:
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
-    def _check_trials(self) -> None:
-        """Refuse what no trial could run: a mistake in the sweep file, not a result of it."""
+    def _check_trials(self, listed: Sequence[str]) -> None:
+        """Refuse a listed trial that cannot run, and a product of which nothing can: mistakes in the sweep file."""
+        for name in listed:
+            try:
+                load_config(self.config.experiment, self._overrides(self.trials[name], self.rungs[0]))
+            except UserError as error:
+                raise UserError(f"trials: {error}") from None
         first: UserError | None = None
         for trial in self.trials.values():
             try:

@@ -16,7 +16,12 @@ log = logging.getLogger(__name__)
 
 
 def write_winner(
-    folder: Path, experiment: Path, trial: Trial, accelerate: Path | None, environment: Mapping[str, str]
+    folder: Path,
+    experiment: Path,
+    trial: Trial,
+    accelerate: Path | None,
+    environment: Mapping[str, str],
+    train_script: Path = Path("train.py"),
 ) -> tuple[Path, Path | None]:
     """Write winner.yaml and, where the trial had an Accelerate config, winner_accelerate.yaml.
 
@@ -28,6 +33,7 @@ def write_winner(
         experiment: the experiment file that the sweep started from.
         trial: the winning settings.
         accelerate: its Accelerate config file.
+        train_script: train.py.
         environment: the variables it was measured with; they stand in the command at the top of winner.yaml.
 
     Returns:
@@ -36,14 +42,14 @@ def write_winner(
     config = load_config(experiment, trial.overrides())
     experiment_path = folder / "winner.yaml"
     accelerate_path = None
-    words = ["accelerate", "launch"]
+    words = ["accelerate", "launch"]  # with absolute paths: the command works from any folder
     if accelerate is not None:
         accelerate_path = folder / "winner_accelerate.yaml"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(accelerate, accelerate_path)
-        words += ["--config_file", str(accelerate_path)]
+        words += ["--config_file", str(accelerate_path.resolve())]
     variables = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
-    command = variables + shlex.join([*words, "train.py", "--config", str(experiment_path)])
+    command = variables + shlex.join([*words, str(train_script), "--config", str(experiment_path.resolve())])
     write_atomically(experiment_path, f"# Winner of a sweep: {trial.label()}\n# {command}\n{dump_yaml(config)}")
     log.info("winner: %s", trial.label())
     log.info("train with it: %s", command)

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ from frozen_fast.training.stage_energy import StageEnergy
 from frozen_fast.training.stages import OpenStage, describe_plan, expand_frames, warm_up_steps
 from frozen_fast.training.step import forward_backward, update
 from frozen_fast.training.teachers import Teachers, student_video
+from frozen_fast.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class RunParts:
         peak: this device's peak, where known.
         energy: this device's energy meter, where there is one.
         teachers: whose similarities the model follows, where the config names some.
+        watchdog: watches the time of each phase.
     """
 
     model: RetrievalModel
@@ -72,6 +74,7 @@ class RunParts:
     peak: DevicePeak | None
     energy: EnergyMeter | None = None
     teachers: Teachers | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
 
 class _StepGivenUp(Exception):
@@ -212,7 +215,8 @@ class Engine:
             for index in range(done, plan.steps):
                 trace.before_step(index)
                 try:
-                    self._run_step(stage, batches, warmup=index < warm_up)
+                    with self._parts.watchdog.phase("first_step" if index == done else "step"):
+                        self._run_step(stage, batches, warmup=index < warm_up)
                 except _StepGivenUp:
                     if not self._keeper.is_saved(self.step):
                         self._save(stage, index)
@@ -352,7 +356,8 @@ class Engine:
     def _save(self, stage: OpenStage, steps_in_stage: int) -> None:
         """Write a checkpoint of where the run stands."""
         self._journal.flush(stage.meter)
-        self._keeper.save(stage, steps_in_stage, self._position, self._ledger.to_json())
+        with self._parts.watchdog.phase("checkpoint"):
+            self._keeper.save(stage, steps_in_stage, self._position, self._ledger.to_json())
 
     def _note_backends(self) -> None:
         """Add what decoded, and which kernels the video tower used so far on this rank."""
@@ -372,7 +377,7 @@ class Engine:
     def _evaluate(self, stage: OpenStage, done: int) -> bool:
         """Evaluate on every source; False if a stop was requested meanwhile (then a checkpoint is saved)."""
         self._journal.flush(stage.meter)
-        with stage.meter.section("evaluation"):
+        with stage.meter.section("evaluation"), self._parts.watchdog.phase("evaluation"):
             rows = self._evaluations(stage.plan)
         if rows is None:
             if not self._keeper.is_saved(self.step):

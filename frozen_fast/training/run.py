@@ -54,6 +54,7 @@ from frozen_fast.training.parts import (
 )
 from frozen_fast.training.signals import StopRequest
 from frozen_fast.training.teachers import build_teachers
+from frozen_fast.training.watchdog import Watchdog, switch_on_flight_recorder
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
     Raises:
         UserError: a mistake in config, data or launch, bad clips past their share, a loss that is not finite.
     """
+    switch_on_flight_recorder(RunFolder(config.run_folder.format(name=config.name)).hangs)
     parallel = Parallel.start(config)
     set_up_logging(rank=parallel.rank)
     run = _Run(config, parallel)
@@ -150,6 +152,9 @@ class _Run:
         self._lock = RunLock(self._folder)
         self._owned = False
         self._engine: Engine | None = None
+        self._watchdog = Watchdog(
+            config.watchdog, folder=self._folder.hangs, rank=parallel.rank, note=self._note_hang
+        )
         self._journal: Journal | None = None
         self._trackers = Trackers()
 
@@ -158,7 +163,10 @@ class _Run:
         config, parallel, folder = self._config, self._parallel, self._folder
         log.info("precision %s: %s", parallel.precision, parallel.precision_reason)
         checkpoint, state, closed = self._prepare_folder(resume)
-        parts = self._build(checkpoint, state)
+        self._watchdog.start()
+        with self._watchdog.phase("start"):
+            parts = self._build(checkpoint, state)
+        self._watchdog.loader_state = parts.loader.state
         with parallel.together():
             if parallel.is_main:
                 self._trackers = Trackers.start(
@@ -191,12 +199,18 @@ class _Run:
         except OSError as second:
             log.warning("status.json could not be written: %s", second)
 
+    def _note_hang(self, message: str) -> None:
+        if self._parallel.is_main:
+            self._write_status("failed", exit_code=EXIT_ERROR, message=message)
+            self._folder.append_event("hang", message)
+
     def close(self, *, at_once: bool) -> None:
         """Close what writes, and give the folder back.
 
         Args:
             at_once: leave without waiting for a checkpoint that is being written.
         """
+        self._watchdog.close()
         if self._engine is not None and not at_once:
             self._engine.close()
         if self._journal is not None:
@@ -317,6 +331,7 @@ class _Run:
             peak=device_peak(devices[0], parallel.precision),
             energy=energy,
             teachers=teachers,
+            watchdog=self._watchdog,
         )
 
     def _finish(self, complete: bool) -> None:

@@ -21,7 +21,8 @@ def call(script: str, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(
         ["bash", f"launch/{script}", *arguments],
         cwd=ROOT,
-        env={**clean, "FROZEN_FAST_PYTHON": sys.executable, "FROZEN_FAST_VENV": "/nowhere", **environment},
+        env={**clean, "FROZEN_FAST_PYTHON": sys.executable, "FROZEN_FAST_VENV": "/nowhere",
+             "FROZEN_FAST_DOCTOR": "0", **environment},
         capture_output=True,
         text=True,
         timeout=60,
@@ -89,6 +90,14 @@ def test_multi_node_passes_the_rendezvous_on() -> None:
             {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a"}, "RENDEZVOUS: got a; allowed: HOST:PORT",
         ),
         ("slurm.sh", [], {}, "experiment: got nothing"),
+        ("multi_node.sh", [EXPERIMENT], {}, "multi_node.sh: NODES: got nothing; allowed: the number of machines"),
+        ("multi_node.sh", [EXPERIMENT], {"NODES": "2"}, "multi_node.sh: NODE_RANK: got nothing; allowed: 0 to"),
+        ("single_node.sh", ["--restarts", "x", EXPERIMENT], {}, "--restarts: got x; allowed: a whole number"),
+        ("single_node.sh", ["--dry-run", EXPERIMENT, "seed=-1"], {}, "seed: got -1"),
+        (
+            "multi_node.sh", ["--dry-run", "--processes", "4", EXPERIMENT, "sede=1"],
+            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a:1"}, "sede",
+        ),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -114,20 +123,27 @@ def fake_command(folder: Path, name: str, body: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize(("state", "requeued", "code"), [("stopped", True, 0), ("failed", False, 1)])
-def test_slurm_puts_a_stopped_run_back_and_a_failed_one_not(
-    tmp_path: Path, state: str, requeued: bool, code: int
+@pytest.mark.parametrize(
+    ("status", "requeued"),
+    [
+        ({"state": "stopped"}, True),
+        ({"state": "failed", "exit_code": 2}, False),  # a mistake, which a restart repeats
+        ({"state": "failed", "exit_code": 1, "checkpoint": 500}, True),
+        ({"state": "running", "checkpoint": 500}, True),  # killed without a word
+    ],
+)
+def test_slurm_puts_a_run_back_that_was_stopped_or_lost_and_no_mistake(
+    tmp_path: Path, status: dict[str, object], requeued: bool
 ) -> None:
     """srun and scontrol are stand-ins; srun plays a run that leaves its state and torchrun's exit code 1."""
     run_folder = tmp_path / "run"
     run_folder.mkdir()
-    status = json.dumps({"state": state})
-    fake_command(tmp_path, "srun", f"sleep 1.1; echo '{status}' > {run_folder}/status.json; exit 1")
+    fake_command(tmp_path, "srun", f"sleep 1.1; echo '{json.dumps(status)}' > {run_folder}/status.json; exit 1")
     fake_command(tmp_path, "scontrol", f'[ "$1" = requeue ] && echo "$2" > {tmp_path}/requeued; echo node7')
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     result = call("slurm.sh", EXPERIMENT, f"run_folder={run_folder}", PATH=path, SLURM_JOB_ID="41",
                   PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")  # fmt: skip
-    assert result.returncode == code, result.stderr
+    assert result.returncode == (0 if requeued else 1), result.stderr
     assert (tmp_path / "requeued").exists() == requeued
 
 
@@ -167,7 +183,7 @@ def test_a_stop_reaches_train_and_waits_for_its_checkpoint(tmp_path: Path) -> No
     process = subprocess.Popen(
         ["bash", "launch/single_node.sh", EXPERIMENT, f"run_folder={run_folder}"], cwd=ROOT,
         env={**os.environ, "FROZEN_FAST_PYTHON": str(tmp_path / "python"), "FROZEN_FAST_VENV": "/nowhere",
-             "PYTHONPATH": paths},
+             "FROZEN_FAST_DOCTOR": "0", "PYTHONPATH": paths},
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while not (tmp_path / "ready").exists():
@@ -176,3 +192,64 @@ def test_a_stop_reaches_train_and_waits_for_its_checkpoint(tmp_path: Path) -> No
     process.terminate()
     assert process.wait(timeout=30) == 75
     assert json.loads((run_folder / "status.json").read_text())["state"] == "stopped"
+
+
+def test_slurm_takes_the_environment_of_the_checkout(tmp_path: Path) -> None:
+    """The job's shell has no activated environment, where python3 may lack every package."""
+    run_folder = tmp_path / "run"
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    fake_command(tmp_path / "venv" / "bin", "python", f'exec {sys.executable} "$@"')
+    fake_command(tmp_path, "no_python", "exit 9")
+    stopped = '{"state": "stopped"}'
+    fake_command(
+        tmp_path, "srun", f"sleep 1.1; mkdir {run_folder}; echo '{stopped}' > {run_folder}/status.json; exit 1"
+    )
+    fake_command(tmp_path, "scontrol", f'[ "$1" = requeue ] && echo "$2" > {tmp_path}/requeued; echo node7')
+    result = call("slurm.sh", EXPERIMENT, f"run_folder={run_folder}", SLURM_JOB_ID="41", FROZEN_FAST_PYTHON="no_python",
+                  PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", FROZEN_FAST_VENV=str(tmp_path / "venv"),
+                  PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "requeued").exists()
+
+
+def test_starts_without_a_new_checkpoint_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    from run_state import may_restart
+
+    def ended_at(checkpoint: int | None) -> bool:
+        status = {"state": "failed", "exit_code": 1, "checkpoint": checkpoint}
+        (tmp_path / "status.json").write_text(json.dumps(status))
+        return may_restart(tmp_path, 3)[0]
+
+    assert [ended_at(step) for step in (None, None, 10, 10, 10, 20, 20, 20, 20)] == [True] * 8 + [False]
+    (tmp_path / "restarts.json").unlink()
+    assert [ended_at(None) for _ in range(3)] == [True, True, False]
+
+
+def test_single_node_restarts_a_run_that_crashed_until_it_is_done(tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    crash = json.dumps({"state": "failed", "exit_code": 1, "checkpoint": 7})
+    launcher = (
+        f"sleep 1.1; echo x >> {tmp_path}/starts; [ $(wc -l < {tmp_path}/starts) = 3 ] && exit 0; "
+        f"echo '{crash}' > {run_folder}/status.json; exit 1"
+    )
+    fake_command(tmp_path, "python", f'if [ "$1" = -m ]; then {launcher}; else exec {sys.executable} "$@"; fi')
+    result = call(
+        "single_node.sh", "--restarts", "5", EXPERIMENT, f"run_folder={run_folder}",
+        FROZEN_FAST_PYTHON=str(tmp_path / "python"), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "starts").read_text() == "x\n" * 3
+    assert "starting again from checkpoint 7" in result.stderr
+
+
+def test_a_launcher_asks_the_doctor_before_it_starts(tmp_path: Path) -> None:
+    """Two processes are wanted and one would start."""
+    result = call(
+        "single_node.sh", EXPERIMENT, f"run_folder={tmp_path / 'run'}", "training.expected_world_size=2",
+        FROZEN_FAST_DOCTOR="1", PATH=without_gpus(tmp_path, 0), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "fails    world size: 1 process(es), training.expected_world_size=2. To do: start that" in result.stderr
+    assert not (tmp_path / "run").exists()

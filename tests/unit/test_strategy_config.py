@@ -13,6 +13,7 @@ from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.config.schema import TrainingConfig
 from frozen_fast.errors import UserError
 from frozen_fast.parallel import deepspeed
+from frozen_fast.parallel.base import check_gpus_are_there
 from frozen_fast.parallel.launch_settings import (
     check_precision,
     clips_per_pass,
@@ -252,3 +253,15 @@ def test_what_deepspeed_cannot_do_here(
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     with pytest.raises(UserError, match=message):
         deepspeed.DeepSpeedParallel.accelerator_for(config_from_mapping(section), True, "fp32")
+
+
+def test_a_config_for_gpus_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """configs/accelerate/gpu_8.yaml would train on eight CPU processes."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    gpus = {"ACCELERATE_USE_CPU": "False", "WORLD_SIZE": "8"}
+    with pytest.raises(UserError, match="use_cpu false and 8 processes, .*; allowed: configs/accelerate/cpu_2.yaml"):
+        check_gpus_are_there(gpus, "auto", "ddp")
+    check_gpus_are_there(gpus, "cpu", "ddp")
+    check_gpus_are_there({**gpus, "ACCELERATE_USE_CPU": "true"}, "auto", "ddp")
+    check_gpus_are_there({**gpus, "WORLD_SIZE": "1"}, "auto", "ddp")
+    check_gpus_are_there({}, "auto", "ddp")

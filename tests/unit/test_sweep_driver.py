@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import yaml
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.config import load_config
 from frozen_fast.errors import UserError
-from frozen_fast.sweep.devices import device_groups
+from frozen_fast.sweep.devices import device_groups, free_gpus
 from frozen_fast.sweep.driver import Sweep
 from frozen_fast.sweep.outcome import whole_lines
 from frozen_fast.sweep.space import Trial, enumerate_trials
@@ -173,6 +174,36 @@ def test_settings_that_go_together_are_one_axis() -> None:
 def test_a_key_that_no_experiment_has_ends_the_sweep_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="optimizer.warm"):
         make_sweep(tmp_path, [1], axes={"optimizer.warm_steps": [1, 2]})
+
+
+def smi(monkeypatch: pytest.MonkeyPatch, rows: list[str], visible: str | None) -> None:
+    """nvidia-smi as it would answer."""
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    answer = subprocess.CompletedProcess([], 0, stdout="\n".join(rows) + "\n")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+@pytest.mark.parametrize(
+    ("visible", "free"),
+    [(None, ["0", "2"]), ("0", ["0"]), ("GPU-cc", ["2"]), ("GPU-aa11, GPU-cc33", ["0", "2"]), ("", []), ("-1", [])],
+)
+def test_free_gpus_are_found_by_index_and_uuid(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, free: list[str]
+) -> None:
+    smi(monkeypatch, ["0, GPU-aa11, 80000, 79000", "1, GPU-bb22, 80000, 100", "2, GPU-cc33, 80000, 80000"], visible)
+    assert free_gpus() == free
+
+
+@pytest.mark.parametrize(
+    ("visible", "message"), [("1", "^GPUs: got 1 that are all in use"), ("7", "^CUDA_VISIBLE_DEVICES: got '7'")]
+)
+def test_busy_gpus_are_not_taken_for_none(monkeypatch: pytest.MonkeyPatch, visible: str, message: str) -> None:
+    smi(monkeypatch, ["0, GPU-aa11, 80000, 79000", "1, GPU-bb22, 80000, 100"], visible)
+    with pytest.raises(UserError, match=message):
+        free_gpus()
 
 
 def test_too_few_free_gpus_are_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

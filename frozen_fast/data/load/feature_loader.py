@@ -254,6 +254,10 @@ class FeatureTrainingLoader:
             batch = self.read(spec)
             yield batch.pin_memory() if pin else batch
 
+    def state(self) -> str:
+        """What is awaited, in one line; for a run that hangs."""
+        return "features are read from a mapped file, in this process"
+
     def close(self) -> None:
         """Stop reading ahead; harmless when called again."""
         if self._prefetcher is not None:

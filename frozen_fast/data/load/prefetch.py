@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -180,6 +181,34 @@ class _StreamTask(IterableDataset[Any]):
             yield _Failure.of_worker(error)
 
 
+class _Pump:
+    """Calls next() in a thread: a process that stops inside a message blocks its reader without a time-out."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, args=(iterator,), name="frozen_fast loader results", daemon=True).start()
+
+    def take(self, timeout_seconds: float) -> Any:
+        """Take the next item, or raise what the iterator raised; queue.Empty after the time-out."""
+        self._requests.put(True)
+        item, error = self._answers.get(timeout=timeout_seconds)
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._requests.put(False)
+
+    def _run(self, iterator: Iterator[Any]) -> None:
+        while self._requests.get():
+            try:
+                self._answers.put((next(iterator), None))
+            except BaseException as error:  # noqa: BLE001  the consumer raises it
+                self._answers.put((None, error))
+
+
 class WorkerPrefetcher(Generic[T]):
     """Runs work in `workers` processes through torch's DataLoader; what they give keeps a fixed order.
 
@@ -206,6 +235,7 @@ class WorkerPrefetcher(Generic[T]):
         )
         try:
             self._iterator: Iterator[Any] | None = iter(loader)
+            self._pump = _Pump(self._iterator)
         except (OSError, EOFError) as error:
             raise _loader_ended(describe(), error) from None
 
@@ -216,7 +246,7 @@ class WorkerPrefetcher(Generic[T]):
         if self._iterator is None:
             raise StopIteration
         try:
-            item = self._wait(self._iterator)
+            item = self._wait()
         except BaseException:
             self.close()
             raise
@@ -226,12 +256,15 @@ class WorkerPrefetcher(Generic[T]):
         self._starting = max(0, self._starting - 1)
         return item
 
-    def _wait(self, iterator: Iterator[Any]) -> Any:
+    def _wait(self) -> Any:
         """The next item. torch's own time-out is used as a poll, which also finds a process that died."""
         deadline = time.monotonic() + self._timeout_seconds + (_WORKER_START_SECONDS if self._starting else 0)
         while True:
             try:
-                return next(iterator)
+                return self._pump.take(max(0.0, deadline - time.monotonic()) + 2 * _WORKER_POLL_SECONDS)
+            except queue.Empty:
+                self._timed_out = True
+                raise timed_out(self._describe(), self._timeout_seconds) from None
             except (OSError, EOFError) as error:  # the connection over which tensors come
                 raise _loader_ended(self._describe(), error) from None
             except RuntimeError as error:
@@ -244,6 +277,17 @@ class WorkerPrefetcher(Generic[T]):
                     self._timed_out = True
                     raise timed_out(self._describe(), self._timeout_seconds) from None
 
+    def worker_states(self) -> list[str]:
+        """Each process's number and state as the system tells it (R running, S sleeping, D disk, T stopped)."""
+        states = []
+        for worker in getattr(self._iterator, "_workers", ()):
+            try:
+                state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            except (OSError, IndexError):
+                state = "gone"
+            states.append(f"loader process {worker.pid}: {state}")
+        return states
+
     def close(self) -> None:
         """Stop the processes; one that does not answer is killed.
 
@@ -255,6 +299,7 @@ class WorkerPrefetcher(Generic[T]):
             for worker in workers:
                 worker.kill()
         self._iterator = None
+        self._pump.close()
         for worker in workers:
             worker.join(_JOIN_SECONDS)
             if worker.is_alive():

@@ -342,6 +342,7 @@ class TrainingLoader:
         )
         self._decode = decode
         self._prefetcher: Prefetcher[Batch] | None = None
+        self._describe: Callable[[], str] = lambda: "nothing"
 
     def batches(self, specs: Iterable[BatchSpec]) -> Iterator[Batch]:
         """The batches of some specs, in their order; a call ends the one before.
@@ -364,6 +365,8 @@ class TrainingLoader:
         def describe() -> str:
             return awaited[0].describe() if awaited else "the first batch"
 
+        self._describe = describe
+
         if self._settings.workers > 0:
             self._prefetcher = map_in_workers(
                 self._factory, noted(), workers=self._settings.workers, depth=self._settings.prefetch_batches,
@@ -383,6 +386,11 @@ class TrainingLoader:
                 yield batch.to(self._device)
         finally:
             prefetcher.close()
+
+    def state(self) -> str:
+        """What is awaited, and how the loader processes are, in one line."""
+        workers: list[str] = getattr(self._prefetcher, "worker_states", list)()
+        return f"{self._describe()}; {', '.join(workers) or 'a background thread reads'}"
 
     def close(self) -> None:
         """Stop reading ahead; harmless when called again."""

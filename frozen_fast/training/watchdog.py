@@ -1,0 +1,144 @@
+"""A limit on the time of each phase of a run: past it the stacks of every rank are written and the run ends.
+
+A hang (a stuck disk, a decoder that never returns, a collective that one rank never joins) would hold its machines
+for ever. Each rank has a thread that watches its own phase; since ranks work in step, all reach the limit within
+seconds of each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from frozen_fast.config.schema import WatchdogConfig
+
+log = logging.getLogger(__name__)
+
+EXIT_HUNG = 1
+_POLL_SECONDS = 1.0
+_REARM_SECONDS = 10.0
+_GRACE_SECONDS = 10.0
+"""Time for the other ranks to write their stacks too, before the launcher ends them all."""
+_WITHOUT_INTERPRETER_SECONDS = 5.0
+
+
+class Watchdog:
+    """Watches the phases of one rank from start() to close(); harmless when it was never started."""
+
+    def __init__(
+        self,
+        limits: WatchdogConfig | None = None,
+        *,
+        folder: Path = Path(),
+        rank: int = 0,
+        note: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Hold the settings.
+
+        Args:
+            limits: minutes of each phase; None: nothing is watched.
+            folder: where rank_N.txt goes.
+            rank: this process.
+            note: told in one line what hung, before the process ends.
+        """
+        self._limits, self._folder, self._rank, self._note = limits, folder, rank, note
+        self.loader_state: Callable[[], str] = lambda: "no loader yet"
+        self._phases: list[tuple[str, float]] = []
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._file: IO[str] | None = None
+
+    def start(self) -> None:
+        """Begin to watch."""
+        if self._limits is not None:
+            self._thread = threading.Thread(target=self._watch, name="frozen_fast watchdog", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching; harmless when called again."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            faulthandler.cancel_dump_traceback_later()
+        if self._file is not None:
+            self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
+            self._file = None
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Watch a phase: start, first_step, step, evaluation or checkpoint; one inside another counts alone."""
+        self._phases.append((name, time.monotonic()))
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            if self._phases:  # the outer phase goes on with its whole time
+                self._phases[-1] = (self._phases[-1][0], time.monotonic())
+
+    def _watch(self) -> None:
+        armed = 0.0
+        while not self._ended.wait(_POLL_SECONDS):
+            phases = self._phases[-1:]
+            if not phases:
+                continue
+            name, began = phases[0]
+            limit = self._limit_seconds(name)
+            if limit and time.monotonic() - began > limit:
+                self._give_up(name, limit)
+            if limit and time.monotonic() - armed > _REARM_SECONDS:
+                # In case a thread never gives the interpreter back: written from C, and the process ends.
+                armed = time.monotonic()
+                faulthandler.dump_traceback_later(
+                    limit + _REARM_SECONDS + _WITHOUT_INTERPRETER_SECONDS, exit=True, file=self._open()
+                )
+
+    def _limit_seconds(self, name: str) -> float:
+        assert self._limits is not None
+        return 60 * float(getattr(self._limits, f"{name}_minutes"))
+
+    def _open(self) -> IO[str]:
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / f"rank_{self._rank}.txt").open("w", encoding="utf-8")
+        return self._file
+
+    def _give_up(self, name: str, limit: float) -> None:
+        message = (
+            f"hung: phase {name} took longer than {limit:g} s (watchdog.{name}_minutes); "
+            f"the stacks of every rank are in {self._folder}"
+        )
+        log.error("%s", message)
+        with contextlib.suppress(OSError):
+            file = self._open()
+            file.write(f"{message}\nrank {self._rank}, process {os.getpid()}, {time.ctime()}\n")
+            file.write(f"loader: {self.loader_state()}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.flush()
+        with contextlib.suppress(Exception):
+            self._note(message)
+        time.sleep(_GRACE_SECONDS)
+        os._exit(EXIT_HUNG)
+
+
+def switch_on_flight_recorder(folder: Path) -> None:
+    """Let NCCL keep its last collectives, and write them into a folder when one times out.
+
+    Call it before the process group starts; settings of the environment stay.
+    """
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(folder / "nccl_rank_"),
+    }.items():
+        os.environ.setdefault(name, value)

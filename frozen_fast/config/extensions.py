@@ -242,6 +242,7 @@ video_towers = ExtensionPoint(
         "space_time": "frozen_fast.models.video.space_time:SpaceTimeTransformer",
         "timm": "frozen_fast.models.video.timm_frames:TimmFrames",
         "clip": "frozen_fast.models.clip.clip_frames:ClipFrames",
+        "clip_divided": "frozen_fast.models.clip.clip_divided:ClipDivided",
         "torchvision_video": "frozen_fast.models.video.torchvision_video:TorchvisionVideo",
     },
 )

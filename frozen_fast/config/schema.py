@@ -33,7 +33,7 @@ Spread = Annotated[float, Field(gt=0)]
 class VideoTowerConfig:
     """The video tower. A key that the chosen tower does not read is refused when it is set."""
 
-    tower: str | None = key(None, "space_time; timm: an image model on each frame; clip: CLIP's image tower on each frame; torchvision_video; or a plugin's; none: space_time, or the checkpoint's", names=extensions.video_towers)
+    tower: str | None = key(None, "space_time; timm: an image model on each frame; clip: CLIP's image tower on each frame; clip_divided: CLIP's ViT with divided space-time attention; torchvision_video; or a plugin's; none: space_time, or the checkpoint's", names=extensions.video_towers)
     size: str | None = key(None, "which model of the tower. space_time: a named size (frozen_fast/config/video_sizes.py); timm: a timm model; torchvision_video: s3d, r3d_18, r3d_101, r2plus1d_18, mc3_18, mvit_v1_b, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b; clip: ViT-B/32, ViT-B/16, ViT-L/14 (random weights); none: base_patch16_224 for space_time, or the checkpoint's", not_blank=True)
     weights: str = key("none", "initial weights: none; a local .pth/.safetensors file; timm:NAME, a local .onnx file, or package:MODULE/FILE.onnx inside an installed package (space_time: a ViT's); OpenAI's, open_clip's or transformers' files or open_clip:MODEL/TAG (clip); pretrained (timm and torchvision_video: from the library's cache or a download)", not_blank=True)
     resolution: int | None = key(None, "pixels along a frame's edge (timm, torchvision_video); none: what the model was made for, or the checkpoint's", ge=1)

@@ -40,9 +40,11 @@ def test_every_file_loads_builds_and_encodes_a_clip(name: str) -> None:
     model = build_model(config, torch.device("cpu"))
     frames = config.evaluation.frames
     assert frames is not None
+    if model.learned_frames < frames:
+        model.expand_frames(frames, config.model.expansion)
     with torch.no_grad():
         sim_QV = model.similarity(["a dog", "a cat"], torch.rand(3, frames, 3, 32, 32))
-    assert sim_QV.shape == (2, 3) and frames == 12
+    assert sim_QV.shape == (2, 3) and frames == (8 if "divided" in name else 12)
     if config.paper.table:
         assert published_row(config.paper.table, config.paper.row).frames == frames
 

@@ -75,6 +75,37 @@ def test_the_transformer_learns_and_takes_more_frames_later(clip: tuple[Path, Cl
     assert model.encode_video(torch.randn(1, 4, 3, 32, 32)).shape == (1, 128)
 
 
+def test_divided_is_clips_image_tower_at_one_frame(clip: tuple[Path, Clip]) -> None:
+    path, theirs = clip
+    model = build(path, tower="clip_divided", first_frames=1)
+    video = torch.randn(3, 1, 3, 32, 32)
+    with torch.no_grad():
+        expected = F.normalize(theirs.visual(video)[:, 0], dim=-1)
+        assert (model.encode_video(video) - expected).abs().max() < 1e-5
+        model.expand_frames(4, "zero")
+        still = model.encode_video(video.expand(-1, 4, -1, -1, -1))
+        assert still.shape == (3, 128) and model.encode_video(torch.randn(3, 4, 3, 32, 32)).isfinite().all()
+
+
+def test_divided_learns_time_and_comes_back_from_a_folder(clip: tuple[Path, Clip], tmp_path: Path) -> None:
+    model = build(clip[0], tower="clip_divided", first_frames=4).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    video = torch.randn(2, 4, 3, 32, 32)
+    for _ in range(2):  # queries and keys of time attention move once its output has left 0
+        optimizer.zero_grad()
+        model.similarity(CAPTIONS, video).square().sum().backward()
+        optimizer.step()
+    for part in ("blocks.0.timeattn.qkv.weight", "blocks.0.timeattn.proj.weight", "temporal_embed", "proj"):
+        name = f"video_model.{part}"
+        assert (model.state_dict()[name] - before[name]).abs().max() > 0, name
+    model.save_pretrained(tmp_path)
+    copy = frozen_fast.load_model(tmp_path)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(copy.encode_video(video), model.encode_video(video))
+
+
 @pytest.mark.parametrize("over_time", ["mean", "transformer"])
 def test_a_folder_gives_the_model_back(over_time: str, clip: tuple[Path, Clip], tmp_path: Path) -> None:
     model = build(clip[0], over_time=over_time)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class SpaceTimeTransformer(VideoTower):
     """Video tower: frames -> the CLS token after the last LayerNorm."""
 
     name = "space_time"
-    keys = (
+    keys: ClassVar[tuple[str, ...]] = (
         "size",
         "weights",
         "heads",
@@ -55,7 +55,7 @@ class SpaceTimeTransformer(VideoTower):
         "skip_time_attention_at_one_frame",
         "full_last_block",
     )
-    described_by = ("block", "skip_time_attention_at_one_frame")
+    described_by: ClassVar[tuple[str, ...]] = ("block", "skip_time_attention_at_one_frame")
     frame_embeddings = ("temporal_embed",)
 
     def __init__(
@@ -171,7 +171,7 @@ class SpaceTimeTransformer(VideoTower):
         """
         self.check_video(video_BTCHW)
         num_frames = video_BTCHW.shape[1]
-        x = add_positions(self.patch_embed(video_BTCHW), self.cls_token, self.pos_embed, self.temporal_embed)
+        x = self.embed_tokens(video_BTCHW)
         branch: Tensor | None = None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
@@ -182,6 +182,10 @@ class SpaceTimeTransformer(VideoTower):
                 x, branch = block(*arguments)
         assert branch is not None, "a tower has at least one block"
         return self.norm(x[:, 0] + branch[:, 0])
+
+    def embed_tokens(self, video_BTCHW: Tensor) -> Tensor:
+        """CLS and patches with their positions, [B, S, D]."""
+        return add_positions(self.patch_embed(video_BTCHW), self.cls_token, self.pos_embed, self.temporal_embed)
 
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> SpaceTimeTransformer:
@@ -253,7 +257,7 @@ class SpaceTimeTransformer(VideoTower):
         for frames, batch in batch_sizes.items():
             tokens = 1 + frames * self.size.patches_per_frame
             # Only sizes, dtype and device are read, so one number stands for all.
-            shape = (batch, tokens, 3, self.size.heads, self.width // self.size.heads)
+            shape = (batch, tokens, 3, self.size.heads, self.size.width // self.size.heads)
             qkv_BS3ND = torch.empty((), device=device, dtype=dtype).expand(shape)
             for attention in self.modules():
                 if isinstance(attention, Attention):

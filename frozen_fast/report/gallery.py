@@ -20,7 +20,7 @@ class GalleryClip:
 
     Attributes:
         id: of the clip.
-        path: its file, or what stands for it.
+        path: its file; of a feature store, the store.
         captions: what is said of it.
         similarity: with the query.
         is_own: whether it is the query's own.

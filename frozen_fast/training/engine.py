@@ -8,14 +8,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from frozen_fast.config import ExperimentConfig, StagePlan, loss_batch_size
+from frozen_fast.config import ExperimentConfig, StagePlan
 from frozen_fast.data import BadClipLedger, Batch, DataPosition, Source, TrainingLoader, plan_steps, twin_pairs
 from frozen_fast.data.load.feature_loader import FeatureTrainingLoader
 from frozen_fast.losses import RetrievalLoss
@@ -28,13 +26,12 @@ from frozen_fast.profiling.peak import DevicePeak
 from frozen_fast.profiling.trace import StageTrace
 from frozen_fast.records.checkpoint import RunState
 from frozen_fast.records.run_folder import RunFolder
-from frozen_fast.report.gallery import GalleryPage, gallery_file, write_gallery
 from frozen_fast.training import compiling
 from frozen_fast.training.checkpoint_keeper import CheckpointKeeper
-from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal, StepResult
 from frozen_fast.training.signals import StopRequest, stop_explains
 from frozen_fast.training.stage_energy import StageEnergy
+from frozen_fast.training.stage_evaluation import StageEvaluation
 from frozen_fast.training.stages import OpenStage, describe_plan, expand_frames, warm_up_steps
 from frozen_fast.training.step import forward_backward, update
 from frozen_fast.training.teachers import Teachers, student_video
@@ -104,6 +101,9 @@ class Engine:
         if state is not None:
             self._ledger.resume(state.bad_clips)
         self._keeper = CheckpointKeeper(config, parallel, folder, parts.model, parts.fingerprints, state)
+        self._evaluation = StageEvaluation(
+            config, parallel, folder, parts.evaluation_sources, len(parts.plans), journal, stop
+        )
         self._stopped = False
         self._save_wanted = False
         self.stage = 0 if state is None else state.stage
@@ -166,7 +166,7 @@ class Engine:
             if not self._run_steps(stage, done):
                 return False
             self._save(stage, plan.steps)
-        if self._evaluation_due(plan, plan.steps) and not self._evaluate(stage, plan.steps):
+        if self._evaluation.is_due(plan, plan.steps) and not self._evaluate(stage, plan.steps):
             return False
         graphs = compiling.compiled_graphs() - graphs
         joules = stage.energy.joules()
@@ -241,7 +241,7 @@ class Engine:
 
     def _evaluate_inside(self, stage: OpenStage, done: int) -> bool:
         """Evaluate where an epoch of the stage ends; what may become the best is saved first; False as _evaluate."""
-        if not self._evaluation_due(stage.plan, done):
+        if not self._evaluation.is_due(stage.plan, done):
             return True
         if self._config.evaluation.keep_best != "none" and not self._keeper.is_saved(self.step):
             self._save(stage, done)
@@ -365,53 +365,14 @@ class Engine:
         kernels = self._parts.model.kernels_used(self._parallel.device, compiled=self._config.training.compile)
         self._folder.update_environment(decode_backends=used, **kernels)
 
-    def _evaluation_due(self, plan: StagePlan, done: int) -> bool:
-        """Whether the model is evaluated after this number of steps of a stage."""
-        every = self._config.evaluation.every
-        if not self._parts.evaluation_sources or every == "never" or not done:
-            return False
-        if done < plan.steps:
-            return every == "epoch" and plan.ends_epoch(done)
-        return every != "end" or plan.index == len(self._parts.plans) - 1
-
     def _evaluate(self, stage: OpenStage, done: int) -> bool:
         """Evaluate on every source; False if a stop was requested meanwhile (then a checkpoint is saved)."""
         self._journal.flush(stage.meter)
         with stage.meter.section("evaluation"), self._parts.watchdog.phase("evaluation"):
-            rows = self._evaluations(stage.plan)
+            rows = self._evaluation.run(stage.plan, self.step)
         if rows is None:
             if not self._keeper.is_saved(self.step):
                 self._save(stage, done)
             return False
         self._keeper.evaluated(stage, self.step, rows)
         return True
-
-    def _evaluations(self, plan: StagePlan) -> list[dict[str, Any]] | None:
-        """Evaluate on every source and write down what came out; None when told to stop meanwhile."""
-        rows: list[dict[str, Any]] = []
-        bad_clips: list[dict[str, Any]] = []
-        batch_size = loss_batch_size(self._config)
-        eager = compiling.eager() if self._config.training.compile else nullcontext()
-        pages: dict[str, GalleryPage] = {}
-        with eager, self._parallel.whole_model() as whole:
-            model = cast(RetrievalModel, whole)
-            for source in self._parts.evaluation_sources.values():
-                found = evaluate_with(
-                    self._config, model, source, self._parallel,
-                    frames=plan.frames, loss_batch_size=batch_size, stop=self._stop,
-                )  # fmt: skip
-                if found is None:
-                    return None
-                rows += [{"step": self.step, "stage": plan.index, **row} for row in found.rows]
-                bad_clips += [{"step": self.step, **asdict(bad)} for bad in found.bad_clips]
-                if found.gallery is not None:
-                    pages[source.name] = found.gallery
-        with self._parallel.together():
-            if self._parallel.is_main:
-                self._folder.append_bad_clips(bad_clips)
-                self._folder.add_evaluations(rows)
-                for name, page in pages.items():
-                    videos = self._config.evaluation.gallery_videos
-                    write_gallery(self._folder.path / gallery_file(name), page, Path(videos) if videos else None)
-                self._journal.tell_evaluations(rows)
-        return rows

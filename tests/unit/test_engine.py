@@ -337,6 +337,7 @@ class WindowLoader:
     def __init__(self, batches: list[tuple[list[int], Tensor]], dropped: dict[int, BadClip]) -> None:
         self.dropped = dropped
         self._batches = batches
+        self.clip_indices = sorted({index for indices, _ in batches for index in indices})
         self.closed = False
 
     def batches(self) -> Iterator[Any]:

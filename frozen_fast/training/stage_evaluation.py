@@ -1,0 +1,85 @@
+"""Evaluations inside a run: when they are due, and where their numbers go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from frozen_fast.config import ExperimentConfig, StagePlan, loss_batch_size
+from frozen_fast.data import Source
+from frozen_fast.models.retrieval_model import RetrievalModel
+from frozen_fast.parallel.base import Parallel
+from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.report.gallery import GalleryPage, gallery_file, write_gallery
+from frozen_fast.training import compiling
+from frozen_fast.training.evaluate import evaluate_with
+from frozen_fast.training.journal import Journal
+from frozen_fast.training.signals import StopRequest
+
+
+class StageEvaluation:
+    """Evaluates a run's model at the steps that evaluation.every names."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        parallel: Parallel,
+        folder: RunFolder,
+        sources: Mapping[str, Source],
+        num_stages: int,
+        journal: Journal,
+        stop: StopRequest,
+    ) -> None:
+        """Hold the parts of the run; `sources` are evaluation.sources by name."""
+        self._config, self._parallel, self._folder, self._sources = config, parallel, folder, sources
+        self._num_stages, self._journal, self._stop = num_stages, journal, stop
+
+    def is_due(self, plan: StagePlan, done: int) -> bool:
+        """Whether the model is evaluated after this number of steps of a stage."""
+        every = self._config.evaluation.every
+        if not self._sources or every == "never" or not done:
+            return False
+        if done < plan.steps:
+            return every == "epoch" and plan.ends_epoch(done)
+        return every != "end" or plan.index == self._num_stages - 1
+
+    def run(self, plan: StagePlan, step: int) -> list[dict[str, Any]] | None:
+        """Evaluate on every source and write the rows to metrics.json; every rank calls it.
+
+        Args:
+            plan: the stage that is running; its frames are the windows' unless evaluation.frames says others.
+            step: optimizer steps done.
+
+        Returns:
+            The rows; None when a stop was requested meanwhile.
+        """
+        rows: list[dict[str, Any]] = []
+        bad_clips: list[dict[str, Any]] = []
+        batch_size = loss_batch_size(self._config)
+        eager = compiling.eager() if self._config.training.compile else nullcontext()
+        pages: dict[str, GalleryPage] = {}
+        with eager, self._parallel.whole_model() as whole:
+            model = cast(RetrievalModel, whole)
+            for source in self._sources.values():
+                found = evaluate_with(
+                    self._config, model, source, self._parallel,
+                    frames=plan.frames, loss_batch_size=batch_size, stop=self._stop,
+                )  # fmt: skip
+                if found is None:
+                    return None
+                rows += [{"step": step, "stage": plan.index, **row} for row in found.rows]
+                bad_clips += [{"step": step, **asdict(bad)} for bad in found.bad_clips]
+                if found.gallery is not None:
+                    pages[source.name] = found.gallery
+        with self._parallel.together():
+            if self._parallel.is_main:
+                self._folder.append_bad_clips(bad_clips)
+                self._folder.add_evaluations(rows)
+                for name, page in pages.items():
+                    videos = self._config.evaluation.gallery_videos
+                    write_gallery(self._folder.path / gallery_file(name), page, Path(videos) if videos else None)
+                self._journal.tell_evaluations(rows)
+        return rows

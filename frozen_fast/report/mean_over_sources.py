@@ -28,5 +28,9 @@ def mean_over_sources_section(run: RunData) -> Section | None:
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
     """An evaluation's metrics, with those of classification where its source has classes."""
-    found = row.get("classification") or {}
-    return {**row["metrics"], **{name: found[name] for name in ("top1", "top5", "mean_class_accuracy") if found}}
+    numbers = dict(row["metrics"])
+    for kind in ("classification", "linear_head"):
+        found = row.get(kind) or {}
+        names = [name for name in ("top1", "top5", "mean_class_accuracy") if name in found]
+        numbers |= {f"{kind}/{name}": found[name] for name in names}
+    return numbers

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from frozen_fast.common.progress import progress
 from frozen_fast.config import ExperimentConfig
-from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source
+from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source, read_sources
 from frozen_fast.data.load.feature_loader import FeatureEvaluationLoader
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation import (
@@ -27,13 +27,14 @@ from frozen_fast.evaluation import (
     v2t_max_over_captions,
 )
 from frozen_fast.evaluation.classification import Classification, average_prompts, classify, prompts_of
+from frozen_fast.evaluation.linear_head import LinearHead, fit_linear_head
 from frozen_fast.evaluation.metric_table import compute_metrics
 from frozen_fast.losses import RetrievalLoss, batch_loss, build_loss
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.report.gallery import GalleryPage
 from frozen_fast.training.gallery_page import gallery_page
-from frozen_fast.training.parts import build_evaluation_loader, build_reranking
+from frozen_fast.training.parts import build_evaluation_loader, build_reranking, matching_training_source
 from frozen_fast.training.signals import StopRequest, stop_explains
 
 Row = dict[str, Any]
@@ -86,6 +87,11 @@ def evaluate_with(
         loader = build_evaluation_loader(
             config, source, model, parallel.device, frames=frames, rank=parallel.rank, world_size=parallel.world_size
         )
+    head = None
+    if config.evaluation.linear_head and source.classes:
+        head = _fit_head(config, model, source, parallel, frames, stop)
+        if head is None:
+            return None
     result = evaluate_source(
         model,
         source,
@@ -100,6 +106,7 @@ def evaluate_with(
         rerank=build_reranking(config),
         prompts=config.evaluation.prompts,
         gallery=config.evaluation.gallery,
+        head=head,
         stop_asked=lambda: stop.asked,
     )
     if result is not None:
@@ -125,6 +132,7 @@ def evaluate_source(
     rerank: Reranking | None = None,
     prompts: Sequence[str] = (),
     gallery: int = 0,
+    head: LinearHead | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on one source; every rank encodes its own clips and captions, then all hold the same result.
@@ -143,6 +151,8 @@ def evaluate_source(
         rerank: re-rankings, whose metrics the first row holds under "reranked", apart from its plain "metrics".
         prompts: templates for the class names of a source with classes; the first row then holds "classification".
         gallery: queries of the retrieval page, 0: no page.
+        head: a linear layer over the model's clip features and the source's classes; the first row then holds
+            "linear_head".
         stop_asked: tells that this process was told to stop.
 
     Returns:
@@ -192,6 +202,9 @@ def evaluate_source(
                 if prompts and source.classes:
                     found = _classified(model, source, kept, prompts, video, parallel, batch_size)
                     rows[0]["classification"] = asdict(found)
+                if head is not None:
+                    found = classify(head.logits(_flat(video)), _class_numbers(source, kept), source.classes)
+                    rows[0]["linear_head"] = asdict(found)
         rows = parallel.gather_objects(rows)[0]
         base = {
             "frames": frames,
@@ -384,15 +397,66 @@ def _classified(
     Raises:
         UserError: a clip of the source has no class.
     """
-    labels = [source.clips[index].label for index in kept]
-    if None in labels:
-        clip = source.clips[kept[labels.index(None)]].id
-        raise UserError(f"evaluation.prompts: source {source.name}: clip {clip!r} has no class; allowed: all or none")
-    place = {name: number for number, name in enumerate(source.classes)}
     texts = prompts_of(source.classes, templates)
     text = _encode_texts(model, lambda rows: [texts[row] for row in rows], range(len(texts)), parallel, batch_size)
     sim_CV = average_prompts(similarity_in_blocks(model, text, video), len(source.classes))
-    return classify(sim_CV, [place[str(label)] for label in labels], source.classes)
+    return classify(sim_CV, _class_numbers(source, kept), source.classes)
+
+
+def _class_numbers(source: Source, kept: Sequence[int]) -> list[int]:
+    """The class of each of some clips, as its place in source.classes.
+
+    Raises:
+        UserError: a clip has no class.
+    """
+    place = {name: number for number, name in enumerate(source.classes)}
+    labels = [source.clips[index].label for index in kept]
+    if None in labels:
+        clip = source.clips[kept[labels.index(None)]].id
+        raise UserError(f"source {source.name}: clip {clip!r} has no class; allowed: a class for all clips or for none")
+    return [place[str(label)] for label in labels]
+
+
+def _flat(features: Features) -> Tensor:
+    """All features of a clip as one row."""
+    return torch.cat([tensor.flatten(1) for tensor in features.values()], dim=1)
+
+
+@torch.no_grad()
+def _fit_head(
+    config: ExperimentConfig, model: RetrievalModel, source: Source, parallel: Parallel, frames: int, stop: StopRequest
+) -> LinearHead | None:
+    """Fit a linear head on the training split that belongs to an evaluation source; None when told to stop."""
+    split = matching_training_source(config, source.name)
+    with parallel.together():
+        train = next(iter(read_sources([split]).values()))
+        if unknown := sorted(set(train.classes) - set(source.classes)):
+            wrong = f"source {source.name}: got class {unknown[0]!r} in training only"
+            raise UserError(f"evaluation.linear_head: {wrong}; allowed: the test split's classes")
+        loader = build_evaluation_loader(
+            config, train, model, parallel.device, frames=frames, rank=parallel.rank, world_size=parallel.world_size
+        )
+    training = model.training
+    model.eval()
+    try:
+        with parallel.together():
+            windows = _encode_windows(model, loader, parallel, lambda: stop.asked)
+        stopped, _ = parallel.agree(stop=stop.asked)
+        if stopped:
+            return None
+        own = {index: model.merge_windows(parts) for index, parts in windows.items() if index not in loader.dropped}
+        clips, _ = _gather_clips(own, loader.dropped, parallel)
+        with parallel.together():
+            kept = sorted(clips)
+            place = {name: number for number, name in enumerate(source.classes)}
+            numbers = [place[train.classes[number]] for number in _class_numbers(train, kept)]
+            return fit_linear_head(
+                _flat(stack_features([clips[index] for index in kept])), numbers, len(source.classes),
+                label_smoothing=config.evaluation.linear_head_smoothing,
+                weight_decay=config.evaluation.linear_head_decay,
+            )  # fmt: skip
+    finally:
+        model.train(training)
 
 
 def _twins(source: Source, kept: Sequence[int]) -> list[int]:

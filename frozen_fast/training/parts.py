@@ -314,6 +314,21 @@ def _querybank(source: SourceConfig, size: int) -> tuple[str, ...]:
     return tuple(clips[place * len(clips) // count].captions[0] for place in range(count))
 
 
+def matching_training_source(config: ExperimentConfig, evaluated: str) -> SourceConfig:
+    """The training split that belongs to an evaluation source: same format, path and split_version.
+
+    Raises:
+        UserError: data.sources has none.
+    """
+    own = next(source for source in config.evaluation.sources if source_name(source) == evaluated)
+    for source in config.data.sources:
+        if (source.format, source.path, source.split_version) == (own.format, own.path, own.split_version):
+            return source
+    version = f", split_version {own.split_version}" if own.split_version else ""
+    wanted = f"format {own.format}, path {own.path}{version}"
+    raise UserError(f"evaluation.linear_head: got true without an entry of data.sources with {wanted}; allowed: one")
+
+
 def described_sources(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
     """For environment.json: how many clips each source has, of which kind, and which rows were left out and why."""
     return {

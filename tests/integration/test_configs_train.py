@@ -10,6 +10,7 @@ from frozen_fast.common.files import read_json_lines
 from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.config.fields import to_plain
 from frozen_fast.data.sources import karpathy
+from frozen_fast.errors import UserError
 from frozen_fast.training.run import train
 from support.config_data import experiments, small_video_tower, with_data, write_data
 from support.datasets import WriteClip
@@ -54,6 +55,8 @@ def tiny(config: ExperimentConfig, tower: Path, run_folder: Path) -> ExperimentC
     tree["model"]["text"].update(
         name=str(tower), weights="random", tokenizer=None, max_tokens=12, pooling="cls", frozen_layers=0
     )
+    tree["optimizer"]["groups"] = []  # they name blocks that a pico tower lacks; test_optimizer.py tests them
+    tree["distillation"]["teachers"] = []
     tree["data"]["decode"].update(backend="pyav", threads=1)
     stages = tree["curriculum"]["stages"]
     tree["curriculum"].update(budget_epochs=None, budget_clips=None)
@@ -112,3 +115,20 @@ def test_a_source_with_classes_is_classified_by_prompts(data: Path, tower: Path,
     for one in found:
         assert one["classes"] == ["apply eye makeup", "archery", "wall pushups"] and one["clips"] == CLIPS
         assert sum(map(sum, one["confusion"])) == CLIPS and one["top5"] == 100.0
+
+
+@pytest.mark.slow
+def test_a_linear_head_is_fitted_on_the_split_that_belongs(data: Path, tower: Path, tmp_path: Path) -> None:
+    config = tiny(with_data("eval/hmdb51_linear.yaml", data), tower, tmp_path / "run")
+    with without_reports():
+        assert train(config) == 0
+    rows = read_json(tmp_path / "run" / "metrics.json")["evaluations"]
+    found = [row["linear_head"] for row in rows if "linear_head" in row]
+    assert len(found) == 3
+    for one in found:
+        assert one["classes"] == ["brush hair", "cartwheel"] and one["clips"] == CLIPS
+    tree = to_plain(config)
+    tree["data"]["sources"] = tree["data"]["sources"][:1]
+    tree["run_folder"] = str(tmp_path / "second")
+    with without_reports(), pytest.raises(UserError, match="evaluation.linear_head: got true without an entry"):
+        train(config_from_mapping(tree))

@@ -94,7 +94,7 @@ def test_every_experiment_says_what_it_is_and_has_its_own_name(name: str) -> Non
     assert names.count(config.name) == 1
 
 
-BACKBONES = "Table A.2"  # configs/pretrain/backbones/
+OTHER_FRAMES = {("Table A.2", "S3D-G")}  # torchvision's S3D takes no fewer than 8
 OWN_MODELS = ("CLIP2Video", "Collaborative Experts", "TeachText")  # other models, with configs of their own
 
 
@@ -110,9 +110,11 @@ def test_every_row_of_the_paper_has_a_config() -> None:
         frames = config.evaluation.frames or config.curriculum.stages[-1].frames
         if name.startswith("eval/") and config.evaluation.frames is None:
             continue  # as many as the checkpoint has learned
+        if (row.table, row.name) in OTHER_FRAMES:
+            continue
         assert row.frames in (None, frames), f"{name}: {frames} frames, the row has {row.frames}"
     for table in table_names():
-        if table not in (BACKBONES, *OWN_MODELS):
+        if table not in OWN_MODELS:
             assert {(table, row) for row in row_names(table)} <= followed.keys(), table
     readme = (CONFIGS / "README.md").read_text(encoding="utf-8")
     for names in followed.values():

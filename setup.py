@@ -28,6 +28,8 @@ EXTRAS = {
     "wandb": ["wandb>=0.20,<1"],
     # frozen-fast embed, search, index, serve and label.
     "search": ["faiss-cpu>=1.11,<2", "pyarrow>=17", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
+    # frozen-fast export --format onnx
+    "export": ["onnx>=1.17,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.20,<2"],
     # data.sources[].format=parquet
     "parquet": ["pyarrow>=17"],
     "tensorboard": ["tensorboard>=2.18,<3"],

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from frozen_fast.data.load.video_frames import load_video, transforms
     from frozen_fast.models import DualEncoder
     from frozen_fast.models.load_model import load_model
 
 __version__ = "0.1.0"
-__all__ = ["DualEncoder", "__version__", "load_model"]
+__all__ = ["DualEncoder", "__version__", "load_model", "load_video", "transforms"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from frozen_fast.models.load_model import load_model
 
         return load_model
+    if name in ("load_video", "transforms"):
+        from frozen_fast.data.load import video_frames
+
+        return getattr(video_frames, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from frozen_fast import __version__
-from frozen_fast.cli import commands, search_commands
+from frozen_fast.cli import commands, search_commands, share_commands
 from frozen_fast.cli.doctor import doctor, doctor_arguments
 from frozen_fast.cli.feature_commands import (
     convert_features,
@@ -19,6 +19,7 @@ from frozen_fast.cli.feature_commands import (
     make_caption_masks_arguments,
 )
 from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arguments
+from frozen_fast.cli.label_command import label, label_arguments
 from frozen_fast.cli.pack_command import pack, pack_arguments
 from frozen_fast.cli.serve_command import serve, serve_arguments
 from frozen_fast.errors import UserError, UserErrors
@@ -62,8 +63,12 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     ),
     "search": ("clips of an index that fit a text or a clip", search_commands.search_arguments, search_commands.search),
     "index": ("what an index holds; build, remove, compact", search_commands.index_arguments, search_commands.index),
+    "label": ("labels for clips from a list, without training", label_arguments, label),
     "serve": ("a local page that searches an index", serve_arguments, serve),
     "doctor": ("whether this machine can run an experiment, and what to do where it cannot", doctor_arguments, doctor),
+    "push": ("upload a checkpoint with a model card to the Hugging Face Hub", share_commands.push_arguments,
+             share_commands.push),
+    "export": ("both towers to ONNX or torch.export", share_commands.export_arguments, share_commands.export),
     "report": ("write a run's report.md and report.html again", commands.report_arguments, commands.report),
     "compare": ("put several runs side by side", commands.compare_arguments, commands.compare),
     "config-docs": ("write docs/config.md from the schema", commands.config_docs_arguments, commands.config_docs),

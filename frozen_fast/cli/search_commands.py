@@ -21,7 +21,7 @@ CAPTION_CHARACTERS = 60
 
 def embed_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `embed`."""
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint folder or released file")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="folder, released file or ORG/NAME")
     parser.add_argument(
         "--source", required=True, metavar="PATH", help="folder of videos and pictures, manifest, or packed shards"
     )
@@ -55,10 +55,11 @@ def embed(arguments: argparse.Namespace) -> int:
     """Embed a source into an index; what is embedded already is kept."""
     if arguments.stride_seconds is not None and not arguments.stride_seconds >= 0:
         raise UserError(f"--stride-seconds: got {arguments.stride_seconds}; allowed: from 0")
+    from frozen_fast.models.hub import checkpoint_path
     from frozen_fast.search.embed_run import EmbedRequest, embed_to_index
 
     request = EmbedRequest(
-        checkpoint=Path(arguments.checkpoint).expanduser(), source=arguments.source, output=Path(arguments.output),
+        checkpoint=checkpoint_path(arguments.checkpoint), source=arguments.source, output=Path(arguments.output),
         format=arguments.format, split=arguments.split, frames=arguments.frames, windows=arguments.windows,
         stride_seconds=arguments.stride_seconds, span_seconds=arguments.span, dtype=arguments.dtype,
         kind=arguments.kind, tokenizer=arguments.tokenizer, batch_size=arguments.batch_size,

@@ -17,6 +17,7 @@ from frozen_fast.common.similarity import cosine_similarities
 from frozen_fast.config.extensions import text_towers, video_towers
 from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError
+from frozen_fast.models.hub import checkpoint_path
 from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.pretrained import StoredModel, load_weights, read_model, write_model
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
@@ -302,7 +303,8 @@ class DualEncoder(RetrievalModel):
         """Load a checkpoint; the model comes in eval mode.
 
         Args:
-            path: a folder that save_pretrained or training wrote, or a released .pth or .pth.tar file.
+            path: a folder that save_pretrained or training wrote, a released .pth or .pth.tar file, or ORG/NAME of the
+                Hugging Face Hub (hub.checkpoint_path).
             num_frames: frames that the model takes; None: those that the checkpoint learned. Fewer keep the first
                 temporal embeddings, more expand them.
             expansion: "zero", "nearest" or "bilinear".
@@ -317,7 +319,7 @@ class DualEncoder(RetrievalModel):
         Raises:
             UserError: for a missing, damaged or foreign checkpoint.
         """
-        path = Path(path)
+        path = checkpoint_path(path)
         config = config or ModelConfig()
         heads = {"video_heads": config.video.heads, "text_heads": config.text.heads}
         stored = read_model(path, tokenizer, max_tokens, **heads)

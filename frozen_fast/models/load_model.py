@@ -9,7 +9,7 @@ from typing import Any
 
 from frozen_fast.config.extensions import models
 from frozen_fast.errors import UserError, unknown_name
-from frozen_fast.models.pretrained import checkpoint_of_run
+from frozen_fast.models.hub import checkpoint_path
 from frozen_fast.models.retrieval_model import RetrievalModel
 
 CONFIG_FILE = "config.json"
@@ -21,8 +21,8 @@ def load_model(path: str | Path, kind: str | None = None, **options: Any) -> Ret
     """Load a model, in eval mode.
 
     Args:
-        path: a frozen_fast checkpoint folder, a run folder (its best checkpoint, else its newest), or a file that
-            another project released.
+        path: a frozen_fast checkpoint folder, a run folder (its best checkpoint, else its newest), a file that another
+            project released, or ORG/NAME on the Hub.
         kind: its name in frozen_fast.config.extensions.models; None: a folder's config.json says it. A released file
             needs it.
         options: keywords of the model's from_pretrained.
@@ -30,7 +30,7 @@ def load_model(path: str | Path, kind: str | None = None, **options: Any) -> Ret
     Raises:
         UserError: no kind, an unknown one or another than the folder's; an unknown option; a damaged checkpoint.
     """
-    path = checkpoint_of_run(Path(path).expanduser())
+    path = checkpoint_path(path)
     if kind is not None:
         models.check(kind, "kind")
     if path.is_dir():

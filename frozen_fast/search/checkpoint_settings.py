@@ -143,6 +143,11 @@ def with_windows(settings: EmbedSettings, windows: str | int) -> EmbedSettings:
     raise UserError(f"windows: got {windows!r}; allowed: auto, middle, or a whole number from 1")
 
 
+def with_learned_frames(settings: EmbedSettings, model: DualEncoder) -> EmbedSettings:
+    """Settings with the frames that the loaded model takes."""
+    return replace(settings, frames=model.learned_frames)
+
+
 def load_for_search(
     checkpoint: Path, *, frames: int | None, trained: dict[str, Any], tokenizer: str | None = None,
     device: torch.device | str = "cpu",

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from frozen_fast.config.schema import DecodeConfig, EvaluationConfig
 from frozen_fast.data import Clip, EvaluationLoader, Source
-from frozen_fast.data.load.for_model import FrameFormat, build_evaluation_loader
-from frozen_fast.data.load.video_frames import kind_of
+from frozen_fast.data.load.for_model import build_evaluation_loader
+from frozen_fast.data.load.video_frames import format_of, kind_of
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
 from frozen_fast.models.retrieval_model import Features
@@ -99,18 +99,12 @@ def loader_for(
     """The loader of a source's test windows for a model; pictures alone have one frame."""
     return build_evaluation_loader(
         source,
-        frame_format(model),
+        format_of(model),
         evaluation=settings.evaluation(batch_size),
         decode=decode,
         device=model.device,
         frames=1 if source.kind == "image" else settings.frames,
     )
-
-
-def frame_format(model: DualEncoder) -> FrameFormat:
-    """The frames that a model takes."""
-    mean, std = model.mean, model.std
-    return FrameFormat(model.resolution, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
 @torch.no_grad()

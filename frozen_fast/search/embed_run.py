@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from frozen_fast.search.checkpoint_settings import (
     load_for_search,
     parallel_config,
     settings_for,
+    with_learned_frames,
 )
 from frozen_fast.search.collection import collect
 from frozen_fast.search.embed import text_vectors
@@ -122,7 +123,7 @@ def embed_to_index(request: EmbedRequest, progress: Callable[[int], Progress]) -
                 request.checkpoint, frames=settings.frames or None, trained=trained, tokenizer=request.tokenizer,
                 device=parallel.device,
             )  # fmt: skip
-            settings = replace(settings, frames=model.learned_frames)
+            settings = with_learned_frames(settings, model)
         with contextlib.ExitStack() as held:
             result = _embed_on_ranks(request, model, settings, parallel, progress, held)
         failed = False
@@ -178,7 +179,7 @@ def info_of(request: EmbedRequest, model: DualEncoder, settings: EmbedSettings) 
     return IndexInfo(
         width=model.embedding_width,
         dtype=request.dtype,
-        checkpoint=str(request.checkpoint.absolute()),
+        checkpoint=str(request.checkpoint.resolve()),
         fingerprint=fingerprint(request.checkpoint),
         tokenizer=request.tokenizer,
         settings=settings.to_json(),

@@ -28,6 +28,7 @@ FLOORS = {
     "frozen_fast.training": 4,
     "frozen_fast.sweep": 4,
     "frozen_fast.search": 4,
+    "frozen_fast.sharing": 4,
     "frozen_fast.cli": 5,
     "benchmarks": 5,
     "launch": 5,
@@ -36,7 +37,12 @@ FLOORS = {
 }
 """Package -> floor. Packages of one floor do not import each other."""
 
-PUBLIC_NAMES = {"DualEncoder": "frozen_fast.models", "load_model": "frozen_fast.models.load_model"}
+PUBLIC_NAMES = {
+    "DualEncoder": "frozen_fast.models",
+    "load_model": "frozen_fast.models.load_model",
+    "load_video": "frozen_fast.data.load.video_frames",
+    "transforms": "frozen_fast.data.load.video_frames",
+}
 """Names that frozen_fast/__init__.py imports on first use, and where from."""
 
 OURS = ("frozen_fast", "frozen_kernels", "train", "benchmarks", "launch")

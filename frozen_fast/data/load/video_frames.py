@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -70,6 +71,34 @@ def load_video(
         got = f"got {os.fspath(path)!r}, which cannot be read ({error.cause}: {error.message})"
         raise UserError(f"path: {got}; allowed: a video or a picture") from None
     return torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2)
+
+
+class TakesFrames(Protocol):
+    """A model that takes frames."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def resolution(self) -> int:
+        """Side of its frames, pixels."""
+        ...
+
+
+def format_of(model: TakesFrames) -> FrameFormat:
+    """The frames that a model takes."""
+    mean, std = model.mean, model.std
+    return FrameFormat(model.resolution, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
+
+
+def transforms(model: TakesFrames, *, resize: int = DEFAULT_RESIZE) -> TestTransform:
+    """What makes a model's input of load_video's frames: resize, centre crop, normalise, as evaluation does.
+
+    Args:
+        model: says its resolution, mean and std.
+        resize: short side before the centre crop, for a 224 model (evaluation.resize).
+    """
+    return TestTransform(format_of(model), resize=resize)
 
 
 class TestTransform:

@@ -56,7 +56,7 @@ def read_layout(qkv_BS3ND: Tensor, num_frames: int, axis: str) -> Layout:
     if qkv_BS3ND.dtype not in FLOAT_DTYPES:
         raise ValueError(f"qkv: got dtype {qkv_BS3ND.dtype}; allowed: float32, bfloat16, float16")
     batch, tokens, _, heads, head_width = qkv_BS3ND.shape
-    if min(batch, heads, head_width) < 1:
+    if batch < 1 or heads < 1 or head_width < 1:  # not min(): torch.export would fix the batch size
         raise ValueError(f"qkv: got shape {tuple(qkv_BS3ND.shape)}; allowed: sizes of at least 1")
     if num_frames < 1 or tokens < 1 + num_frames or (tokens - 1) % num_frames:
         raise ValueError(f"num_frames: got {num_frames} for {tokens} tokens; allowed: S = 1 + num_frames * P, P >= 1")

@@ -80,4 +80,6 @@ def add_positions(patches_BTPD: Tensor, cls_11D: Tensor, pos_1KD: Tensor, tempor
         )
     if not cls_11D.dtype == pos_1KD.dtype == temporal_1TD.dtype:
         raise ValueError("positions: got parameters of different dtypes; allowed: one dtype")
+    if torch.compiler.is_exporting():  # the program must run where this library is not
+        return add_positions_reference(patches_BTPD, cls_11D, pos_1KD, temporal_1TD)
     return _forward(patches_BTPD, cls_11D, pos_1KD, temporal_1TD)

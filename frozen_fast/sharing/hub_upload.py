@@ -1,0 +1,69 @@
+"""A Hub folder from a checkpoint, and its upload."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from frozen_fast.common.files import write_atomically
+from frozen_fast.errors import UserError, reason
+from frozen_fast.sharing.model_card import model_card
+
+MODEL_FILES = ("config.json", "model.safetensors")
+OPTIONAL_FILES = ("tokenizer.json", "tokenizer_config.json")
+CARD = "README.md"
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_hub_folder(checkpoint: Path, output: Path, *, name: str, licence: str) -> Path:
+    """Copy what a reader of the model needs, without the optimizer's state, and write the model card.
+
+    Args:
+        checkpoint: a frozen_fast checkpoint folder.
+        output: a new or empty folder.
+        name: ORG/NAME on the Hub.
+        licence: of the weights.
+
+    Raises:
+        UserError: the checkpoint lacks a file, the name is no ORG/NAME, or the folder holds something.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--repo: got {name!r}; allowed: ORG/NAME")
+    missing = [file for file in MODEL_FILES if not (checkpoint / file).is_file()]
+    if missing:
+        raise UserError(
+            f"--checkpoint: got {str(checkpoint)!r}, which lacks {missing[0]}; allowed: a frozen_fast folder "
+            "(`frozen-fast convert-checkpoint` makes one of a released file)"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: got {str(output)!r}, which holds something; allowed: a new or empty folder")
+    card = model_card(checkpoint, name, licence)
+    output.mkdir(parents=True, exist_ok=True)
+    for file in (*MODEL_FILES, *OPTIONAL_FILES):
+        if (checkpoint / file).is_file():
+            shutil.copyfile(checkpoint / file, output / file)
+    write_atomically(output / CARD, card)
+    return output
+
+
+def upload(folder: Path, name: str, *, private: bool) -> str:
+    """Upload a folder to the Hub under the user's own login.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: not logged in, offline, or refused.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a frozen_fast model"))
+    except Exception as error:  # the Hub's and the network's errors share no base class
+        raise UserError(
+            f"--repo: {name} could not be uploaded to ({reason(error)}); allowed: a name that `hf auth login` gives "
+            "rights to, with the network on"
+        ) from None

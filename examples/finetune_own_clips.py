@@ -10,13 +10,13 @@ from frozen_fast.config import config_from_mapping
 from frozen_fast.training.run import train
 
 checkpoint, manifest, run_folder, *overrides = sys.argv[1:]
-frames = DualEncoder.from_pretrained(checkpoint).learned_frames
+model = DualEncoder.from_pretrained(checkpoint)
 settings = {
     "name": "finetuned",
     "run_folder": run_folder,
-    "model": {"checkpoint": checkpoint},
+    "model": {"checkpoint": checkpoint, "text": {"max_tokens": model.tokenizer.max_tokens}},
     "data": {"sources": [{"name": "own", "path": manifest}]},
-    "curriculum": {"stages": [{"frames": frames, "global_batch_size": 16, "steps": 500}]},
+    "curriculum": {"stages": [{"frames": model.learned_frames, "global_batch_size": 16, "steps": 500}]},
     "optimizer": {"learning_rate": 1e-5},
     "evaluation": {"sources": [{"name": "own", "path": manifest}], "every": "end"},
 }

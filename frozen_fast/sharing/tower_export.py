@@ -73,7 +73,8 @@ def export_towers(
     model = DualEncoder.from_pretrained(checkpoint, frames, expansion, video_options=PORTABLE)
     side = model.resolution
     video = torch.zeros(2, model.learned_frames, 3, side, side)
-    tokens = torch.ones(2, 4, dtype=torch.int64)
+    # Two tensors, one of them with padding: a shared or a full mask would become part of the program.
+    tokens, mask = torch.arange(8).view(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     batch = torch.export.Dim("batch", min=1, max=MOST_CLIPS)
     length = torch.export.Dim("tokens", min=2, max=model.text_model.max_positions)
     suffix = ".onnx" if format == "onnx" else ".pt2"
@@ -84,7 +85,7 @@ def export_towers(
             programs = [
                 torch.export.export(VideoProgram(model), (video,), dynamic_shapes=({0: batch},)),
                 torch.export.export(
-                    TextProgram(model), (tokens, tokens), dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length})
+                    TextProgram(model), (tokens, mask), dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length})
                 ),
             ]
         for program, path in zip(programs, paths, strict=True):

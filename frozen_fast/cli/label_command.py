@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from frozen_fast.cli.progress import progress
 from frozen_fast.cli.search_commands import natural, positive
+from frozen_fast.common.progress import progress
 from frozen_fast.errors import UserError, some
 
 

@@ -47,8 +47,10 @@ def _header(licence: str) -> str:
 
 
 def _model(architecture: dict[str, Any]) -> str:
-    size = architecture["video"]["size"]
-    text = architecture["text"]["config"].get("model_type", "a transformer")
+    video, text = architecture["video"], architecture["text"].get("config", {}).get("model_type", "a transformer")
+    size = video.get("size")
+    if not isinstance(size, dict):
+        return f"A dual encoder of video and text with the video tower {video.get('tower', 'of its kind')!r}.\n"
     return (
         "A dual encoder of video and text in the manner of Frozen in Time (Bain et al., 2021): a space-time "
         f"transformer of {size['depth']} blocks and width {size['width']} over {architecture['learned_frames']} "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from frozen_fast.common.files import write_json
+from frozen_fast.config.schema import ModelConfig, VideoTowerConfig
 from frozen_fast.errors import UserError, reason
 from frozen_fast.models import DualEncoder
 
@@ -20,7 +21,9 @@ log = logging.getLogger(__name__)
 FORMATS = ("onnx", "torch")
 OPSET = 20
 MOST_CLIPS = 65_536
-PORTABLE = {"attention": "reference", "fused_ops": "plain"}
+MOST_TOKENS = 4096
+"""Of text towers that take any number."""
+PORTABLE = ModelConfig(video=VideoTowerConfig(attention="reference", fused_ops="plain"))
 """Forms of the video tower's operations that exporters know."""
 
 SETTINGS_FILE = "export.json"
@@ -70,13 +73,13 @@ def export_towers(
     """
     if format not in FORMATS:
         raise UserError(f"--format: got {format!r}; allowed: {', '.join(FORMATS)}")
-    model = DualEncoder.from_pretrained(checkpoint, frames, expansion, video_options=PORTABLE)
+    model = DualEncoder.from_pretrained(checkpoint, frames, expansion, config=PORTABLE)
     side = model.resolution
     video = torch.zeros(2, model.learned_frames, 3, side, side)
     # Two tensors, one of them with padding: a shared or a full mask would become part of the program.
     tokens, mask = torch.arange(8).view(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     batch = torch.export.Dim("batch", min=1, max=MOST_CLIPS)
-    length = torch.export.Dim("tokens", min=2, max=model.text_model.max_positions)
+    length = torch.export.Dim("tokens", min=2, max=model.text_model.max_positions or MOST_TOKENS)
     suffix = ".onnx" if format == "onnx" else ".pt2"
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{tower}{suffix}" for tower in ("video", "text")]

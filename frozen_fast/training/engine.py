@@ -20,6 +20,7 @@ from frozen_fast.losses import RetrievalLoss
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.optimizers import learning_rate_factor, set_learning_rate
 from frozen_fast.parallel.base import Parallel, seed_step
+from frozen_fast.parallel.running_statistics import average_running_statistics
 from frozen_fast.profiling.energy import EnergyMeter
 from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.profiling.peak import DevicePeak
@@ -355,6 +356,7 @@ class Engine:
 
     def _save(self, stage: OpenStage, steps_in_stage: int) -> None:
         """Write a checkpoint of where the run stands."""
+        average_running_statistics(self._parts.model)
         self._journal.flush(stage.meter)
         with self._parts.watchdog.phase("checkpoint"):
             self._keeper.save(stage, steps_in_stage, self._position, self._ledger.to_json())

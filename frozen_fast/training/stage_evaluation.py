@@ -12,6 +12,7 @@ from frozen_fast.config import ExperimentConfig, StagePlan, loss_batch_size
 from frozen_fast.data import Source
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.running_statistics import average_running_statistics
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.report.gallery import GalleryPage, gallery_file, write_gallery
 from frozen_fast.training import compiling
@@ -59,6 +60,7 @@ class StageEvaluation:
         rows: list[dict[str, Any]] = []
         bad_clips: list[dict[str, Any]] = []
         batch_size = loss_batch_size(self._config)
+        average_running_statistics(self._parallel.model)
         eager = compiling.eager() if self._config.training.compile else nullcontext()
         pages: dict[str, GalleryPage] = {}
         with eager, self._parallel.whole_model() as whole:

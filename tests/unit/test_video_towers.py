@@ -21,6 +21,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder, VideoTower, build_dual_encoder, check_model
 from frozen_fast.models.video.timm_frames import TimmFrames
 from frozen_fast.models.video.torchvision_video import TorchvisionVideo
+from frozen_fast.parallel.running_statistics import average_running_statistics
 from support.towers import make_text_tower
 
 SIDE = 32
@@ -238,3 +239,32 @@ def test_weights_are_as_many_as_the_paper_prints() -> None:
     assert {table for table, _ in rows} == {"Table A.2", "Table A.3"} and len(rows) == 8
     committed = json.loads((ROOT / "benchmarks/results/parameter_counts.json").read_text(encoding="utf-8"))["rows"]
     assert committed == list(rows.values())
+
+
+def test_a_frozen_tower_keeps_its_running_averages() -> None:
+    tower = TimmFrames("resnet10t", resolution=SIDE).requires_grad_(False).train()
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    tower(clip(2))
+    assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+    tower.requires_grad_(True).train()(clip(2))
+    assert any(not torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+
+
+def _average_on_a_rank(rank: int, store: str, results: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    norm = nn.BatchNorm2d(2)
+    torch.manual_seed(rank)
+    norm(torch.randn(4, 2, 3, 3) + 3 * rank)
+    own = norm.running_mean.clone()
+    average_running_statistics(norm)
+    torch.save({"own": own, "mean": norm.running_mean, "var": norm.running_var}, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_running_averages_are_the_mean_over_ranks(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_average_on_a_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert not torch.allclose(first["own"], second["own"], atol=0.1)
+    for key in ("mean", "var"):
+        assert torch.equal(first[key], second[key])
+    torch.testing.assert_close(first["mean"], (first["own"] + second["own"]) / 2)

@@ -131,6 +131,10 @@ class VideoTower(nn.Module, ABC):
             ValueError: for another shape.
         """
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a tower that is frozen as a whole stays in eval mode, running averages included."""
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+
     @property
     def frames(self) -> range:
         """The numbers of frames that a clip may have."""

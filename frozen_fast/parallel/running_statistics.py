@@ -1,0 +1,23 @@
+"""BatchNorm's running averages, which every rank keeps of its own clips."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from frozen_fast.common.ranks import is_distributed, mean_over_ranks
+
+
+@torch.no_grad()
+def average_running_statistics(model: nn.Module) -> None:
+    """Give all ranks the mean of their running averages, before an evaluation or a checkpoint; a collective.
+
+    Training normalises by a rank's own batch and reads none of them, so that its steps stay as they are.
+    """
+    if not is_distributed():
+        return
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            for statistic in (module.running_mean, module.running_var):
+                statistic.copy_(mean_over_ranks(statistic))

@@ -18,6 +18,7 @@ from attention import table as attention_table
 from model_step import table as model_step_table
 from throughput_agreement import table as agreement_table
 from throughput_report import markdown, projected_rows, row_table, stage_table
+from traffic_model import table as traffic_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/performance.md"
@@ -62,12 +63,34 @@ def input_forms_text(result: dict[str, Any]) -> str:
     return f"{note}.\n\n" + "\n".join(lines)
 
 
+def kernel_resources_text(result: dict[str, Any]) -> str:
+    """benchmarks/kernel_resources.py's result: compiled, not measured."""
+    columns = ("registers", "shared_bytes", "warps_resident", "barriers", "shuffles", "matrix_instructions")
+    architectures = sorted(result["architectures"], key=int)
+    devices = ", ".join(f"sm_{name}: {result['architectures'][name]['device']}" for name in architectures)
+    order = "Figures of one cell are in that order; the last three are instructions as they stand in the code."
+    head = "| case | kernel | registers | shared bytes | warps resident of 64 | barriers | shuffles | matrix products |"
+    lines = [f"Compiled without a GPU; {devices}. {order}", "", head, "|" + 8 * "---|"]
+    by_kernel: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for row in result["kernels"]:
+        key = (row["case"], row["kernel"], json.dumps(row["constants"]))
+        by_kernel.setdefault(key, {})[row["capability"]] = row
+    for (case, kernel, _), found in by_kernel.items():
+        cells = (" / ".join(str(found[int(name)][column]) for name in architectures) for column in columns)
+        lines.append(f"| {case} | {kernel} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     """What writes a result's table; None for a file that has no table here."""
     if "row_stages" in result:
         return throughput_text
     if "agreement" in result:
         return agreement_table
+    if "architectures" in result:
+        return kernel_resources_text
+    if "projections" in result:
+        return lambda projected: traffic_table(projected["projections"])
     rows = result.get("rows") or [{}]
     if not isinstance(rows, list) or not isinstance(rows[0], dict):
         return None

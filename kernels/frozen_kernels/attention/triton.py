@@ -43,7 +43,8 @@ def padded_width(head_width: int) -> int:
 
 def time_tile(layout: Layout) -> Tile:
     """Positions per program: few enough that its tiles [T, rows, D] stay in registers (no spills on sm_90)."""
-    elements = 2048 if layout.frames == 1 else 512 if layout.frames <= 4 else 256
+    most = {1: 2048, 2: 512, 4: 512, 8: 256, 16: 128}
+    elements = most[triton.next_power_of_2(layout.frames)]
     rows = max(1, elements // padded_width(layout.head_width))
     return Tile(min(rows, triton.next_power_of_2(layout.patches)), 0, 4, 1)
 
@@ -55,7 +56,9 @@ def space_tile(layout: Layout, dtype: torch.dtype) -> Tile:
     """
     largest = 32 if dtype == torch.float32 else 64
     side = max(16, min(largest, triton.next_power_of_2(layout.patches)))
-    return Tile(side, side, *((8, 1) if padded_width(layout.head_width) > 64 else (4, 3)))
+    if padded_width(layout.head_width) > 64:
+        return Tile(side, side, 8, 1)
+    return Tile(side, side, 8 if dtype == torch.float32 else 4, 3)
 
 
 def check_limits(layout: Layout) -> None:

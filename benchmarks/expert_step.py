@@ -154,16 +154,22 @@ def main() -> None:
         "batched": lambda: batch_loss(loss, batched.similarity({"tokens": tokens}, video)[None], {}),
     }
     result: dict[str, Any] = {
-        "device": device_description(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "batch_size": size, "steps": options.steps, "largest_difference": float(difference),
-    }  # fmt: skip
+        "device": device_description(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch_size": size,
+        "steps": options.steps,
+        "largest_difference": float(difference),
+    }
     for name, step in forms.items():
         seconds = sorted(timed(step, options.steps, device))
         median = statistics.median(seconds)
         result[name] = {
-            "median_seconds": median, "p20_seconds": seconds[len(seconds) // 5],
-            "p80_seconds": seconds[-1 - len(seconds) // 5], "epoch_seconds": median * TRAINING_VIDEOS / size,
-        }  # fmt: skip
+            "median_seconds": median,
+            "p20_seconds": seconds[len(seconds) // 5],
+            "p80_seconds": seconds[-1 - len(seconds) // 5],
+            "epoch_seconds": median * TRAINING_VIDEOS / size,
+        }
     result["ratio"] = result["plain"]["median_seconds"] / result["batched"]["median_seconds"]
     text = json.dumps(result, indent=2)
     print(text)

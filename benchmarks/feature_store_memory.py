@@ -77,9 +77,15 @@ def main() -> None:
         source = read_source(SourceConfig(name="s", format="features", path=str(store), split="train_list"))
         format = FeatureFormat(experts={EXPERT: ExpertFormat(options.width)}, text="openai", text_tokens=TOKENS)
         specs = plan_steps(
-            {"s": len(source)}, {"s": 1.0}, "round_robin", 0, batch_sizes={"s": 64}, frames=1,
-            num_steps=options.batches, start=DataPosition(),
-        )  # fmt: skip
+            {"s": len(source)},
+            {"s": 1.0},
+            "round_robin",
+            0,
+            batch_sizes={"s": 64},
+            frames=1,
+            num_steps=options.batches,
+            start=DataPosition(),
+        )
         for _ in FeatureTrainingLoader({"s": source}, format).batches(specs):
             pass
         result["own_mebibytes"]["read"] = own_mebibytes()

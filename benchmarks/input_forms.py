@@ -84,18 +84,32 @@ def no_tokens(captions: list[str]) -> dict[str, torch.Tensor]:
 
 def endless(loader: TrainingLoader, source: Source, frames: int, batch: int) -> Iterator[Batch]:
     """Batches of one source without end."""
-    return loader.batches(plan_steps(
-        {source.name: len(source)}, {source.name: 1.0}, "round_robin", 0, batch_sizes={source.name: batch},
-        frames=frames, num_steps=10**6, start=DataPosition(),
-    ))  # fmt: skip
+    return loader.batches(
+        plan_steps(
+            {source.name: len(source)},
+            {source.name: 1.0},
+            "round_robin",
+            0,
+            batch_sizes={source.name: batch},
+            frames=frames,
+            num_steps=10**6,
+            start=DataPosition(),
+        )
+    )
 
 
 def rates(source: Source, frames: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Clips a second over windows of about --window-seconds each, after warm-up."""
     decoder = partial(
-        build_decoder, options.backend, device="cpu" if options.workers else device, resolution=224,
-        mean=AUGMENTATION.mean, std=AUGMENTATION.std, threads=options.threads, max_pixels=10**7,
-    )  # fmt: skip
+        build_decoder,
+        options.backend,
+        device="cpu" if options.workers else device,
+        resolution=224,
+        mean=AUGMENTATION.mean,
+        std=AUGMENTATION.std,
+        threads=options.threads,
+        max_pixels=10**7,
+    )
     ahead = 2 * max(1, options.workers)
     decode = DecodeConfig(threads=options.threads, workers=options.workers, prefetch_batches=ahead)
     loader = TrainingLoader(
@@ -139,8 +153,9 @@ def tell(rows: list[dict[str, Any]]) -> None:
         cpu = f"{row['clips_per_cpu_second']:8.1f} per CPU second" if row["clips_per_cpu_second"] else ""
         print(
             f"{row['frames']} frames  {row['form']:7s} {row['clips_per_second']:8.1f} clips/s {cpu} "
-            f"(shards: {row['shards_are_faster_by']:.1f} x)  {', '.join(row['backends'])}", flush=True
-        )  # fmt: skip
+            f"(shards: {row['shards_are_faster_by']:.1f} x)  {', '.join(row['backends'])}",
+            flush=True,
+        )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -163,19 +163,25 @@ def read_launch(case: str, function: Any, arguments: Sequence[Any], options: dic
 def compile_launch(launch: Launch, architecture: Architecture) -> dict[str, Any]:
     """The row of one kernel on one architecture."""
     source = ASTSource(
-        launch.function, dict(launch.signature), dict(launch.constants),
+        launch.function,
+        dict(launch.signature),
+        dict(launch.constants),
         {(index,): [["tt.divisibility", POINTER_BYTES]] for index in launch.aligned},
-    )  # fmt: skip
+    )
     target = GPUTarget("cuda", architecture.capability, 32)
     kernel = triton.compile(source, target=target, options=dict(launch.options))
     warps = dict(launch.options).get("num_warps", 4)
     assembled = read_ptxas(ptxas_report(kernel.asm["ptx"], architecture))
     row = {
-        "kernel": launch.function.__name__, "case": launch.case, "capability": architecture.capability,
-        "constants": {name: value for name, value in launch.constants if name.isupper()}, "warps_of_a_block": warps,
-        "shared_bytes": kernel.metadata.shared, **assembled,
+        "kernel": launch.function.__name__,
+        "case": launch.case,
+        "capability": architecture.capability,
+        "constants": {name: value for name, value in launch.constants if name.isupper()},
+        "warps_of_a_block": warps,
+        "shared_bytes": kernel.metadata.shared,
+        **assembled,
         **read_machine_code(machine_code(kernel.asm["cubin"])),
-    }  # fmt: skip
+    }
     return {**row, "warps_resident": resident_warps(row["registers"], warps, row["shared_bytes"], architecture)}
 
 

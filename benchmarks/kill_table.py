@@ -42,9 +42,7 @@ def write_config(data: dict[str, Path], folder: Path) -> Path:
     config = tiny_config(
         data,
         folder / "run",
-        curriculum={
-            "stages": [{"frames": frames, "global_batch_size": 4, "steps": STEPS} for frames in (1, 2, 4)]
-        },
+        curriculum={"stages": [{"frames": frames, "global_batch_size": 4, "steps": STEPS} for frames in (1, 2, 4)]},
         checkpoints={"every_steps": EVERY_STEPS, "keep": 2},
         evaluation={"every": "stage", "sources": [{"name": "held_out", "path": str(data["videos"])}]},
     )

@@ -72,8 +72,13 @@ def measure() -> list[dict[str, Any]]:
 def _row(table: str, name: str, tower: str, parameters: int, remark: str) -> dict[str, Any]:
     printed = published_row(table, name).parameters
     return {
-        "table": table, "row": name, "tower": tower, "parameters": parameters, "printed": printed, "remark": remark,
-    }  # fmt: skip
+        "table": table,
+        "row": name,
+        "tower": tower,
+        "parameters": parameters,
+        "printed": printed,
+        "remark": remark,
+    }
 
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:

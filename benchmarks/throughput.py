@@ -105,17 +105,35 @@ def measure_stage(key: StageKey, options: argparse.Namespace, manifest: Path, fo
     windows = ["--windows", str(options.windows), "--warmup-steps", str(options.warmup_steps)]
     windows += ["--window-steps", str(options.window_steps)] if options.window_steps else []
     command = launched(
-        options, ROOT / "benchmarks/throughput_stage.py", "--config", str(options.config),
-        "--frames", str(key.frames), "--batch-size", str(key.batch_size), "--modes", ",".join(options.modes),
-        "--window-seconds", str(options.window_seconds), *windows, "--text-tokens", str(options.text_tokens),
-        *(["--measure-peak"] if options.measure_peak else []), "--output", str(output),
+        options,
+        ROOT / "benchmarks/throughput_stage.py",
+        "--config",
+        str(options.config),
+        "--frames",
+        str(key.frames),
+        "--batch-size",
+        str(key.batch_size),
+        "--modes",
+        ",".join(options.modes),
+        "--window-seconds",
+        str(options.window_seconds),
+        *windows,
+        "--text-tokens",
+        str(options.text_tokens),
+        *(["--measure-peak"] if options.measure_peak else []),
+        "--output",
+        str(output),
         *settings(options, manifest, key.attention),
-    )  # fmt: skip
+    )
     log = folder / f"{name}.log"
     result = run_limited(
-        command, folder=Path.cwd(), environment={"HF_HUB_OFFLINE": "1"}, log=log,
-        seconds=options.stage_seconds, memory_bytes=None,
-    )  # fmt: skip
+        command,
+        folder=Path.cwd(),
+        environment={"HF_HUB_OFFLINE": "1"},
+        log=log,
+        seconds=options.stage_seconds,
+        memory_bytes=None,
+    )
     identity = {"frames": key.frames, "batch_size": key.batch_size, "attention": key.attention}
     text = log.read_text(errors="replace")
     cause = classify(result.exit_code, text, timed_out=result.timed_out, over_memory=False)
@@ -129,8 +147,12 @@ def measure_stage(key: StageKey, options: argparse.Namespace, manifest: Path, fo
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured and for how long; throughput_agreement.py measures its stages in the same way."""
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/benchmarks/throughput.yaml",
-                        help="experiment file whose model, engine and decoding are measured")  # fmt: skip
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "configs/benchmarks/throughput.yaml",
+        help="experiment file whose model, engine and decoding are measured",
+    )
     parser.add_argument("--accelerate", type=Path, help="Accelerate config file")
     parser.add_argument("--data", default="render", help=DATA)
     parser.add_argument("--windows", type=int, default=5, help="measured windows per mode, at least 5 for a result")

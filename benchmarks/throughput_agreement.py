@@ -92,10 +92,18 @@ def train(
     """
     listed = [{"frames": frames, "global_batch_size": size, "steps": steps} for frames, size, steps in stages]
     command = launched(
-        options, ROOT / "train.py", "--config", str(options.config), *settings(options, manifest, options.attention),
-        f"curriculum.stages={json.dumps(listed)}", "curriculum.budget_epochs=null", "curriculum.budget_clips=null",
-        "checkpoints.every_steps=0", "checkpoints.keep=1", f"run_folder={folder}",
-    )  # fmt: skip
+        options,
+        ROOT / "train.py",
+        "--config",
+        str(options.config),
+        *settings(options, manifest, options.attention),
+        f"curriculum.stages={json.dumps(listed)}",
+        "curriculum.budget_epochs=null",
+        "curriculum.budget_clips=null",
+        "checkpoints.every_steps=0",
+        "checkpoints.keep=1",
+        f"run_folder={folder}",
+    )
     log = folder.with_suffix(".log")
     environment = {"HF_HUB_OFFLINE": "1"}
     result = run_limited(
@@ -124,15 +132,24 @@ def one_round(
         if measured["cause"] != "ok":
             raise UserError(f"{frames} frames: {measured['cause']}: {measured['message']}")
         timed_seconds = stage["training_seconds"] + stage["stall_seconds"]
-        rows.append({
-            "frames": frames, "batch_size": batch_size, "steps": steps, "num_devices": stage["num_devices"],
-            "run": {
-                "clips": stage["clips"], "timed_clips": round(stage["clips_per_second"] * timed_seconds),
-                "seconds": stage["seconds"], "stall_share": stage["stall_share"],
-                **{f"{part}_seconds": stage[f"{part}_seconds"] for part in PARTS},
-            },
-            "modes": measured["modes"], "precision": measured["precision"], "device": measured["device"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "frames": frames,
+                "batch_size": batch_size,
+                "steps": steps,
+                "num_devices": stage["num_devices"],
+                "run": {
+                    "clips": stage["clips"],
+                    "timed_clips": round(stage["clips_per_second"] * timed_seconds),
+                    "seconds": stage["seconds"],
+                    "stall_share": stage["stall_share"],
+                    **{f"{part}_seconds": stage[f"{part}_seconds"] for part in PARTS},
+                },
+                "modes": measured["modes"],
+                "precision": measured["precision"],
+                "device": measured["device"],
+            }
+        )
     return rows
 
 
@@ -150,11 +167,17 @@ def compare(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
         seconds = sum(stage["run"]["training_seconds"] + stage["run"]["stall_seconds"] for stage in stages)
         projection, rate = project(clips, pooled, MODE), speed(pooled, MODE)
         assert projection is not None and rate is not None
-        rows.append({
-            "stage": f"{first['frames']} frames, batch {first['batch_size']}", "clips": clips,
-            "run_clips_per_second": clips / seconds, "windows_clips_per_second": rate, "windows": len(windows),
-            "run_gpu_hours": seconds * first["num_devices"] / 3600, "projected_gpu_hours": projection["median"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "stage": f"{first['frames']} frames, batch {first['batch_size']}",
+                "clips": clips,
+                "run_clips_per_second": clips / seconds,
+                "windows_clips_per_second": rate,
+                "windows": len(windows),
+                "run_gpu_hours": seconds * first["num_devices"] / 3600,
+                "projected_gpu_hours": projection["median"],
+            }
+        )
     total = {name: sum(row[name] for row in rows) for name in ("clips", "run_gpu_hours", "projected_gpu_hours")}
     rows.append({"stage": "whole run", **total})
     return [{**row, "difference": row["projected_gpu_hours"] / row["run_gpu_hours"] - 1} for row in rows]
@@ -162,8 +185,17 @@ def compare(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """The comparison in Markdown, and where the rest of the runs' wall time went."""
-    lines = [["stage", "clips", "run: clips/s", "windows: clips/s (p20-p80)", "run's meter: GPU-hours",
-              "projected: GPU-hours", "difference"]]  # fmt: skip
+    lines = [
+        [
+            "stage",
+            "clips",
+            "run: clips/s",
+            "windows: clips/s (p20-p80)",
+            "run's meter: GPU-hours",
+            "projected: GPU-hours",
+            "difference",
+        ]
+    ]
     for row in result["agreement"]:
         rate = row.get("windows_clips_per_second")
         spread = f"{rate['median']:.2f} ({rate['p20']:.2f}-{rate['p80']:.2f})" if rate else ""
@@ -212,10 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     result = {
         "command": ["python", "benchmarks/throughput_agreement.py", *(arguments or sys.argv[1:])],
-        "machine": describe_machine(pick_device("auto")), "small": options.small, "tolerance": TOLERANCE,
+        "machine": describe_machine(pick_device("auto")),
+        "small": options.small,
+        "tolerance": TOLERANCE,
         "steady_load": options.steady_load,
-        "agreement": compare(rounds), "rounds": rounds,
-    }  # fmt: skip
+        "agreement": compare(rounds),
+        "rounds": rounds,
+    }
     write_json(options.output, result)
     print(table(result))
     return int(abs(result["agreement"][-1]["difference"]) > TOLERANCE)

@@ -105,8 +105,19 @@ def number(value: float | None, pattern: str = "{:.3g}") -> str:
 
 def stage_table(stages: list[dict[str, Any]]) -> list[list[str]]:
     """Header and one line per measured stage."""
-    lines = [["frames", "batch", "attention", "model clips/s (p20-p80)", "input clips/s", "end to end clips/s",
-              "MFU (model)", "peak GiB", "bound"]]  # fmt: skip
+    lines = [
+        [
+            "frames",
+            "batch",
+            "attention",
+            "model clips/s (p20-p80)",
+            "input clips/s",
+            "end to end clips/s",
+            "MFU (model)",
+            "peak GiB",
+            "bound",
+        ]
+    ]
     for stage in stages:
         head = [str(stage["frames"]), str(stage["batch_size"]), stage["attention"]]
         if stage["cause"] != "ok":
@@ -127,8 +138,16 @@ def row_table(rows: list[dict[str, Any]], *, comparable: bool) -> list[list[str]
     lines = [["row", "attention", "paper's PTT (h)", "GPU-hours, projected (p80-p20)", "PTT / ours", "from"]]
     for row in rows:
         spread = f"{number(row['gpu_hours'])} ({number(row['gpu_hours_fast'])}-{number(row['gpu_hours_slow'])})"
-        lines.append([row["row"], row["attention"], number(row["ptt_hours"]), spread,
-                      number(row["ratio"] if comparable else None, "{:.1f} x"), ", ".join(row["modes"])])  # fmt: skip
+        lines.append(
+            [
+                row["row"],
+                row["attention"],
+                number(row["ptt_hours"]),
+                spread,
+                number(row["ratio"] if comparable else None, "{:.1f} x"),
+                ", ".join(row["modes"]),
+            ]
+        )
     return lines
 
 

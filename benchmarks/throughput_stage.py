@@ -184,13 +184,20 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
         rows = options.batch_size // parallel.world_size
         compiling.begin_stage(model, {options.frames: rows}, device=parallel.device, precision=parallel.precision)
     setup = Setup(
-        config=config, parallel=parallel, sources=sources, model=model, frames=options.frames,
-        batch_size=options.batch_size, text_tokens=options.text_tokens,
+        config=config,
+        parallel=parallel,
+        sources=sources,
+        model=model,
+        frames=options.frames,
+        batch_size=options.batch_size,
+        text_tokens=options.text_tokens,
         windows=Windows(
-            count=options.windows, seconds=options.window_seconds, steps=options.window_steps,
+            count=options.windows,
+            seconds=options.window_seconds,
+            steps=options.window_steps,
             warmup_steps=options.warmup_steps,
         ),
-    )  # fmt: skip
+    )
     runners = {"model": measure_model, "input": measure_input, "end_to_end": measure_end_to_end}
     measured: dict[str, Any] = {}
     for mode in options.modes:
@@ -215,11 +222,13 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
         "peak_source": peak.source if peak else None,
         "modes": measured,
         "environment": describe(
-            devices=[device_description(parallel.device)], world_size=parallel.world_size,
-            distributed_type=parallel.distributed_type, precision=parallel.precision,
+            devices=[device_description(parallel.device)],
+            world_size=parallel.world_size,
+            distributed_type=parallel.distributed_type,
+            precision=parallel.precision,
             precision_reason=parallel.precision_reason,
         ),
-    }  # fmt: skip
+    }
 
 
 def find_peak(measured: bool, parallel: Parallel) -> DevicePeak | None:

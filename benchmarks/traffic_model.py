@@ -49,9 +49,19 @@ SIZE = "base_patch16_224"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 FREE = ("_unsafe_view", "empty", "empty_like", "new_empty", "detach", "device", "promote_types")
 COPIES = (
-    "cat", "clone", "copy_", "zeros", "zeros_like", "new_zeros", "fill_", "constant_pad_nd", "slice_backward",
-    "select_backward", "stack", "add_positions",
-)  # fmt: skip
+    "cat",
+    "clone",
+    "copy_",
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "fill_",
+    "constant_pad_nd",
+    "slice_backward",
+    "select_backward",
+    "stack",
+    "add_positions",
+)
 PASSES = {"triton_attention": {"time": 1.0, "space": 1.5}, "triton_attention_backward": {"time": 1.0, "space": 1.5}}
 """How many times our attention kernels read and write their tensors: on the space axis CLS has a pass of its own, and
 the backward pass is one kernel for queries and one for keys."""
@@ -210,9 +220,12 @@ def project(counts: dict[tuple[str, str], Count], flops: float, device: str) -> 
         milliseconds[kind] = milliseconds.get(kind, 0.0) + 1e3 * max(computing, moving)
     total = sum(milliseconds.values())
     return {
-        "device": device, "peak": peak.source, "milliseconds": milliseconds, "projected_milliseconds": total,
+        "device": device,
+        "peak": peak.source,
+        "milliseconds": milliseconds,
+        "projected_milliseconds": total,
         "projected_mfu_datasheet": flops / (1e-3 * total * peak.flops_per_second),
-    }  # fmt: skip
+    }
 
 
 def row_of(variant: Variant, frames: int, batch: int, size: str) -> dict[str, Any]:
@@ -227,11 +240,15 @@ def row_of(variant: Variant, frames: int, batch: int, size: str) -> dict[str, An
         held.bytes += count.bytes
         held.flops += count.flops
     return {
-        "variant": variant.name, "projected_change": variant.projected, "frames": frames, "batch": batch,
-        "operators": sum(count.operators for count in classes.values()), "executed_flops": flops,
+        "variant": variant.name,
+        "projected_change": variant.projected,
+        "frames": frames,
+        "batch": batch,
+        "operators": sum(count.operators for count in classes.values()),
+        "executed_flops": flops,
         "classes": {kind: vars(count) for kind, count in classes.items()},
         "projection": [project(counts, flops, device) for device in DEVICES],
-    }  # fmt: skip
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

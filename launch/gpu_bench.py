@@ -121,8 +121,18 @@ class Row:
 def tests_command(bench: Bench) -> list[str]:
     """tests/gpu in several processes, since each compiles kernels; every result is written when it is there."""
     parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") and not bench.small else []
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_results", *parallel,
-            "tests/gpu"]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "pytest_results",
+        *parallel,
+        "tests/gpu",
+    ]
 
 
 def tests_environment(bench: Bench) -> dict[str, str]:
@@ -162,8 +172,13 @@ def common_overrides(bench: Bench) -> list[str]:
 def clips_command(bench: Bench) -> list[str]:
     """Clips and shards of them for both throughput steps; without a video encoder stills."""
     kind = "shards" if bench.reads_videos else "stills"
-    return [sys.executable, "benchmarks/clips.py", kind, str(bench.scratch / "clips"),
-            *(["--small"] if bench.small else [])]  # fmt: skip
+    return [
+        sys.executable,
+        "benchmarks/clips.py",
+        kind,
+        str(bench.scratch / "clips"),
+        *(["--small"] if bench.small else []),
+    ]
 
 
 def throughput_command(bench: Bench, name: str, *, dali: bool) -> list[str]:
@@ -177,8 +192,18 @@ def throughput_command(bench: Bench, name: str, *, dali: bool) -> list[str]:
     if not bench.reads_videos:
         data = ["--data", str(folder / "stills/stills.jsonl"), "--modes", "model"]
     backend = ["data.decode.backend=dali", "data.decode.workers=0"] if dali else []
-    return [sys.executable, "benchmarks/throughput.py", "--rows", "1=>4=>8", *data, *size,
-            "--output", str(bench.scratch / name), *common_overrides(bench), *backend]  # fmt: skip
+    return [
+        sys.executable,
+        "benchmarks/throughput.py",
+        "--rows",
+        "1=>4=>8",
+        *data,
+        *size,
+        "--output",
+        str(bench.scratch / name),
+        *common_overrides(bench),
+        *backend,
+    ]
 
 
 def without_dali(bench: Bench) -> str:
@@ -206,17 +231,34 @@ def training_command(bench: Bench) -> list[str]:
     held_out = f"[{{name: held_out, path: {json.dumps(str(data / 'test.jsonl'))}, split: test}}]"
     evaluation = f"evaluation.sources={held_out}" if bench.reads_videos else "evaluation.every=never"
     tiny = [
-        "model.video.size=pico_patch16_32", "data.decode.workers=0", "data.augmentation.horizontal_flip=0.0",
+        "model.video.size=pico_patch16_32",
+        "data.decode.workers=0",
+        "data.augmentation.horizontal_flip=0.0",
         "curriculum.stages=[{frames: 1, global_batch_size: 4, steps: 3}, {frames: 4, global_batch_size: 4, steps: 3}, "
         "{frames: 8, global_batch_size: 4, steps: 3}]",
-    ]  # fmt: skip
+    ]
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", *(["--cpu"] if bench.small else []),
-        "train.py", "--config", "configs/benchmarks/gpu_bench.yaml",
-        f"run_folder={bench.scratch / 'training'}", f"data.sources={sources}", evaluation, *common_overrides(bench),
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        *(["--cpu"] if bench.small else []),
+        "train.py",
+        "--config",
+        "configs/benchmarks/gpu_bench.yaml",
+        f"run_folder={bench.scratch / 'training'}",
+        f"data.sources={sources}",
+        evaluation,
+        *common_overrides(bench),
         *(tiny if bench.small else []),
-    ]  # fmt: skip
+    ]
 
 
 STEPS = (
@@ -408,8 +450,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [step.name for step in STEPS]
     parser.add_argument("output", nargs="?", type=Path, default=Path(default), help="results ($OUT or runs/gpu_bench)")
     parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU, even where there is a GPU")
-    parser.add_argument("--rehearse", nargs="?", const="", metavar="STEP=FAULT@SECONDS,...",
-                        help=f"as --cpu, with faults of a device: {', '.join(FAULTS)}")  # fmt: skip
+    parser.add_argument(
+        "--rehearse",
+        nargs="?",
+        const="",
+        metavar="STEP=FAULT@SECONDS,...",
+        help=f"as --cpu, with faults of a device: {', '.join(FAULTS)}",
+    )
     parser.add_argument("--steps", default=",".join(names), help=f"some of {','.join(names)}")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything (default %(default)s)")
     options = parser.parse_args(arguments)

@@ -38,9 +38,7 @@ def describe_machine(root: Path, log: Path) -> dict[str, Any]:
     """
     target = log.with_suffix(".json")
     command = [sys.executable, str(Path(__file__).resolve()), str(target)]
-    result = run_limited(
-        command, folder=root, environment={}, log=log, seconds=LIMIT_SECONDS, memory_bytes=None
-    )  # fmt: skip
+    result = run_limited(command, folder=root, environment={}, log=log, seconds=LIMIT_SECONDS, memory_bytes=None)
     if result.exit_code != 0 or not target.is_file():
         return {"failed": telling_line(log.read_text(encoding="utf-8", errors="replace")) or "no answer in time"}
     return json.loads(target.read_text(encoding="utf-8"))

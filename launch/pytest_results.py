@@ -24,8 +24,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
     line = {
-        "test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3),
+        "test": report.nodeid,
+        "outcome": report.outcome,
+        "seconds": round(report.duration, 3),
         "reason": reason[-REASON_CHARACTERS:],
-    }  # fmt: skip
+    }
     with open(os.environ["PYTEST_RESULTS"], "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

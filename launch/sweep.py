@@ -39,9 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the sweep file")
     parser.add_argument("--dry-run", action="store_true", help="print every trial's command and stop")
     parser.add_argument(
-        "--again", nargs="+", default=[], choices=FAILURES, metavar="CAUSE",
+        "--again",
+        nargs="+",
+        default=[],
+        choices=FAILURES,
+        metavar="CAUSE",
         help=f"measure trials that failed so once more: {', '.join(FAILURES)}",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     set_up_logging()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -41,7 +41,9 @@ def picture(name: str, width: int, height: int, *parts: str) -> None:
 def model() -> None:
     """The dual encoder, and one space-time block."""
     picture(
-        "model.svg", 960, 420,
+        "model.svg",
+        960,
+        420,
         box(20, 40, 190, 50, "T frames", "[B, T, 3, 224, 224]"),
         box(20, 130, 190, 50, "16 x 16 patches", "+ space and time position"),
         box(20, 220, 190, 60, "12 space-time blocks", "S = 1 + 196 T tokens"),
@@ -49,23 +51,29 @@ def model() -> None:
         box(240, 40, 150, 50, "caption", "L tokens"),
         box(240, 220, 150, 60, "DistilBERT", "token 0"),
         box(240, 320, 150, 50, "linear", "text [B, 256]"),
-        arrow((115, 90), (115, 130)), arrow((115, 180), (115, 220)), arrow((115, 280), (115, 320)),
-        arrow((315, 90), (315, 220)), arrow((315, 280), (315, 320)),
+        arrow((115, 90), (115, 130)),
+        arrow((115, 180), (115, 220)),
+        arrow((115, 280), (115, 320)),
+        arrow((315, 90), (315, 220)),
+        arrow((315, 280), (315, 320)),
         box(430, 320, 160, 50, "contrastive loss", "cosine / temperature", kind="loss"),
-        arrow((390, 345), (430, 345)), arrow((115, 370), (115, 395), (510, 395), (510, 370)),
+        arrow((390, 345), (430, 345)),
+        arrow((115, 370), (115, 395), (510, 395), (510, 370)),
         box(620, 20, 320, 390, "", kind="tower"),
         '<text x="780" y="45" text-anchor="middle">one space-time block</text>',
         box(670, 70, 190, 46, "time attention", "same position, all frames"),
         box(670, 160, 190, 46, "space attention", "same frame, all positions"),
         box(670, 270, 190, 46, "MLP", "GELU"),
         '<text x="636" y="80">x</text>',
-        arrow((765, 116), (765, 160)), arrow((765, 206), (765, 270)), arrow((765, 316), (765, 390)),
+        arrow((765, 116), (765, 160)),
+        arrow((765, 206), (765, 270)),
+        arrow((765, 316), (765, 390)),
         arrow((650, 60), (650, 238), (765, 238)),
         '<text class="small" x="775" y="142">x + time</text>',
         '<text class="small" x="775" y="228">y = x + space (Frozen</text>',
         '<text class="small" x="775" y="244">in Time: not x + time)</text>',
         '<text class="small" x="775" y="356">y + MLP(y)</text>',
-    )  # fmt: skip
+    )
 
 
 def data_path() -> None:

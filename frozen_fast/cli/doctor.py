@@ -124,21 +124,27 @@ def check_gpus(machine: Machine, launch: Launch) -> Iterator[Finding]:
     if machine.gpus_of_driver and not machine.gpus_of_torch and launch.on_gpu:
         built = f"built for CUDA {machine.cuda_of_torch}" if machine.cuda_of_torch else "built without CUDA"
         yield Finding(
-            "fails", "GPUs", f"nvidia-smi lists {machine.gpus_of_driver}, PyTorch ({built}) sees none",
+            "fails",
+            "GPUs",
+            f"nvidia-smi lists {machine.gpus_of_driver}, PyTorch ({built}) sees none",
             "update the driver, or install a PyTorch build for its CUDA version; check CUDA_VISIBLE_DEVICES",
-        )  # fmt: skip
+        )
     elif launch.on_gpu and machine.gpus_of_torch and launch.local_processes > machine.gpus_of_torch:
         yield Finding(
-            "fails", "GPUs", f"{launch.local_processes} processes on this machine for {machine.gpus_of_torch} GPU(s)",
+            "fails",
+            "GPUs",
+            f"{launch.local_processes} processes on this machine for {machine.gpus_of_torch} GPU(s)",
             "set --processes (num_processes of the accelerate file) to the number of GPUs",
-        )  # fmt: skip
+        )
     elif not machine.gpus_of_torch and launch.config.training.device == "cuda":
         yield Finding("fails", "GPUs", "none, and training.device=cuda", "set training.device=auto or cpu")
     elif not machine.gpus_of_torch and launch.local_processes > 1 and launch.on_gpu and not launch.deepspeed:
         yield Finding(
-            "fails", "GPUs", f"none, for {launch.local_processes} processes that expect one each",
+            "fails",
+            "GPUs",
+            f"none, for {launch.local_processes} processes that expect one each",
             "use configs/accelerate/cpu_2.yaml, or set training.device=cpu",
-        )  # fmt: skip
+        )
     else:
         yield Finding("ok", "GPUs", f"{machine.gpus_of_torch} for {launch.local_processes} process(es)")
 
@@ -148,14 +154,18 @@ def check_world_size(machine: Machine, launch: Launch) -> Iterator[Finding]:
     expected = launch.config.training.expected_world_size
     if expected is not None and expected != launch.processes:
         yield Finding(
-            "fails", "world size", f"{launch.processes} process(es), training.expected_world_size={expected}",
+            "fails",
+            "world size",
+            f"{launch.processes} process(es), training.expected_world_size={expected}",
             "start that many processes, or change training.expected_world_size",
-        )  # fmt: skip
+        )
     if launch.processes % max(1, launch.machines):
         yield Finding(
-            "fails", "world size", f"{launch.processes} processes on {launch.machines} machines",
+            "fails",
+            "world size",
+            f"{launch.processes} processes on {launch.machines} machines",
             "set num_processes to a multiple of num_machines",
-        )  # fmt: skip
+        )
 
 
 def check_attention(machine: Machine, launch: Launch) -> Iterator[Finding]:
@@ -163,9 +173,11 @@ def check_attention(machine: Machine, launch: Launch) -> Iterator[Finding]:
     asked = launch.config.model.video.attention
     if asked in machine.attention:
         yield Finding(
-            "fails", "attention", f"model.video.attention={asked}: {machine.attention[asked]}",
+            "fails",
+            "attention",
+            f"model.video.attention={asked}: {machine.attention[asked]}",
             "set model.video.attention=auto",
-        )  # fmt: skip
+        )
     elif asked == "auto" and machine.gpus_of_torch and "xformers" in machine.attention:
         why = machine.attention["xformers"]
         yield Finding("warning", "attention", f"xformers has no operator here: {why}", "install the pinned xformers")
@@ -179,9 +191,11 @@ def check_compiler(machine: Machine, launch: Launch) -> Iterator[Finding]:
         yield Finding("ok", "C compiler", machine.compiler)
     elif launch.config.training.compile:
         yield Finding(
-            "fails", "C compiler", "none, and training.compile=true",
+            "fails",
+            "C compiler",
+            "none, and training.compile=true",
             "install gcc (apt-get install gcc), or set training.compile=false",
-        )  # fmt: skip
+        )
     else:
         yield Finding("warning", "C compiler", "none: no Triton kernels, no C kernels", "install gcc")
 
@@ -192,14 +206,18 @@ def check_decoding(machine: Machine, launch: Launch) -> Iterator[Finding]:
     if asked in machine.decoders:
         usable = [name for name in ("dali", "torchcodec", "decord", "pyav") if name not in machine.decoders]
         yield Finding(
-            "fails", "decoding", f"data.decode.backend={asked}: {machine.decoders[asked]}",
+            "fails",
+            "decoding",
+            f"data.decode.backend={asked}: {machine.decoders[asked]}",
             f"set data.decode.backend to one of: {', '.join(['auto', *usable])}",
-        )  # fmt: skip
+        )
     elif machine.gpus_of_torch and launch.on_gpu and not machine.decodes_video:
         yield Finding(
-            "warning", "decoding", "the driver's video decoder (libnvcuvid) cannot be loaded: decoding on the CPU",
+            "warning",
+            "decoding",
+            "the driver's video decoder (libnvcuvid) cannot be loaded: decoding on the CPU",
             "in a container, start it with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video",
-        )  # fmt: skip
+        )
     else:
         yield Finding("ok", "decoding", f"{asked} can be used")
 
@@ -232,9 +250,11 @@ def check_shared_memory(machine: Machine, launch: Launch) -> Iterator[Finding]:
     elif free is None or free < GIB // 4:
         found = "no /dev/shm" if free is None else f"{free / GIB:.2f} GiB free in /dev/shm"
         yield Finding(
-            "fails", "shared memory", f"{found} for {workers} loader process(es)",
+            "fails",
+            "shared memory",
+            f"{found} for {workers} loader process(es)",
             "start the container with --shm-size=8g (or --ipc=host), or set data.decode.workers=0",
-        )  # fmt: skip
+        )
     else:
         yield Finding("ok", "shared memory", f"{free / GIB:.1f} GiB free")
 
@@ -252,9 +272,11 @@ def check_limits(machine: Machine, launch: Launch) -> Iterator[Finding]:
     asked = launch.local_processes * (1 + decode.workers * decode.threads if decode.workers else decode.threads)
     if asked > 2 * machine.cores:
         yield Finding(
-            "warning", "cores", f"{machine.cores} for {asked} computing and decoding threads",
+            "warning",
+            "cores",
+            f"{machine.cores} for {asked} computing and decoding threads",
             "lower data.decode.workers or data.decode.threads",
-        )  # fmt: skip
+        )
     else:
         yield Finding("ok", "cores", str(machine.cores))
 
@@ -272,18 +294,29 @@ def check_disk(machine: Machine, launch: Launch) -> Iterator[Finding]:
         )
     elif free < kept * _CHECKPOINT_GIB:
         yield Finding(
-            "warning", "disk", f"{free:.1f} GiB free at {folder}; {kept} checkpoints of the base model take "
-            f"{kept * _CHECKPOINT_GIB:.1f} GiB", "free some space, or lower checkpoints.keep",
-        )  # fmt: skip
+            "warning",
+            "disk",
+            f"{free:.1f} GiB free at {folder}; {kept} checkpoints of the base model take "
+            f"{kept * _CHECKPOINT_GIB:.1f} GiB",
+            "free some space, or lower checkpoints.keep",
+        )
     else:
         speed = machine.disk_bytes_per_second / 1e6
         yield Finding("ok", "disk", f"{free:.1f} GiB free at {folder}, {speed:.0f} MB/s written and flushed")
 
 
 CHECKS: tuple[Check, ...] = (
-    check_packages, check_gpus, check_world_size, check_attention, check_compiler, check_decoding, check_sharding,
-    check_shared_memory, check_limits, check_disk,
-)  # fmt: skip
+    check_packages,
+    check_gpus,
+    check_world_size,
+    check_attention,
+    check_compiler,
+    check_decoding,
+    check_sharding,
+    check_shared_memory,
+    check_limits,
+    check_disk,
+)
 
 
 def examine(machine: Machine, launch: Launch) -> list[Finding]:

@@ -26,9 +26,11 @@ def find_batch_size_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=0.06, metavar="SHARE", help="how closely to search (default 0.06)"
     )
     parser.add_argument(
-        "--memory-gib", type=float, metavar="GIB",
+        "--memory-gib",
+        type=float,
+        metavar="GIB",
         help="limit; needed on a CPU (whole process), default on CUDA: the device's memory less 5 %%",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--trial-seconds", type=float, default=300.0, metavar="S", help="a trial that takes longer does not fit"
     )
@@ -77,9 +79,14 @@ def _search(
 
     def fits(size: int) -> bool:
         attempt = try_batch(
-            arguments.config, [*arguments.overrides, f"training.device={device}"], frames=frames, batch_size=size,
-            memory_bytes=memory_bytes, seconds=arguments.trial_seconds, scratch=scratch,
-        )  # fmt: skip
+            arguments.config,
+            [*arguments.overrides, f"training.device={device}"],
+            frames=frames,
+            batch_size=size,
+            memory_bytes=memory_bytes,
+            seconds=arguments.trial_seconds,
+            scratch=scratch,
+        )
         attempts[size] = attempt
         sys.stderr.write(f"{frames} frames, batch {size}: {attempt.cause} {attempt.message}\n")
         return attempt.cause == "ok"

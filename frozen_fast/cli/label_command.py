@@ -45,9 +45,12 @@ def label(arguments: argparse.Namespace) -> int:
     checkpoint = checkpoint_path(arguments.checkpoint)
     settings, trained = settings_for(checkpoint)
     model = load_for_search(
-        checkpoint, frames=settings.frames or None, trained=trained, tokenizer=arguments.tokenizer,
+        checkpoint,
+        frames=settings.frames or None,
+        trained=trained,
+        tokenizer=arguments.tokenizer,
         device=arguments.device,
-    )  # fmt: skip
+    )
     settings = with_learned_frames(settings, model)
     labels_CD = label_vectors(model, labels, templates)
     found = collect(arguments.source, format=arguments.format, split=arguments.split)

@@ -66,8 +66,11 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "label": ("labels for clips from a list, without training", label_arguments, label),
     "serve": ("a local page that searches an index", serve_arguments, serve),
     "doctor": ("whether this machine can run an experiment, and what to do where it cannot", doctor_arguments, doctor),
-    "push": ("upload a checkpoint with a model card to the Hugging Face Hub", share_commands.push_arguments,
-             share_commands.push),
+    "push": (
+        "upload a checkpoint with a model card to the Hugging Face Hub",
+        share_commands.push_arguments,
+        share_commands.push,
+    ),
     "export": ("both towers to ONNX or torch.export", share_commands.export_arguments, share_commands.export),
     "report": ("write a run's report.md and report.html again", commands.report_arguments, commands.report),
     "compare": ("put several runs side by side", commands.compare_arguments, commands.compare),

@@ -18,9 +18,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="YAML file of an experiment; one of its sources is packed")
     what.add_argument("--manifest", metavar="FILE", help="a manifest, all of its splits")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="with --config: set one value of it"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="with --config: set one value of it")
     parser.add_argument(
         "--source", metavar="NAME", help="with --config: which source, by name or as in evaluation.sources[0]"
     )
@@ -46,14 +44,18 @@ def pack(arguments: argparse.Namespace) -> int:
 
     set_up_logging()
     settings = PackSettings(
-        frames_per_clip=arguments.frames_per_clip, short_side=arguments.short_side, quality=arguments.quality,
+        frames_per_clip=arguments.frames_per_clip,
+        short_side=arguments.short_side,
+        quality=arguments.quality,
         shard_bytes=arguments.shard_bytes,
-    )  # fmt: skip
+    )
     decode = config.data.decode
     limits = PackLimits(
-        workers=_cores() if arguments.workers is None else arguments.workers, max_pixels=decode.max_pixels,
-        max_bad_share=decode.max_bad_share, timeout_seconds=decode.read_timeout_seconds,
-    )  # fmt: skip
+        workers=_cores() if arguments.workers is None else arguments.workers,
+        max_pixels=decode.max_pixels,
+        max_bad_share=decode.max_bad_share,
+        timeout_seconds=decode.read_timeout_seconds,
+    )
     source = read_source(source_config, key)
     summary = pack_source(source, Path(arguments.output), settings, limits, _progress())
     state = "was packed before" if summary.reused else "packed"

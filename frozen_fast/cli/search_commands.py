@@ -25,15 +25,19 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", required=True, metavar="PATH", help="folder of videos and pictures, manifest, or packed shards"
     )
-    parser.add_argument("--output", required=True, metavar="INDEX", help="the index's folder; one that is there is "
-                        "brought up to date")  # fmt: skip
+    parser.add_argument(
+        "--output", required=True, metavar="INDEX", help="the index's folder; one that is there is brought up to date"
+    )
     parser.add_argument("--format", default="auto", help="of the source: auto, folder, or a format of data.sources")
     parser.add_argument("--split", default="", help="of formats with splits (default: every line)")
     parser.add_argument("--frames", type=positive, metavar="T", help="frames of a window (default: the checkpoint's)")
     parser.add_argument(
-        "--windows", type=_windows, default="auto", metavar="auto|middle|N",
+        "--windows",
+        type=_windows,
+        default="auto",
+        metavar="auto|middle|N",
         help="auto: the run's test windows; middle: one; N: at most N per clip",
-    )  # fmt: skip
+    )
     parser.add_argument("--stride-seconds", type=float, metavar="S", help="distance of windows (default: the run's)")
     parser.add_argument("--span", type=_seconds, metavar="10s", help="cut videos into spans of this length")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored vectors")
@@ -44,9 +48,7 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
     parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="decoding threads of a loader")
-    parser.add_argument(
-        "--decoder", metavar="NAME", help="auto, dali, torchcodec, decord or pyav (default: the run's)"
-    )
+    parser.add_argument("--decoder", metavar="NAME", help="auto, dali, torchcodec, decord or pyav (default: the run's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
     parser.add_argument("--fresh", action="store_true", help="remove the index that is there first")
 
@@ -59,13 +61,25 @@ def embed(arguments: argparse.Namespace) -> int:
     from frozen_fast.search.embed_run import EmbedRequest, embed_to_index
 
     request = EmbedRequest(
-        checkpoint=checkpoint_path(arguments.checkpoint), source=arguments.source, output=Path(arguments.output),
-        format=arguments.format, split=arguments.split, frames=arguments.frames, windows=arguments.windows,
-        stride_seconds=arguments.stride_seconds, span_seconds=arguments.span, dtype=arguments.dtype,
-        kind=arguments.kind, tokenizer=arguments.tokenizer, batch_size=arguments.batch_size,
-        workers=arguments.workers, threads=arguments.threads, decoder=arguments.decoder, device=arguments.device,
+        checkpoint=checkpoint_path(arguments.checkpoint),
+        source=arguments.source,
+        output=Path(arguments.output),
+        format=arguments.format,
+        split=arguments.split,
+        frames=arguments.frames,
+        windows=arguments.windows,
+        stride_seconds=arguments.stride_seconds,
+        span_seconds=arguments.span,
+        dtype=arguments.dtype,
+        kind=arguments.kind,
+        tokenizer=arguments.tokenizer,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        threads=arguments.threads,
+        decoder=arguments.decoder,
+        device=arguments.device,
         fresh=arguments.fresh,
-    )  # fmt: skip
+    )
     first_rank = os.environ.get("RANK", "0") == "0"
     summary, neighbours = embed_to_index(
         request, lambda total: progress("embed", total) if first_rank and total else lambda done, bad: None
@@ -88,10 +102,13 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--like", metavar="FILE", help="clips that look like this video or picture, instead of a text")
     parser.add_argument("-k", type=positive, default=10, metavar="K", help="results (default 10)")
     parser.add_argument(
-        "--where", action="append", default=[], metavar="CONDITION",
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITION",
         help="COLUMN=VALUE, also != < <= > >= and ~ (contains); columns: id path kind start_seconds end_seconds "
         "caption; may be given several times",
-    )  # fmt: skip
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON list")
     form.add_argument("--html", metavar="FILE", help="write a page with a frame of each result")
@@ -159,8 +176,10 @@ def describe_neighbours(about: dict[str, Any]) -> str:
 def warn_of_changed_files(index: Index, hits: Sequence[Hit]) -> None:
     """Name results whose file is no longer what was embedded."""
     for path, state in index.changed_files([hit.row for hit in hits]).items():
-        print(f"warning: {path} is {state} since it was embedded; `frozen-fast embed` brings the index up to date",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: {path} is {state} since it was embedded; `frozen-fast embed` brings the index up to date",
+            file=sys.stderr,
+        )
 
 
 def print_hits(hits: Sequence[Hit]) -> None:

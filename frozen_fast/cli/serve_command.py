@@ -52,5 +52,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(128)  # the address is printed before the server starts: whoever reads it may connect
         return listener
     except (OSError, OverflowError) as error:
-        raise UserError(f"--host, --port: got {host}, {port} ({error}); allowed: an address of this machine and a free "
-                        "port") from None  # fmt: skip
+        raise UserError(
+            f"--host, --port: got {host}, {port} ({error}); allowed: an address of this machine and a free port"
+        ) from None

@@ -30,9 +30,7 @@ def push(arguments: argparse.Namespace) -> int:
         print(write_hub_folder(checkpoint, output, name=arguments.repo, licence=arguments.license))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_hub_folder(
-            checkpoint, Path(scratch) / "model", name=arguments.repo, licence=arguments.license
-        )
+        folder = write_hub_folder(checkpoint, Path(scratch) / "model", name=arguments.repo, licence=arguments.license)
         print(upload(folder, arguments.repo, private=arguments.private))
     return 0
 
@@ -51,8 +49,11 @@ def export(arguments: argparse.Namespace) -> int:
     from frozen_fast.sharing.tower_export import export_towers
 
     paths = export_towers(
-        arguments.checkpoint, Path(arguments.output), frames=arguments.frames, expansion=arguments.expansion,
+        arguments.checkpoint,
+        Path(arguments.output),
+        frames=arguments.frames,
+        expansion=arguments.expansion,
         format=arguments.format,
-    )  # fmt: skip
+    )
     print("\n".join(str(path) for path in paths))
     return 0

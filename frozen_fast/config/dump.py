@@ -32,9 +32,7 @@ def help_text() -> str:
             lines += ["", f"{path}: {info.meaning}"]
             continue
         lines.append(f"  {path} = {_default_in_words(info)}")
-        lines.append(
-            fill(f"{info.meaning} [{info.allowed}]", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        )
+        lines.append(fill(f"{info.meaning} [{info.allowed}]", 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines) + "\n"
 
 

@@ -51,11 +51,14 @@ def keys_of(cls: type) -> tuple[KeyInfo, ...]:
     known: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
     return tuple(
         KeyInfo(
-            name, info.annotation, info.get_default(call_default_factory=True), info.description or "",
+            name,
+            info.annotation,
+            info.get_default(call_default_factory=True),
+            info.description or "",
             tuple(info.metadata),
         )
         for name, info in known.items()
-    )  # fmt: skip
+    )
 
 
 def without_limits(hint: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -103,9 +103,7 @@ def key(
     """
     if isinstance(default, (list, dict)):
         raise TypeError("use a tuple or an instance of a section as a default")
-    info = Field(
-        default=default, description=meaning, ge=ge, gt=gt, le=le, lt=lt, pattern=r"\S" if not_blank else None
-    )
+    info = Field(default=default, description=meaning, ge=ge, gt=gt, le=le, lt=lt, pattern=r"\S" if not_blank else None)
     if names is not None:
         info.metadata.append(OneOf(names))
     return info

@@ -9,9 +9,7 @@ from typing import Any
 from frozen_fast.config.schema import OptimizerConfig
 
 
-def learning_rate_factor(
-    step: int, total_steps: int, config: OptimizerConfig, epoch_steps: float = math.inf
-) -> float:
+def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig, epoch_steps: float = math.inf) -> float:
     """The schedule's factor at an optimizer step.
 
     Args:

@@ -15,9 +15,24 @@ import torch
 from frozen_fast.common.machine import cpu_model
 
 _PACKAGES = (
-    "frozen_fast", "torch", "torchvision", "accelerate", "transformers", "safetensors", "numpy", "nvidia-dali-cuda120",
-    "nvidia-dali-cuda130", "torchcodec", "decord", "av", "xformers", "triton", "timm", "deepspeed", "wandb",
-)  # fmt: skip
+    "frozen_fast",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "torchcodec",
+    "decord",
+    "av",
+    "xformers",
+    "triton",
+    "timm",
+    "deepspeed",
+    "wandb",
+)
 
 
 def package_versions() -> dict[str, str]:

@@ -21,9 +21,13 @@ def tensorboard(run: TrackedRun) -> TrackerSetUp:
 def wandb(run: TrackedRun) -> TrackerSetUp:
     """Weights & Biases; offline files lie in RUN_FOLDER/wandb."""
     tracker = tracking.WandBTracker(
-        run.project, name=run.name, id=run.id, dir=str(run.folder), mode=run.wandb_mode,
+        run.project,
+        name=run.name,
+        id=run.id,
+        dir=str(run.folder),
+        mode=run.wandb_mode,
         resume="allow" if run.wandb_mode == "online" else None,
-    )  # fmt: skip
+    )
     return TrackerSetUp(tracker, lambda: run.id)
 
 

@@ -93,9 +93,14 @@ class Trackers:
         ids = dict(known)
         for kind in settings.trackers:
             run = TrackedRun(
-                project=settings.project, name=settings.run_name or name, folder=folder, known_id=known.get(kind),
-                id=known.get(kind) or secrets.token_hex(16), step=step, wandb_mode=settings.wandb_mode,
-            )  # fmt: skip
+                project=settings.project,
+                name=settings.run_name or name,
+                folder=folder,
+                known_id=known.get(kind),
+                id=known.get(kind) or secrets.token_hex(16),
+                step=step,
+                wandb_mode=settings.wandb_mode,
+            )
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 set_up = trackers.load(kind)(run)

@@ -85,13 +85,15 @@ def write_gallery(path: Path, page: GalleryPage, videos: Path | None = None) -> 
         return quote(os.path.relpath(found.resolve(), path.parent.resolve())) + part
 
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     write_atomically(path, templates.get_template("gallery.html").render(page=page, source=source))
 
 
 def gallery_file(source: str) -> str:
     """The page's name in a run folder, for a source of evaluation."""
     return f"gallery_{''.join(letter if letter.isalnum() or letter in '-_' else '_' for letter in source)}.html"
-

@@ -12,7 +12,10 @@ from frozen_fast.report.document import Document
 def to_html(document: Document) -> str:
     """The document as a whole HTML page, by the template page.html; every text is escaped."""
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     return templates.get_template("page.html").render(document=document)

@@ -83,10 +83,13 @@ def _epochs_table(run: RunData) -> Table:
     shown = ("R@1", "R@5", "R@10", "MdR")
     rows = [
         [
-            _after(run, row), row["source"], row["protocol"], number(row.get("loss"), 3),
+            _after(run, row),
+            row["source"],
+            row["protocol"],
+            number(row.get("loss"), 3),
             *(number(row["metrics"].get(f"t2v/{name}")) for name in shown),
         ]
         for row in run.evaluations
         if row["protocol"] != "v2t_max_over_captions"
-    ]  # fmt: skip
+    ]
     return Table(["After", "Set", "Protocol", "Loss", *shown], rows, words=3)

@@ -47,9 +47,12 @@ class EmbedSettings:
     def evaluation(self, batch_size: int) -> EvaluationConfig:
         """The same settings as the loader of test windows takes them."""
         return EvaluationConfig(
-            frames=self.frames, stride_seconds=self.stride_seconds, max_windows=self.max_windows, resize=self.resize,
+            frames=self.frames,
+            stride_seconds=self.stride_seconds,
+            max_windows=self.max_windows,
+            resize=self.resize,
             batch_size=batch_size,
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -124,8 +127,9 @@ def check_decoder(name: str) -> None:
     if name not in BACKENDS:
         raise UserError(f"--decoder: got {name!r}; allowed here: {usable}")
     if name in missing:
-        raise UserError(f"--decoder: got {name}, the run's or as asked for, but {missing[name]}; allowed "
-                        f"here: {usable}")  # fmt: skip
+        raise UserError(
+            f"--decoder: got {name}, the run's or as asked for, but {missing[name]}; allowed here: {usable}"
+        )
 
 
 def with_windows(settings: EmbedSettings, windows: str | int) -> EmbedSettings:
@@ -149,7 +153,11 @@ def with_learned_frames(settings: EmbedSettings, model: DualEncoder) -> EmbedSet
 
 
 def load_for_search(
-    checkpoint: Path, *, frames: int | None, trained: dict[str, Any], tokenizer: str | None = None,
+    checkpoint: Path,
+    *,
+    frames: int | None,
+    trained: dict[str, Any],
+    tokenizer: str | None = None,
     device: torch.device | str = "cpu",
 ) -> DualEncoder:
     """A checkpoint's model in eval mode.

@@ -46,7 +46,12 @@ class Collection:
 
 
 def collect(
-    path: str, *, format: str = "auto", split: str = "", span_seconds: float | None = None, threads: int = 2,
+    path: str,
+    *,
+    format: str = "auto",
+    split: str = "",
+    span_seconds: float | None = None,
+    threads: int = 2,
     max_pixels: int = 50_000_000,
 ) -> Collection:
     """List what a source holds.

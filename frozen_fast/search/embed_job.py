@@ -341,4 +341,3 @@ def captions_of(folder: IndexFolder, most: int) -> list[str]:
     captions = [text for text in folder.table["caption"].filter(pa.array(folder.alive_N)).to_pylist() if text]
     step = max(1, len(captions) // most)
     return captions[::step][:most]
-

@@ -111,18 +111,25 @@ def embed_to_index(request: EmbedRequest, progress: Callable[[int], Progress]) -
         UserError: a mistake in the request, the checkpoint or the source.
     """
     settings, trained = settings_for(
-        request.checkpoint, frames=request.frames, windows=request.windows, stride_seconds=request.stride_seconds,
-        decoder=request.decoder, span_seconds=request.span_seconds,
-    )  # fmt: skip
+        request.checkpoint,
+        frames=request.frames,
+        windows=request.windows,
+        stride_seconds=request.stride_seconds,
+        decoder=request.decoder,
+        span_seconds=request.span_seconds,
+    )
     parallel = Parallel.start(parallel_config(trained, request.device))
     set_up_logging(rank=parallel.rank)
     failed = True
     try:
         with parallel.together():
             model = load_for_search(
-                request.checkpoint, frames=settings.frames or None, trained=trained, tokenizer=request.tokenizer,
+                request.checkpoint,
+                frames=settings.frames or None,
+                trained=trained,
+                tokenizer=request.tokenizer,
                 device=parallel.device,
-            )  # fmt: skip
+            )
             settings = with_learned_frames(settings, model)
         with contextlib.ExitStack() as held:
             result = _embed_on_ranks(request, model, settings, parallel, progress, held)
@@ -152,18 +159,29 @@ def _embed_on_ranks(
             if request.fresh:
                 discard(output)
             collection = collect(
-                request.source, format=request.format, split=request.split, span_seconds=request.span_seconds,
-                threads=request.threads, max_pixels=decode.max_pixels,
-            )  # fmt: skip
+                request.source,
+                format=request.format,
+                split=request.split,
+                span_seconds=request.span_seconds,
+                threads=request.threads,
+                max_pixels=decode.max_pixels,
+            )
             plan, listed = plan_job(output, info, collection), collection.bad_clips
             log.info("embed: %d clips, %d of them are embedded already", len(plan.rows), len(plan.places))
     plan = next(found for found in parallel.gather_objects(plan) if found is not None)
     rows = share_of(plan, parallel.rank, parallel.world_size)
     with parallel.together():
         dropped = embed_rows(
-            model, rows, plan.source_kind, settings, output / WORK_FOLDER, decode=decode,
-            batch_size=request.batch_size, autocast=parallel.autocast, progress=progress(len(rows)),
-        )  # fmt: skip
+            model,
+            rows,
+            plan.source_kind,
+            settings,
+            output / WORK_FOLDER,
+            decode=decode,
+            batch_size=request.batch_size,
+            autocast=parallel.autocast,
+            progress=progress(len(rows)),
+        )
     bad = listed + [clip for found in parallel.gather_objects(dropped) for clip in found]
     result: tuple[EmbedSummary, dict[str, Any]] | None = None
     with parallel.together():
@@ -196,4 +214,3 @@ def build_neighbours(output: Path, model: DualEncoder, kind: str) -> dict[str, A
     if len(captions) >= RECALL_QUERIES and model.tokenizer is not None:
         queries = text_vectors(model, captions).numpy()
     return index.build(kind, queries)
-

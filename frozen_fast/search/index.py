@@ -131,9 +131,12 @@ class Index:
                 f"made the index, {self.info.fingerprint[:12]}; `frozen-fast embed --fresh` makes it anew"
             )
         return load_for_search(
-            self._checkpoint, frames=self.settings.frames, trained=trained_config(self._checkpoint),
-            tokenizer=self.info.tokenizer, device=self._device,
-        )  # fmt: skip
+            self._checkpoint,
+            frames=self.settings.frames,
+            trained=trained_config(self._checkpoint),
+            tokenizer=self.info.tokenizer,
+            device=self._device,
+        )
 
     def search(self, queries_QD: np.ndarray | torch.Tensor, k: int = 10, where: Sequence[str] = ()) -> Result:
         """The nearest rows of each query vector.
@@ -220,10 +223,19 @@ class Index:
         found = rows >= 0
         table = self.rows.take(pa.array(rows[found])).to_pylist()
         return [
-            Hit(rank, float(score), row["id"], row["path"], row["start_seconds"], row["end_seconds"], int(number),
-                row["caption"], row["kind"])
+            Hit(
+                rank,
+                float(score),
+                row["id"],
+                row["path"],
+                row["start_seconds"],
+                row["end_seconds"],
+                int(number),
+                row["caption"],
+                row["kind"],
+            )
             for rank, (score, number, row) in enumerate(zip(scores[found], rows[found], table, strict=True), start=1)
-        ]  # fmt: skip
+        ]
 
     def add(self, rows: Sequence[Mapping[str, Any]], vectors_ND: np.ndarray | torch.Tensor) -> None:
         """Add clips whose vectors this index's model made; they are searched exactly until build() is called.
@@ -300,14 +312,23 @@ class Index:
             began = time.perf_counter()
             queries = self._recall_queries() if queries_QD is None else np.ascontiguousarray(queries_QD, np.float32)
             found, measured = build(
-                chosen, folder.info.rows, folder.info.width, folder.blocks, folder.take, queries  # type: ignore[arg-type]
+                chosen,
+                folder.info.rows,
+                folder.info.width,
+                folder.blocks,
+                folder.take,
+                queries,  # type: ignore[arg-type]
             )
             name = f"neighbours-{folder.info.generation:05d}.faiss"
             found.write(folder.path / name)
             about = {
-                "kind": chosen, "file": name, "rows": folder.info.rows, **measured,
-                "bytes": (folder.path / name).stat().st_size, "seconds": time.perf_counter() - began,
-            }  # fmt: skip
+                "kind": chosen,
+                "file": name,
+                "rows": folder.info.rows,
+                **measured,
+                "bytes": (folder.path / name).stat().st_size,
+                "seconds": time.perf_counter() - began,
+            }
             folder.update(neighbours=about)
         return about
 

@@ -156,9 +156,9 @@ def rescore(queries_QD: np.ndarray, rows_QC: np.ndarray, k: int, take: Take) -> 
     return merge(empty, (scores_QC, rows_QC), k)
 
 
-def build(kind: Kind, rows: int, width: int, blocks: Blocks, take: Take, queries_QD: np.ndarray) -> tuple[
-    Neighbours, dict[str, Any]
-]:  # fmt: skip
+def build(
+    kind: Kind, rows: int, width: int, blocks: Blocks, take: Take, queries_QD: np.ndarray
+) -> tuple[Neighbours, dict[str, Any]]:
     """Build an approximate index and choose the least effort that reaches TARGET_RECALL against exact search.
 
     Args:

@@ -44,9 +44,14 @@ def preview_jpeg(row: Row, width: int = WIDTH) -> bytes:
 def _packed_frame(row: Row) -> torch.Tensor:
     """The middle stored frame of a packed clip, cropped to a square, uint8 [3, H, W]."""
     decoder = build_decoder(
-        "auto", device="cpu", resolution=PACKED_RESOLUTION, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), threads=1,
+        "auto",
+        device="cpu",
+        resolution=PACKED_RESOLUTION,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        threads=1,
         max_pixels=MAX_PIXELS,
-    )  # fmt: skip
+    )
     try:
         frames = probe(row["path"], row["kind"], max_pixels=MAX_PIXELS).num_frames
         request = DecodeRequest(row["path"], row["kind"], (frames // 2,), TestView(PACKED_RESOLUTION))

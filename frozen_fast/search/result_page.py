@@ -36,7 +36,7 @@ def write_result_page(path: Path, query: str, hits: Sequence[Hit]) -> Path:
     items = "\n".join(_item(hit) for hit in hits)
     write_atomically(
         path,
-        f"<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>{escape(query)}</title>\n"
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(query)}</title>\n'
         f"<style>{STYLE}</style>\n<h1>{escape(query)}</h1>\n<ol>\n{items}\n</ol></html>\n",
     )
     return path

@@ -90,9 +90,14 @@ def content_key(row: Row) -> ContentKey:
     where = parse_address(row["path"])
     part = "" if where is None else f"{where.shard}#{where.row}"
     return (
-        row["file_digest"], row["file_bytes"], row["file_mtime_ns"], part, row["kind"], row["start_seconds"],
+        row["file_digest"],
+        row["file_bytes"],
+        row["file_mtime_ns"],
+        part,
+        row["kind"],
+        row["start_seconds"],
         row["end_seconds"],
-    )  # fmt: skip
+    )
 
 
 def to_table(rows: Sequence[Row]) -> pa.Table:

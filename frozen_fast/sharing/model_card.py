@@ -69,9 +69,7 @@ def _data(environment: dict[str, Any]) -> str:
 
 
 def _training(stages: list[dict[str, Any]], environment: dict[str, Any]) -> str:
-    rows = [
-        [str(row["frames"]), str(row["steps"]), str(row["clips"]), f"{row['gpu_hours']:.3g}"] for row in stages
-    ]
+    rows = [[str(row["frames"]), str(row["steps"]), str(row["clips"]), f"{row['gpu_hours']:.3g}"] for row in stages]
     total = sum(row["gpu_hours"] for row in stages)
     devices = ", ".join(environment.get("devices", [])) or "unknown devices"
     said = f"\n{total:.3g} device-hours in all, on {environment.get('world_size', 1)} x {devices}.\n"

@@ -100,9 +100,13 @@ def export_towers(
     if model.tokenizer is not None:
         model.tokenizer.save(output)
     settings = {
-        "frames": model.learned_frames, "resolution": side, "mean": list(model.mean), "std": list(model.std),
-        "width": model.embedding_width, "max_tokens": model.architecture()["text"]["max_tokens"],
-    }  # fmt: skip
+        "frames": model.learned_frames,
+        "resolution": side,
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "width": model.embedding_width,
+        "max_tokens": model.architecture()["text"]["max_tokens"],
+    }
     write_json(output / SETTINGS_FILE, settings)
     return paths
 

@@ -74,15 +74,30 @@ def try_batch(
     output, log = scratch / f"T{frames}_B{batch_size}.json", scratch / f"T{frames}_B{batch_size}.log"
     limit = ["--memory-bytes", str(memory_bytes)] if memory_bytes is not None else []
     command = [
-        sys.executable, "-m", TRIAL_MODULE, "--config", config, "--frames", str(frames), "--batch-size",
-        str(batch_size), "--output", str(output), *limit, *overrides,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        TRIAL_MODULE,
+        "--config",
+        config,
+        "--frames",
+        str(frames),
+        "--batch-size",
+        str(batch_size),
+        "--output",
+        str(output),
+        *limit,
+        *overrides,
+    ]
     on_cpu = "training.device=cpu" in overrides
     variables = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # a checkout that is not installed works too
     result = run_limited(
-        command, folder=Path.cwd(), environment=variables, log=log, seconds=seconds,
+        command,
+        folder=Path.cwd(),
+        environment=variables,
+        log=log,
+        seconds=seconds,
         memory_bytes=memory_bytes if on_cpu else None,
-    )  # fmt: skip
+    )
     text = log.read_text(encoding="utf-8", errors="replace")
     cause = classify(result.exit_code, text, timed_out=result.timed_out, over_memory=result.over_memory)
     if cause == "ok":

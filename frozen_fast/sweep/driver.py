@@ -90,9 +90,13 @@ class Sweep:
             return None
         winner = self.trials[best[0].trial]
         write_winner(
-            self.folder, Path(config.experiment), winner, self._accelerate(winner), self._environment(winner),
+            self.folder,
+            Path(config.experiment),
+            winner,
+            self._accelerate(winner),
+            self._environment(winner),
             self.train_script,
-        )  # fmt: skip
+        )
         return best[0]
 
     def print_commands(self, out: TextIO) -> None:
@@ -127,10 +131,15 @@ class Sweep:
         config = self.config
         accelerate = self._accelerate(trial)
         parts = [
-            self._experiment, config.overrides, config.environment, self.rungs[rung],
-            asdict(config.limits), config.devices_per_trial, config.epoch_clips,
+            self._experiment,
+            config.overrides,
+            config.environment,
+            self.rungs[rung],
+            asdict(config.limits),
+            config.devices_per_trial,
+            config.epoch_clips,
             accelerate.read_text(encoding="utf-8") if accelerate else None,
-        ]  # fmt: skip
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
     def _check_trials(self, listed: Sequence[str]) -> None:
@@ -229,9 +238,13 @@ class Sweep:
         output = log_path.read_text(errors="replace")
         cause = classify(result.exit_code, output, timed_out=result.timed_out, over_memory=result.over_memory)
         common: dict[str, Any] = {
-            "trial": trial.name, "label": trial.label(), "rung": rung, "seconds": result.seconds,
-            "conditions": self.conditions(trial, rung), "host_memory_bytes": result.peak_resident_bytes,
-        }  # fmt: skip
+            "trial": trial.name,
+            "label": trial.label(),
+            "rung": rung,
+            "seconds": result.seconds,
+            "conditions": self.conditions(trial, rung),
+            "host_memory_bytes": result.peak_resident_bytes,
+        }
         if cause != "ok":
             return Outcome(**common, cause=cause, message=self._passed_limit(result) or telling_line(output))
         try:

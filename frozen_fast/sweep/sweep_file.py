@@ -40,9 +40,7 @@ class SweepConfig:
         (),
         "config key, accelerate, environment.NAME or together.NAME -> values; the product is tried (YAML: a mapping)",
     )
-    trials: tuple[Named[Any], ...] = key(
-        (), "single trials beside the product (a list of mappings in YAML)"
-    )
+    trials: tuple[Named[Any], ...] = key((), "single trials beside the product (a list of mappings in YAML)")
     max_trials: int = key(0, "number of trials drawn at random from the product, 0: all; listed trials always run")
     seed: int = key(0, "seed of that draw")
     search: Literal["all", "halving"] = key("all", "all at full length, or successive halving over the rungs")
@@ -57,7 +55,6 @@ class SweepConfig:
 
 RENAMES: Renames = {"wandb": trackers_of_wandb_mode, "wandb_project": "tracking.project"}
 """Keys of a sweep file under former names."""
-
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:

@@ -199,8 +199,11 @@ class CheckpointKeeper:
         folder.note_checkpoint(state.step)
         log.info(
             "saved %s: training stood still for %.2f s, %.2f s to write, snapshot of %.1f MB",
-            path, snapshot - began, time.perf_counter() - snapshot, total_bytes(weights, optimizer) / 1e6,
-        )  # fmt: skip
+            path,
+            snapshot - began,
+            time.perf_counter() - snapshot,
+            total_bytes(weights, optimizer) / 1e6,
+        )
 
     def _save_models(self, folder: Path, *, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """The model as it trains, and the average of its weights as a model of its own."""

@@ -254,9 +254,7 @@ class Engine:
         step = self.step + 1
         seed_step(config.seed, step, parallel.rank)
         learning_rate = config.optimizer.learning_rate * plan.learning_rate_scale
-        learning_rate *= learning_rate_factor(
-            step, self._total_steps, config.optimizer, plan.epoch_steps
-        )
+        learning_rate *= learning_rate_factor(step, self._total_steps, config.optimizer, plan.epoch_steps)
         set_learning_rate(parallel.optimizer.param_groups, learning_rate)
         total = torch.zeros((), device=parallel.device)
         bad_clips = 0

@@ -190,9 +190,16 @@ def evaluate_source(
                 if gallery:
                     clips_of_gallery = [source.clips[index] for index in kept]
                     page = gallery_page(
-                        model, source.name, clips_of_gallery, texts, video_of_query, sim_QV, text, rows[0]["metrics"],
+                        model,
+                        source.name,
+                        clips_of_gallery,
+                        texts,
+                        video_of_query,
+                        sim_QV,
+                        text,
+                        rows[0]["metrics"],
                         queries=gallery,
-                    )  # fmt: skip
+                    )
                 if loss is not None:
                     value = validation_loss(model, loss, text, video, video_of_query, loss_batch_size)
                     rows = [{**row, "loss": value, "loss_batch_size": loss_batch_size} for row in rows]
@@ -451,10 +458,12 @@ def _fit_head(
             place = {name: number for number, name in enumerate(source.classes)}
             numbers = [place[train.classes[number]] for number in _class_numbers(train, kept)]
             return fit_linear_head(
-                _flat(stack_features([clips[index] for index in kept])), numbers, len(source.classes),
+                _flat(stack_features([clips[index] for index in kept])),
+                numbers,
+                len(source.classes),
                 label_smoothing=config.evaluation.linear_head_smoothing,
                 weight_decay=config.evaluation.linear_head_decay,
-            )  # fmt: skip
+            )
     finally:
         model.train(training)
 

@@ -54,9 +54,7 @@ def gallery_page(
         first = torch.topk(row_V, min(FOUND, len(row_V))).indices.tolist()
         found = tuple(_clip(clips[column], float(row_V[column]), column == own) for column in first)
         own_clip = _clip(clips[own], float(row_V[own]), True)
-        shown.append(
-            GalleryQuery(texts[query], above + (equal + 1) / 2, own_clip, found, _weights(model, text, query))
-        )
+        shown.append(GalleryQuery(texts[query], above + (equal + 1) / 2, own_clip, found, _weights(model, text, query)))
     numbers = tuple((name, metrics[name]) for name in HEAD if name in metrics)
     return GalleryPage(f"Retrieval on {source}: {len(shown)} of {len(texts)} queries", numbers, tuple(shown))
 

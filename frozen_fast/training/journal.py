@@ -126,8 +126,12 @@ class Journal:
             shown = "  ".join(f"{name} {value:.1f}" for name, value in metrics.items() if name in _SHOWN)
             log.info(
                 "evaluation of %s (%s, %d frames): loss %.4f  %s",
-                row["source"], row["protocol"], row["frames"], row["loss"], shown,
-            )  # fmt: skip
+                row["source"],
+                row["protocol"],
+                row["frames"],
+                row["loss"],
+                shown,
+            )
             prefix = f"eval/{row['source']}/{row['protocol']}"
             sent = {**metrics, "loss": row["loss"]}
             self._trackers.log({f"{prefix}/{name}": value for name, value in sent.items()}, row["step"])
@@ -152,9 +156,17 @@ class Journal:
         elif row["step"] % self._log_every == 0 or row["step"] in (1, self._total_steps):
             log.info(
                 "step %d/%d  stage %d/%d  %s %d frames  loss %.4f  lr %.2e  %.1f clips/s  stall %.0f%%",
-                row["step"], self._total_steps, row["stage"] + 1, self._num_stages, row["source"], row["frames"],
-                row["loss"], row["learning_rate"], rate, 100 * row["stall_seconds"] / max(row["seconds"], 1e-9),
-            )  # fmt: skip
+                row["step"],
+                self._total_steps,
+                row["stage"] + 1,
+                self._num_stages,
+                row["source"],
+                row["frames"],
+                row["loss"],
+                row["learning_rate"],
+                rate,
+                100 * row["stall_seconds"] / max(row["seconds"], 1e-9),
+            )
 
     def _advance_bar(self, row: dict[str, Any], rate: float) -> None:
         if self._bar is None:

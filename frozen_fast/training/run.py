@@ -124,9 +124,14 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
             rows: list[dict[str, Any]] = []
             for source in sources.values():
                 found = evaluate_with(
-                    config, model, source, parallel,
-                    frames=model.learned_frames, loss_batch_size=loss_batch_size(config), stop=stop,
-                )  # fmt: skip
+                    config,
+                    model,
+                    source,
+                    parallel,
+                    frames=model.learned_frames,
+                    loss_batch_size=loss_batch_size(config),
+                    stop=stop,
+                )
                 if found is None:
                     raise KeyboardInterrupt
                 rows += found.rows
@@ -152,9 +157,7 @@ class _Run:
         self._lock = RunLock(self._folder)
         self._owned = False
         self._engine: Engine | None = None
-        self._watchdog = Watchdog(
-            config.watchdog, folder=self._folder.hangs, rank=parallel.rank, note=self._note_hang
-        )
+        self._watchdog = Watchdog(config.watchdog, folder=self._folder.hangs, rank=parallel.rank, note=self._note_hang)
         self._journal: Journal | None = None
         self._trackers = Trackers()
 
@@ -170,9 +173,12 @@ class _Run:
         with parallel.together():
             if parallel.is_main:
                 self._trackers = Trackers.start(
-                    config.tracking, name=config.name, config=config, folder=folder.path,
+                    config.tracking,
+                    name=config.name,
+                    config=config,
+                    folder=folder.path,
                     step=None if state is None else state.step,
-                )  # fmt: skip
+                )
         self._journal = Journal(
             folder,
             parallel,
@@ -266,8 +272,9 @@ class _Run:
             if state.world_size != parallel.world_size:
                 log.warning(
                     "resuming on %d processes instead of %d: the same clips in the same steps, but not bit for bit",
-                    parallel.world_size, state.world_size,
-                )  # fmt: skip
+                    parallel.world_size,
+                    state.world_size,
+                )
         return checkpoint, state, parallel.gather_objects(closed)[0]
 
     def _build(self, checkpoint: Path | None, state: RunState | None) -> RunParts:
@@ -358,8 +365,10 @@ class _Run:
         except Exception as error:  # noqa: BLE001  whatever fails in a report, the run has not failed
             log.warning(
                 "the report could not be written (%s: %s); `frozen-fast report %s` writes it later",
-                type(error).__name__, error, self._folder.path,
-            )  # fmt: skip
+                type(error).__name__,
+                error,
+                self._folder.path,
+            )
 
     def _write_status(
         self, state: str, *, exit_code: int | None = None, message: str = "", checkpoint: int | None = None

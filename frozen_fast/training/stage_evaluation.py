@@ -67,9 +67,14 @@ class StageEvaluation:
             model = cast(RetrievalModel, whole)
             for source in self._sources.values():
                 found = evaluate_with(
-                    self._config, model, source, self._parallel,
-                    frames=plan.frames, loss_batch_size=batch_size, stop=self._stop,
-                )  # fmt: skip
+                    self._config,
+                    model,
+                    source,
+                    self._parallel,
+                    frames=plan.frames,
+                    loss_batch_size=batch_size,
+                    stop=self._stop,
+                )
                 if found is None:
                     return None
                 rows += [{"step": step, "stage": plan.index, **row} for row in found.rows]

@@ -46,9 +46,14 @@ def forward_backward(
     with parallel.accumulate(last=last):
         text_features, video_features, parameters = parallel.forward(video, text)
         to_minimise, value = gathered_loss(
-            cast(RetrievalModel, parallel.model).pair_similarities, loss, text_features, video_features, parameters,
-            local=settings.local, chunk_rows=settings.chunk_rows,
-        )  # fmt: skip
+            cast(RetrievalModel, parallel.model).pair_similarities,
+            loss,
+            text_features,
+            video_features,
+            parameters,
+            local=settings.local,
+            chunk_rows=settings.chunk_rows,
+        )
         if teachers is not None:
             assert batch is not None, "teachers read the batch"
             compare = cast(RetrievalModel, parallel.model).pair_similarities

@@ -109,9 +109,7 @@ def test_offsets_beyond_32_bits():
 def test_triton_repeats_bit_for_bit(axis, frames):
     need("triton", torch.bfloat16)
     qkv, grad = (value.cuda().bfloat16() for value in make_case(4, frames, 196, 4, 64))
-    first, second = (
-        run(lambda x: divided_attention(x, frames, axis, deterministic=True), qkv, grad) for _ in range(2)
-    )
+    first, second = (run(lambda x: divided_attention(x, frames, axis, deterministic=True), qkv, grad) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -58,9 +58,7 @@ def test_skipped_clips_are_replaced_counted_and_named(data: dict[str, Path], tmp
     assert all(row["replaced_by"] not in (None, row["clip_id"]) for row in rows)
     assert all(row["source"] == "videos" and row["path"].endswith(f"{row['clip_id']}.avi") for row in rows)
     steps = read_json_lines(tmp_path / "steps.jsonl")
-    assert [row["bad_clips"] for row in steps] == [
-        sum(other["step"] == row["step"] for other in rows) for row in steps
-    ]
+    assert [row["bad_clips"] for row in steps] == [sum(other["step"] == row["step"] for other in rows) for row in steps]
     assert [row["clips"] for row in steps] == [8, 8, 8]
     state = json.loads((tmp_path / "checkpoints" / "step_00000003" / "state.json").read_text(encoding="utf-8"))
     assert state["bad_clips"]["clips"] == 24 and sum(state["bad_clips"]["causes"].values()) == len(rows)
@@ -92,9 +90,12 @@ def test_evaluation_refuses_a_bad_clip_and_can_be_told_to_leave_it_out(data: dic
     assert survey(tmp_path / "run" / "checkpoints").usable is not None
     decode = {"backend": "pyav", "threads": 1, "on_bad_clip": "skip", "max_bad_share": 0.5}
     sources = [{"name": "videos", "path": str(data["videos"])}]
-    assert train(
-        tiny_config(data, tmp_path / "run", **sections, data={"sources": sources, "decode": decode}), resume="auto"
-    ) == 0
+    assert (
+        train(
+            tiny_config(data, tmp_path / "run", **sections, data={"sources": sources, "decode": decode}), resume="auto"
+        )
+        == 0
+    )
     (row,) = read_json(tmp_path / "run" / "metrics.json")["evaluations"]
     assert (row["num_videos"], row["num_queries"], row["bad_clips"]) == (20, 20, 4)
     left_out = [row for row in read_json_lines(tmp_path / "run" / "bad_clips.jsonl") if row["replaced_by"] is None]

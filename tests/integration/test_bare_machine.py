@@ -52,10 +52,11 @@ def test_pictures_train_and_videos_end_in_one_line(tmp_path: Path, variables: di
     stages = {"stages": [{"frames": 1, "global_batch_size": 4, "steps": 2}]}
     for source, code in (("pictures", 0), ("videos", 2)):
         tree = tiny_mapping(
-            files, tmp_path / source,
+            files,
+            tmp_path / source,
             data={"sources": [{"name": source, "path": str(files[source])}], "decode": {"threads": 1}},
             curriculum=stages,
-        )  # fmt: skip
+        )
         config = tmp_path / f"{source}.yaml"
         config.write_text(json.dumps(tree), encoding="utf-8")
         result = run(["train.py", "--config", str(config)], variables)

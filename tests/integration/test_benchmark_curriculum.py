@@ -34,8 +34,12 @@ def entry(row: str, seed: int, hours: float, recall: float) -> dict:
 
 
 def test_the_finding_is_computed_from_the_runs() -> None:
-    runs = [entry("8", 0, 2.0, 50.0), entry("8", 1, 4.0, 40.0), entry("1=>4=>8", 0, 1.0, 53.0),
-            entry("1=>4=>8", 1, 1.0, 41.0)]  # fmt: skip
+    runs = [
+        entry("8", 0, 2.0, 50.0),
+        entry("8", 1, 4.0, 40.0),
+        entry("1=>4=>8", 0, 1.0, 53.0),
+        entry("1=>4=>8", 1, 1.0, 41.0),
+    ]
     told = curriculum.finding(runs)
     # Shares 0.5 and 0.25; differences 3 and 1: mean 2, standard deviation sqrt(2), over sqrt(2) seeds.
     assert "takes 0.38 of the hours of 8 throughout (paper: 0.37)" in told
@@ -50,13 +54,36 @@ def test_the_finding_is_computed_from_the_runs() -> None:
 def test_trains_every_row_once_and_continues(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", videos=8, pictures=1)
     command = [
-        sys.executable, str(REPOSITORY / "benchmarks/curriculum.py"), "--train", str(data["videos"]), "--test",
-        str(data["videos"]), "--clips", str(CLIPS), "--seeds", "0", "--batch-sizes", "1=4,4=4,8=4",
-        "--rows", "8", "1=>4=>8", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out"),
-        "model.video.size=pico_patch16_32", f"model.text.name={data['tower']}", "model.text.frozen_layers=0",
-        "model.text.weights=random", "model.text.max_tokens=12", "data.decode.backend=pyav", "training.device=cpu",
-        "evaluation.resize=36", "model.embedding_width=16", "optimizer.warmup_steps=2",
-    ]  # fmt: skip
+        sys.executable,
+        str(REPOSITORY / "benchmarks/curriculum.py"),
+        "--train",
+        str(data["videos"]),
+        "--test",
+        str(data["videos"]),
+        "--clips",
+        str(CLIPS),
+        "--seeds",
+        "0",
+        "--batch-sizes",
+        "1=4,4=4,8=4",
+        "--rows",
+        "8",
+        "1=>4=>8",
+        "--work",
+        str(tmp_path / "work"),
+        "--output",
+        str(tmp_path / "out"),
+        "model.video.size=pico_patch16_32",
+        f"model.text.name={data['tower']}",
+        "model.text.frozen_layers=0",
+        "model.text.weights=random",
+        "model.text.max_tokens=12",
+        "data.decode.backend=pyav",
+        "training.device=cpu",
+        "evaluation.resize=36",
+        "model.embedding_width=16",
+        "optimizer.warmup_steps=2",
+    ]
     first = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert first.returncode == 0, first.stderr
     result = json.loads((tmp_path / "out/curriculum.json").read_text())

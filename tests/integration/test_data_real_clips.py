@@ -56,7 +56,13 @@ def codes(frames_TCHW: torch.Tensor) -> list[int]:
 
 def factory(backend: str) -> Any:
     return partial(
-        build_decoder, backend, device="cpu", resolution=RESOLUTION, mean=WHOLE.mean, std=WHOLE.std, threads=1,
+        build_decoder,
+        backend,
+        device="cpu",
+        resolution=RESOLUTION,
+        mean=WHOLE.mean,
+        std=WHOLE.std,
+        threads=1,
         max_pixels=10**6,
     )
 
@@ -90,7 +96,11 @@ def test_broken_clips_are_replaced_and_every_frame_is_real(
         pytest.importorskip("nvidia.dali")
     source, bad = good_and_broken
     loader = TrainingLoader(
-        {"own": source}, factory(backend), fake_tokenizer, augmentation=WHOLE, decode=DecodeConfig(workers=workers),
+        {"own": source},
+        factory(backend),
+        fake_tokenizer,
+        augmentation=WHOLE,
+        decode=DecodeConfig(workers=workers),
     )
     named, drawn = set(), set()
     for batch in loader.batches(plan(source)):
@@ -111,8 +121,14 @@ def test_broken_clips_are_replaced_and_every_frame_is_real(
 def test_evaluation_windows_are_the_frames_they_should_be(good_and_broken: tuple[Source, set[str]]) -> None:
     source, bad = good_and_broken
     loader = EvaluationLoader(
-        source, factory("pyav"), decode=DecodeConfig(on_bad_clip="skip"), frames=2, stride_seconds=3 / videos.RATE,
-        max_windows=0, batch_size=4, resize=96,
+        source,
+        factory("pyav"),
+        decode=DecodeConfig(on_bad_clip="skip"),
+        frames=2,
+        stride_seconds=3 / videos.RATE,
+        max_windows=0,
+        batch_size=4,
+        resize=96,
     )
     windows = defaultdict(list)
     for batch in loader.batches():
@@ -131,8 +147,14 @@ def test_videos_and_pictures_alternate(tmp_path: Path) -> None:
         "cc3m": read_source(SourceConfig(format="cc3m", path=str(tmp_path / "cc3m"))),
     }
     specs = plan_steps(
-        {name: len(source) for name, source in sources.items()}, {"web": 1.0, "cc3m": 1.0}, "round_robin", 0,
-        batch_sizes={"web": 2, "cc3m": 5}, frames=4, num_steps=4, start=DataPosition(),
+        {name: len(source) for name, source in sources.items()},
+        {"web": 1.0, "cc3m": 1.0},
+        "round_robin",
+        0,
+        batch_sizes={"web": 2, "cc3m": 5},
+        frames=4,
+        num_steps=4,
+        start=DataPosition(),
     )
     loader = TrainingLoader(sources, factory("pyav"), fake_tokenizer, augmentation=WHOLE, decode=DecodeConfig())
     batches = list(loader.batches(specs))

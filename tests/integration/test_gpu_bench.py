@@ -44,8 +44,11 @@ def bare_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_steps_leave_a_few_flat_files_and_the_summary_names_what_is_missing(bare_results: Path) -> None:
     summary = json.loads((bare_results / "summary.json").read_text())
     assert [(row["step"], row["cause"]) for row in summary["steps"]] == [
-        ("attention", "ok"), ("model_step", "ok"), ("gpu_tests", "ok"), ("training", "ok"),
-    ]  # fmt: skip
+        ("attention", "ok"),
+        ("model_step", "ok"),
+        ("gpu_tests", "ok"),
+        ("training", "ok"),
+    ]
     assert summary["small"] and "no figure counts" in summary["note"]
     left_out = summary["left_out"]
     assert {"xformers", "deepspeed", "nvidia.dali", "av", "decoder pyav", "training on videos"} <= set(left_out)
@@ -163,8 +166,11 @@ def test_what_was_measured_is_there_whatever_ends_the_command(tmp_path: Path) ->
     paths = os.pathsep.join(str(REPOSITORY / folder) for folder in ("launch", "", "kernels"))
     done = subprocess.run(
         [sys.executable, "-c", BENCH_OF_TWO, str(output)],
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == -9, done.stderr
     summary = json.loads((output / "summary.json").read_text())
     assert [(row["step"], row["cause"], row["files"]) for row in summary["steps"]] == [("quick", "ok", ["quick.json"])]

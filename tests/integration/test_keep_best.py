@@ -76,8 +76,10 @@ def assert_same(run: Path, straight: Path) -> None:
     weights, expected = (read_tensors(folder / "checkpoints" / "best")[0] for folder in (run, straight))
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     assert read_state(run / "checkpoints" / "step_00000020").best == {
-        "step": 12, "metric": "validation_loss", "value": 1.0,
-    }  # fmt: skip
+        "step": 12,
+        "metric": "validation_loss",
+        "value": 1.0,
+    }
     assert len(read_json(run / "stages.json")) == 1
 
 
@@ -168,9 +170,12 @@ def at_link(patch: pytest.MonkeyPatch, step: int) -> None:
     ids=["told before", "told within", "crash at the end", "crash after", "crash before the link"],
 )
 def test_an_interrupted_run_keeps_the_same_best(
-    data: dict[str, Path], straight: Path, tmp_path: Path, interrupt: Callable[[pytest.MonkeyPatch], None],
+    data: dict[str, Path],
+    straight: Path,
+    tmp_path: Path,
+    interrupt: Callable[[pytest.MonkeyPatch], None],
     code: int | None,
-) -> None:  # fmt: skip
+) -> None:
     config = experiment(data, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch)

@@ -79,9 +79,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     yield made
 
 
-def test_time_and_energy_of_a_stopped_run_add_up(
-    watch: Watch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_and_energy_of_a_stopped_run_add_up(watch: Watch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after step 4 of 8: both parts' training, stall, warm-up, evaluation and checkpoints are counted."""
     files = make_data(tmp_path / "data")
     config = tiny_config(

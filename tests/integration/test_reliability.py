@@ -137,9 +137,7 @@ def test_damaged_result_files_are_told_and_the_run_continues(
     assert_same_weights(copy, straight)
 
 
-def test_a_second_run_on_the_folder_is_refused_and_the_first_is_not_touched(
-    data: dict[str, Path], copy: Path
-) -> None:
+def test_a_second_run_on_the_folder_is_refused_and_the_first_is_not_touched(data: dict[str, Path], copy: Path) -> None:
     lock = RunLock(RunFolder(copy))
     lock.acquire()
     status = (copy / "status.json").read_bytes()
@@ -169,9 +167,13 @@ class FailingDisk:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_disk_that_is_full_for_a_while_costs_no_run(
-    data: dict[str, Path], straight: Path, tmp_path: Path, no_report: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], asynchronous: bool,
-) -> None:  # fmt: skip
+    data: dict[str, Path],
+    straight: Path,
+    tmp_path: Path,
+    no_report: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asynchronous: bool,
+) -> None:
     disk = FailingDisk(no_report, range(1, 4))
     config = experiment(data, tmp_path / "run", asynchronous=asynchronous)
     assert train(config) == 0
@@ -208,9 +210,7 @@ def test_a_report_that_fails_does_not_make_the_run_fail(
     assert "the report could not be written (OSError: [Errno 28] No space left" in told
 
 
-def test_usr1_saves_and_the_run_continues(
-    data: dict[str, Path], tmp_path: Path, no_report: pytest.MonkeyPatch
-) -> None:
+def test_usr1_saves_and_the_run_continues(data: dict[str, Path], tmp_path: Path, no_report: pytest.MonkeyPatch) -> None:
     original = Journal.add
 
     def add(self: Journal, result: Any, meter: Any) -> None:

@@ -146,9 +146,7 @@ def test_a_crash_between_checkpoints_repeats_no_step(data: dict[str, Path], stra
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-def test_a_crash_before_the_first_checkpoint_begins_anew(
-    data: dict[str, Path], straight: Path, tmp_path: Path
-) -> None:
+def test_a_crash_before_the_first_checkpoint_begins_anew(data: dict[str, Path], straight: Path, tmp_path: Path) -> None:
     config = experiment(data, tmp_path / "run")
     with pytest.raises(ConnectionError):
         run_until(config, 2, crash)

@@ -144,8 +144,10 @@ def test_a_folder_with_a_bad_file_and_a_second_embedding_of_it(
     (clips / "c3.avi").unlink()
     shutil.copyfile(clips / "c4.avi", clips / "new.avi")
     assert Index(index).changed_files() == {
-        str(clips / "c0.avi"): "missing", str(clips / "c1.avi"): "changed", str(clips / "c3.avi"): "missing"
-    }  # fmt: skip
+        str(clips / "c0.avi"): "missing",
+        str(clips / "c1.avi"): "changed",
+        str(clips / "c3.avi"): "missing",
+    }
     assert embed(run, clips, index) == 0
     assert "12 clips (2 embedded, 10 kept, 3 removed, 0 bad)" in capsys.readouterr().out
     assert sorted(ids(index)) == sorted([*(f"c{n}.avi" for n in (1, 2, *range(4, 12))), "moved.avi", "new.avi"])
@@ -158,9 +160,18 @@ def test_a_folder_with_a_bad_file_and_a_second_embedding_of_it(
 def test_two_processes_give_the_index_of_one(run: SearchRun, built: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
     command = torchrun(
-        "-m", "frozen_fast", "embed", "--checkpoint", str(run.checkpoint), "--source", str(run.videos),
-        "--output", str(index), "--device", "cpu",
-    )  # fmt: skip
+        "-m",
+        "frozen_fast",
+        "embed",
+        "--checkpoint",
+        str(run.checkpoint),
+        "--source",
+        str(run.videos),
+        "--output",
+        str(index),
+        "--device",
+        "cpu",
+    )
     done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert ids(index) == ids(built)
@@ -186,9 +197,18 @@ def test_a_killed_embedding_goes_on_without_doubles(
     )
     index = tmp_path / "index"
     command = [
-        sys.executable, str(script), "embed", "--checkpoint", str(run.checkpoint), "--source", str(run.videos),
-        "--output", str(index), "--device", "cpu",
-    ]  # fmt: skip
+        sys.executable,
+        str(script),
+        "embed",
+        "--checkpoint",
+        str(run.checkpoint),
+        "--source",
+        str(run.videos),
+        "--output",
+        str(index),
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(command, env=environment(), cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not len(list(index.glob("work/part-*.arrow"))) >= 2:
@@ -238,8 +258,9 @@ def test_spans_carry_their_times(run: SearchRun, tmp_path: Path) -> None:
     table = Index(tmp_path / "index").rows
     assert table["id"].to_pylist() == ["whole@0-0.5", "whole@0.5-1.2"]
     assert list(zip(table["start_seconds"].to_pylist(), table["end_seconds"].to_pylist(), strict=True)) == [
-        (0.0, 0.5), (0.5, 1.2)
-    ]  # fmt: skip
+        (0.0, 0.5),
+        (0.5, 1.2),
+    ]
     vectors = Index(tmp_path / "index").folder.take(np.arange(2))
     assert not np.allclose(vectors[0], vectors[1], atol=1e-4)
 
@@ -300,9 +321,16 @@ def test_a_part_that_a_kill_cut_short_is_not_there(tmp_path: Path) -> None:
     """Parts are renamed into place when they are whole, so that every part- file can be read."""
     writer = embed_job.PartWriter(tmp_path)
     row = {
-        "id": "a", "path": "/a.mp4", "kind": "video", "start_seconds": None, "end_seconds": None, "caption": None,
-        "file_bytes": 1, "file_mtime_ns": 2, "file_digest": "x",
-    }  # fmt: skip
+        "id": "a",
+        "path": "/a.mp4",
+        "kind": "video",
+        "start_seconds": None,
+        "end_seconds": None,
+        "caption": None,
+        "file_bytes": 1,
+        "file_mtime_ns": 2,
+        "file_digest": "x",
+    }
     writer.add(row, torch.ones(4))
     assert not os.listdir(tmp_path)
     writer.flush()

@@ -40,9 +40,7 @@ def cached(run: SearchRun, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_name_is_loaded_from_the_offline_cache(
-    run: SearchRun, cached: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_is_loaded_from_the_offline_cache(run: SearchRun, cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cached))
@@ -61,8 +59,12 @@ def test_push_writes_what_a_reader_needs_and_a_card_of_the_run(run: SearchRun, t
     arguments = ["--checkpoint", str(run.checkpoint), "--repo", "org/colours", "--license", "cc-by-nc-4.0"]
     assert main(["push", *arguments, "--output", str(output)]) == 0
     assert {path.name for path in output.iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
-    }  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     card = (output / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: frozen_fast\nlicense: cc-by-nc-4.0\n")
     assert "| videos | training | 4 | video |" in card and "| 2 | 120 | 480 |" in card

@@ -239,11 +239,17 @@ def test_a_contradiction_ends_the_launch_with_one_line(data: dict[str, Path], tm
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "train.py"), "--config", path],
         env=environment(
-            ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="3", LOCAL_RANK="0", RANK="0",
+            ACCELERATE_USE_DEEPSPEED="true",
+            ACCELERATE_GRADIENT_ACCUMULATION_STEPS="3",
+            LOCAL_RANK="0",
+            RANK="0",
             WORLD_SIZE="1",
         ),
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert "gradient_accumulation_steps: got 3" in line and "curriculum.gradient_accumulation_steps is 2" in line

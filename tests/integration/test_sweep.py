@@ -58,14 +58,19 @@ class Command:
     def __init__(self, experiment: Path, folder: Path) -> None:
         self.folder = folder
         self.words = [
-            sys.executable, str(REPOSITORY / "launch/sweep.py"), str(REPOSITORY / "configs/sweeps/cpu_small.yaml"),
-            f"experiment={experiment}", f"folder={folder}", "parallel=2", f"wandb={WANDB}",
+            sys.executable,
+            str(REPOSITORY / "launch/sweep.py"),
+            str(REPOSITORY / "configs/sweeps/cpu_small.yaml"),
+            f"experiment={experiment}",
+            f"folder={folder}",
+            "parallel=2",
+            f"wandb={WANDB}",
             "axes.accelerate=[configs/accelerate/cpu.yaml]",
             # trials: 0 recomputes activations, 1 becomes two processes, 2 runs out of memory, 3 crashes, 4 is NaN
             f"trials[1]={{accelerate: {REPOSITORY / 'configs/accelerate/cpu_2.yaml'}}}",
             f"trials[3].accelerate={REPOSITORY / 'configs/accelerate/cpu_2.yaml'}",
             "trials[4]={optimizer.learning_rate: 1e30}",
-        ]  # fmt: skip
+        ]
 
     def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -112,8 +117,10 @@ def test_every_trial_is_a_result_with_its_cause(sweep: tuple[Command, list[dict[
     assert len(causes) == TRIALS
     failed = {label.removeprefix("accelerate=cpu_2 "): why for label, why in causes.items() if why[0] != "ok"}
     assert {label: cause for label, (cause, _) in failed.items()} == {
-        OUT_OF_MEMORY: "out_of_memory", CRASH: "crash", NAN: "nan",
-    }, causes  # fmt: skip
+        OUT_OF_MEMORY: "out_of_memory",
+        CRASH: "crash",
+        NAN: "nan",
+    }, causes
     assert "limits.memory_gib is 3.25" in failed[OUT_OF_MEMORY][1]
     assert "Unable to find address for: no_such_if" in failed[CRASH][1]
     table = (command.folder / "ranking.md").read_text(encoding="utf-8")

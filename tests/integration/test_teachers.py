@@ -58,7 +58,11 @@ def experiment(store: Path, run_folder: Path, text: str, seed: int, teachers: li
             "model": {
                 "kind": "collaborative_experts",
                 "experts": {
-                    "experts": experts, "width": 32, "text": text, "text_width": 18, "text_clusters": 3,
+                    "experts": experts,
+                    "width": 32,
+                    "text": text,
+                    "text_width": 18,
+                    "text_clusters": 3,
                     "max_text_tokens": 8,
                 },
             },
@@ -71,7 +75,7 @@ def experiment(store: Path, run_folder: Path, text: str, seed: int, teachers: li
             "checkpoints": {"every_steps": 0},
             "evaluation": {"every": "end", "sources": [{**source, "name": "val", "split": "val_list"}]},
         }
-    )  # fmt: skip
+    )
 
 
 def recall(folder: Path) -> float:

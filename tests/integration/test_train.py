@@ -74,9 +74,20 @@ def test_every_step_stands_once_with_what_it_was(finished: Path) -> None:
     assert all(0 <= row["stall_seconds"] <= row["seconds"] for row in rows)
     assert [row["warmup"] for row in rows] == [True] + [False] * 5 + [True] + [False] * 3
     assert set(rows[0]) == {
-        "step", "stage", "frames", "source", "loss", "learning_rate", "gradient_norm", "clips", "seconds",
-        "stall_seconds", "warmup", "time", "bad_clips",
-    }  # fmt: skip
+        "step",
+        "stage",
+        "frames",
+        "source",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "clips",
+        "seconds",
+        "stall_seconds",
+        "warmup",
+        "time",
+        "bad_clips",
+    }
 
 
 def test_the_run_folder_is_complete(finished: Path) -> None:
@@ -92,8 +103,11 @@ def test_the_run_folder_is_complete(finished: Path) -> None:
     assert "held_out" in (finished / "report.md").read_text(encoding="utf-8")
     assert (finished / "report.html").stat().st_size > 1000
     assert {path.name for path in (finished / "traces").iterdir()} == {
-        "stage_0.trace.json", "stage_0.kernels.json", "stage_1.trace.json", "stage_1.kernels.json",
-    }  # fmt: skip
+        "stage_0.trace.json",
+        "stage_0.kernels.json",
+        "stage_1.trace.json",
+        "stage_1.kernels.json",
+    }
     kernels = read_json(finished / "traces" / "stage_1.kernels.json")
     assert (kernels["what"], kernels["steps"]) == ("operator", 1)
     names = [row["name"] for row in kernels["rows"]]
@@ -120,8 +134,9 @@ def test_stage_rows_add_up_to_their_wall_time(finished: Path) -> None:
 def test_each_stage_was_evaluated(finished: Path) -> None:
     rows = read_json(finished / "metrics.json")["evaluations"]
     assert [(row["step"], row["stage"], row["frames"], row["source"]) for row in rows] == [
-        (6, 0, 1, "held_out"), (10, 1, 4, "held_out"),
-    ]  # fmt: skip
+        (6, 0, 1, "held_out"),
+        (10, 1, 4, "held_out"),
+    ]
     for row in rows:
         assert (row["protocol"], row["num_queries"], row["num_videos"], row["windows"]) == ("plain", 24, 24, 24)
         assert 0 <= row["metrics"]["t2v/R@1"] <= row["metrics"]["t2v/R@50"] == 100
@@ -168,9 +183,16 @@ def test_an_accumulated_step_is_the_mean_of_its_passes(data: dict[str, Path], tm
     model = build_model(config, torch.device("cpu"))
     sources = read_training_sources(config)
     specs = plan_steps(
-        {"videos": 24}, {"videos": 1.0}, "round_robin", 1,
-        batch_sizes={"videos": 4}, frames=2, accumulation=2, num_steps=1, start=DataPosition(),
-    )  # fmt: skip
+        {"videos": 24},
+        {"videos": 1.0},
+        "round_robin",
+        1,
+        batch_sizes={"videos": 4},
+        frames=2,
+        accumulation=2,
+        num_steps=1,
+        start=DataPosition(),
+    )
     values = []
     for batch in build_training_loader(config, sources, model, torch.device("cpu")).batches(specs):
         text, video, _ = model(batch.video, batch.text)

@@ -53,16 +53,22 @@ def experiment(files: dict[str, Path], run_folder: Path, **sections: Any) -> dic
             ]
         },
         "optimizer": {
-            "learning_rate": 1e-4, "betas": [0.9, 0.98], "weight_decay": 0.2, "gradient_clip_norm": 1.0,
-            "schedule": "cosine", "groups": [{"match": "clip.*", "learning_rate_scale": 0.1}],
+            "learning_rate": 1e-4,
+            "betas": [0.9, 0.98],
+            "weight_decay": 0.2,
+            "gradient_clip_norm": 1.0,
+            "schedule": "cosine",
+            "groups": [{"match": "clip.*", "learning_rate_scale": 0.1}],
         },
         "loss": {"temperature": 1.0, "average_directions": True},
         "training": {"precision": "fp32", "device": "cpu"},
         "checkpoints": {"every_steps": 4, "keep": 10},
         "evaluation": {
-            "every": "end", "sources": [{"name": "held_out", "path": str(files["videos"])}], "batch_size": 5,
+            "every": "end",
+            "sources": [{"name": "held_out", "path": str(files["videos"])}],
+            "batch_size": 5,
         },
-    }  # fmt: skip
+    }
     for name, section in sections.items():
         tree[name] = {**tree[name], **section}
     return tree

@@ -60,8 +60,13 @@ def experiment(store: Path, run_folder: Path, kind: str = "collaborative_experts
         "data": {"sources": [{"name": "train", "format": "features", "path": str(store), "split": "train_list_full"}]},
         "curriculum": {"stages": [{"global_batch_size": 50, "share": 1.0}], "budget_epochs": 40},
         "optimizer": {
-            "name": "ranger", "learning_rate": 0.02, "betas": [0.95, 0.999], "eps": 1e-5, "weight_decay": 1e-4,
-            "decay_all": True, "schedule": "epoch_decay",
+            "name": "ranger",
+            "learning_rate": 0.02,
+            "betas": [0.95, 0.999],
+            "eps": 1e-5,
+            "weight_decay": 1e-4,
+            "decay_all": True,
+            "schedule": "epoch_decay",
         },
         "loss": {"name": "max_margin", "margin": 0.2},
         "training": {"device": "cpu", "precision": "fp32"},
@@ -72,7 +77,7 @@ def experiment(store: Path, run_folder: Path, kind: str = "collaborative_experts
             "gallery": 10,
             "sources": [{"name": "val", "format": "features", "path": str(store), "split": "val_list_full"}],
         },
-    }  # fmt: skip
+    }
     for name, section in sections.items():
         mapping[name] = {**mapping.get(name, {}), **section}
     return mapping

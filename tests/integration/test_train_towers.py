@@ -27,11 +27,12 @@ pytestmark = pytest.mark.integration
 VIDEO: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "timm_resnet18": ({"tower": "timm", "size": "resnet18", "resolution": 32}, (1, 2)),
     "timm_vit": (
-        {"tower": "timm", "size": "vit_tiny_patch16_224", "resolution": 32, "over_time": "transformer"}, (1, 3),
+        {"tower": "timm", "size": "vit_tiny_patch16_224", "resolution": 32, "over_time": "transformer"},
+        (1, 3),
     ),
     "r2plus1d_18": ({"tower": "torchvision_video", "size": "r2plus1d_18", "resolution": 32}, (2, 4)),
     "s3d": ({"tower": "torchvision_video", "size": "s3d", "resolution": 32}, (8, 9)),
-}  # fmt: skip
+}
 """Tower -> keys of model.video, and the frames of two stages."""
 
 STEPS = 12
@@ -126,14 +127,27 @@ def make_encoder(folder: Path, kind: str) -> Path:
     tokenizer.save_pretrained(folder)
     size = len(tokenizer)
     config: Any = CLIPTextConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=24, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-    )  # fmt: skip
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
     if kind == "t5":
         config = T5Config(
-            vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.1,
+            vocab_size=size,
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.1,
             pad_token_id=0,
-        )  # fmt: skip
+        )
     (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
     assert sum(parameter.numel() for parameter in model_from_config(config).parameters()) > 0
     return folder

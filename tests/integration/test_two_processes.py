@@ -175,15 +175,11 @@ def test_evaluation_by_two_is_that_by_one_with_every_clip_once(
     assert (by_two["windows"], by_two["num_videos"]) == (by_one["windows"], by_one["num_videos"])
 
 
-def test_two_keep_the_best_as_one_does(
-    launched: tuple[Path, Outcomes], data: dict[str, Path], tmp_path: Path
-) -> None:
+def test_two_keep_the_best_as_one_does(launched: tuple[Path, Outcomes], data: dict[str, Path], tmp_path: Path) -> None:
     folder, outcomes = launched
     assert [outcome["code"] for outcome in outcomes["best"]] == [0, 0], outcomes["best"]
     assert train(config_from_mapping(epochs(data, tmp_path / "run"))) == 0
-    rows, expected = (
-        read_json(run / "metrics.json")["evaluations"] for run in (folder / "best", tmp_path / "run")
-    )
+    rows, expected = (read_json(run / "metrics.json")["evaluations"] for run in (folder / "best", tmp_path / "run"))
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == [6, 12, 14]
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
     for run, own in ((folder / "best", rows), (tmp_path / "run", expected)):

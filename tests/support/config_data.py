@@ -16,13 +16,23 @@ EXPERIMENT_FOLDERS = ("pretrain", "finetune", "eval")
 
 PICTURES = ("cc3m", "flickr30k", "coco", "csv", "parquet")
 WRITERS: dict[str, Callable[..., Any]] = {
-    "webvid": folders.write_webvid_splits, "cc3m": folders.write_cc3m_splits, "howto100m": folders.write_howto100m,
-    "msvd": folders.write_msvd, "didemo": folders.write_didemo, "lsmdc": folders.write_lsmdc,
-    "activitynet": folders.write_activitynet, "vatex": folders.write_vatex, "flickr30k": folders.write_flickr30k,
-    "coco": folders.write_coco, "kinetics400": folders.write_kinetics400, "ucf101": folders.write_ucf101,
-    "hmdb51": folders.write_hmdb51, "something_v2": folders.write_something_v2, "csv": folders.write_csv,
+    "webvid": folders.write_webvid_splits,
+    "cc3m": folders.write_cc3m_splits,
+    "howto100m": folders.write_howto100m,
+    "msvd": folders.write_msvd,
+    "didemo": folders.write_didemo,
+    "lsmdc": folders.write_lsmdc,
+    "activitynet": folders.write_activitynet,
+    "vatex": folders.write_vatex,
+    "flickr30k": folders.write_flickr30k,
+    "coco": folders.write_coco,
+    "kinetics400": folders.write_kinetics400,
+    "ucf101": folders.write_ucf101,
+    "hmdb51": folders.write_hmdb51,
+    "something_v2": folders.write_something_v2,
+    "csv": folders.write_csv,
     "parquet": folders.write_parquet,
-}  # fmt: skip
+}
 
 
 def experiments() -> list[str]:
@@ -43,7 +53,11 @@ def small_video_tower(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def write_data(
-    root: Path, names: Iterable[str], clips: int, *, clip: WriteClip = write_placeholder,
+    root: Path,
+    names: Iterable[str],
+    clips: int,
+    *,
+    clip: WriteClip = write_placeholder,
     picture: WriteClip = write_placeholder,
 ) -> None:
     """Write every data set that these configs name, `clips` a split, below root/<what follows data/>."""

@@ -111,9 +111,10 @@ def write_lsmdc_clip4clip(root: Path, count: int, write_clip: WriteClip = write_
     """LSMDC's challenge tables; the first clip of train has two sentences."""
     ids = numbered("1004_Juno_00.", ("train", "val", "test"), count)
     tables = {
-        "train": "LSMDC16_annos_training.csv", "val": "LSMDC16_annos_val.csv",
+        "train": "LSMDC16_annos_training.csv",
+        "val": "LSMDC16_annos_val.csv",
         "test": "LSMDC16_challenge_1000_publictect.csv",
-    }  # fmt: skip
+    }
     for split, own in ids.items():
         rows = [f"{name}\t00.01\t00.02\t00.01\t00.02\tSOMEONE opens {name}." for name in own]
         if split == "train":
@@ -296,9 +297,11 @@ def write_parquet(root: Path, count: int, write_clip: WriteClip = write_placehol
     ids = numbered("pic", ("train", "test"), count)
     for place, (split, own) in enumerate(ids.items()):
         columns = {
-            "id": own, "path": [f"pictures/{name}.jpg" for name in own],
-            "caption": [f"a picture {name}" for name in own], "split": [split] * len(own),
-        }  # fmt: skip
+            "id": own,
+            "path": [f"pictures/{name}.jpg" for name in own],
+            "caption": [f"a picture {name}" for name in own],
+            "split": [split] * len(own),
+        }
         parquet.write_table(pyarrow.table(columns), root / f"part-{place}.parquet")
     fill((root / "pictures" / f"{name}.jpg" for name in all_ids(ids)), write_clip)
     return ids

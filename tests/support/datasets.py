@@ -40,7 +40,12 @@ def write_manifest(path: Path, rows: Sequence[dict[str, Any] | str]) -> Path:
 
 
 def manifest_folder(
-    folder: Path, count: int, *, kind: str = "video", suffix: str = ".webm", write_clip: WriteClip = write_placeholder,
+    folder: Path,
+    count: int,
+    *,
+    kind: str = "video",
+    suffix: str = ".webm",
+    write_clip: WriteClip = write_placeholder,
     **fields: Any,
 ) -> Path:
     """A manifest of `count` clips c0, c1, .. with their files; `fields` go into every line."""
@@ -104,8 +109,12 @@ def write_msrvtt(root: Path, count: int, *, write_clip: WriteClip = write_placeh
     lists.mkdir(parents=True, exist_ok=True)
     half, quarter = count // 2, 3 * count // 4
     for name, chosen in {
-        "train_list_jsfusion": ids[:half], "val_list_jsfusion": ids[half:], "train_list_miech": ids[:half],
-        "test_list_miech": ids[half:], "train_list_full": ids[:half], "val_list_full": ids[half:quarter],
+        "train_list_jsfusion": ids[:half],
+        "val_list_jsfusion": ids[half:],
+        "train_list_miech": ids[:half],
+        "test_list_miech": ids[half:],
+        "train_list_full": ids[:half],
+        "val_list_full": ids[half:quarter],
         "test_list_full": ids[quarter:],
     }.items():
         (lists / f"{name}.txt").write_text("\n".join(chosen) + "\n")
@@ -125,7 +134,8 @@ def write_msrvtt_clip4clip(root: Path, count: int, *, write_clip: WriteClip = wr
     write_table(folder / "MSRVTT_train.9k.csv", ["video_id"], [[identity] for identity in ids[:half]])
     write_table(folder / "MSRVTT_train.7k.csv", ["video_id"], [[identity] for identity in ids[: half - 1]])
     write_table(
-        folder / "MSRVTT_JSFUSION_test.csv", ["key", "vid_key", "video_id", "sentence"],
+        folder / "MSRVTT_JSFUSION_test.csv",
+        ["key", "vid_key", "video_id", "sentence"],
         [[f"ret{identity}", f"msr{identity}", identity, f"the sentence of {identity}"] for identity in ids[half:]],
     )
     splits = ["train"] * half + ["validate"] + ["test"] * (count - half - 1)

@@ -50,9 +50,7 @@ class PlainVLAD(nn.Module):
         shares = torch.softmax(scores, dim=1)[:, :kept].reshape(num_sets, size, kept)
         out = []
         for one, share in zip(sets, shares, strict=True):
-            columns = [
-                sum(share[n, k] * (one[n] - self.clusters2[0, :, k]) for n in range(size)) for k in range(kept)
-            ]
+            columns = [sum(share[n, k] * (one[n] - self.clusters2[0, :, k]) for n in range(size)) for k in range(kept)]
             out.append(unit(torch.stack([unit(column) for column in columns], dim=1).reshape(-1)))
         return torch.stack(out)
 

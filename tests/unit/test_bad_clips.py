@@ -19,10 +19,24 @@ def test_rows_are_appended_in_the_agreed_form(tmp_path: Path) -> None:
     ledger.record(4, 8, [])
     ledger.record(5, 8, [bad(2, "missing")])
     assert read_json_lines(tmp_path / "bad_clips.jsonl") == [
-        {"step": 3, "source": "web", "clip_id": "c1", "path": "/data/c1.mp4", "cause": "truncated",
-         "message": "no more bytes", "replaced_by": "c99"},
-        {"step": 5, "source": "web", "clip_id": "c2", "path": "/data/c2.mp4", "cause": "missing",
-         "message": "no more bytes", "replaced_by": "c99"},
+        {
+            "step": 3,
+            "source": "web",
+            "clip_id": "c1",
+            "path": "/data/c1.mp4",
+            "cause": "truncated",
+            "message": "no more bytes",
+            "replaced_by": "c99",
+        },
+        {
+            "step": 5,
+            "source": "web",
+            "clip_id": "c2",
+            "path": "/data/c2.mp4",
+            "cause": "missing",
+            "message": "no more bytes",
+            "replaced_by": "c99",
+        },
     ]
     assert (ledger.clips, ledger.bad, ledger.causes) == (24, 2, {"truncated": 1, "missing": 1})
     assert ledger.share == pytest.approx(2 / 26)

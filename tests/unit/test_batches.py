@@ -22,32 +22,47 @@ from support.fake_decoding import SIZE, FakeDecoder, clip_code, fake_probe, fake
 def make_source(count: int, *, name: str = "web", bad: dict[int, str] | None = None, **fields: Any) -> Source:
     """Clips c0, c1, ..; `bad` puts a word such as "truncated" into a file's name."""
     suffix = bad or {}
-    clips = [
-        Clip(f"c{n}", f"/x/c{n}{suffix.get(n, '')}.mp4", (f"one {n}", f"two {n}"), **fields) for n in range(count)
-    ]
+    clips = [Clip(f"c{n}", f"/x/c{n}{suffix.get(n, '')}.mp4", (f"one {n}", f"two {n}"), **fields) for n in range(count)]
     return Source(name, "manifest", PackedClips(clips), fields.get("kind", "video"), CaptionRule())
 
 
 def make_specs(source: Source, *, batch: int = 8, steps: int = 4, frames: int = 4, **fields: Any) -> list[BatchSpec]:
     sizes = {source.name: len(source)}
-    return list(plan_steps(
-        sizes, {source.name: 1.0}, "round_robin", fields.pop("seed", 0), batch_sizes={source.name: batch},
-        frames=frames, num_steps=steps, start=fields.pop("start", DataPosition()), **fields,
-    ))
+    return list(
+        plan_steps(
+            sizes,
+            {source.name: 1.0},
+            "round_robin",
+            fields.pop("seed", 0),
+            batch_sizes={source.name: batch},
+            frames=frames,
+            num_steps=steps,
+            start=fields.pop("start", DataPosition()),
+            **fields,
+        )
+    )
 
 
 def make_reader(source: Source, policy: Any = "skip", **fields: Any) -> ClipReader:
     settings: dict[str, Any] = {"decoder": FakeDecoder(), "prober": fake_probe, "threads": 1} | fields
     return ClipReader(
-        {source.name: source}, tokenizer=fake_tokenizer, augmentation=AugmentationConfig(), policy=policy,
-        max_pixels=10**6, **settings,
+        {source.name: source},
+        tokenizer=fake_tokenizer,
+        augmentation=AugmentationConfig(),
+        policy=policy,
+        max_pixels=10**6,
+        **settings,
     )
 
 
 def make_loader(source: Source, **decode: Any) -> TrainingLoader:
     return TrainingLoader(
-        {source.name: source}, FakeDecoder, fake_tokenizer, augmentation=AugmentationConfig(),
-        decode=DecodeConfig(**decode), prober=fake_probe,
+        {source.name: source},
+        FakeDecoder,
+        fake_tokenizer,
+        augmentation=AugmentationConfig(),
+        decode=DecodeConfig(**decode),
+        prober=fake_probe,
     )
 
 
@@ -305,7 +320,11 @@ def test_the_decoder_is_closed_at_the_end_and_when_stopped() -> None:
 
     source = make_source(16)
     loader = TrainingLoader(
-        {"web": source}, make, fake_tokenizer, augmentation=AugmentationConfig(), decode=DecodeConfig(),
+        {"web": source},
+        make,
+        fake_tokenizer,
+        augmentation=AugmentationConfig(),
+        decode=DecodeConfig(),
         prober=fake_probe,
     )
     list(loader.batches(make_specs(source)))
@@ -330,8 +349,12 @@ def test_a_stuck_thread_does_not_keep_the_program_alive(tmp_path: Path) -> None:
     )
     folders = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
     done = subprocess.run(
-        [sys.executable, str(script)], env={"PYTHONPATH": ":".join(folders)}, capture_output=True, text=True,
-        timeout=120, check=False,
+        [sys.executable, str(script)],
+        env={"PYTHONPATH": ":".join(folders)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 1 and done.stderr.startswith("data.decode.read_timeout_seconds"), done.stderr
 
@@ -339,8 +362,12 @@ def test_a_stuck_thread_does_not_keep_the_program_alive(tmp_path: Path) -> None:
 def test_partial_decoder_factories_are_fine() -> None:
     source = make_source(16)
     loader = TrainingLoader(
-        {"web": source}, partial(FakeDecoder, name="named"), fake_tokenizer, augmentation=AugmentationConfig(),
-        decode=DecodeConfig(), prober=fake_probe,
+        {"web": source},
+        partial(FakeDecoder, name="named"),
+        fake_tokenizer,
+        augmentation=AugmentationConfig(),
+        decode=DecodeConfig(),
+        prober=fake_probe,
     )
     assert next(loader.batches(make_specs(source))).backends == {"named": 8}
     loader.close()

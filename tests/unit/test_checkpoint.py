@@ -24,10 +24,18 @@ from frozen_fast.records.same_run import check_same_run
 
 def state(step: int = 7, **changes: object) -> RunState:
     base = RunState(
-        step=step, stage=1, steps_in_stage=2, stage_complete=False, position={"step": step, "consumed": {"a": 40}},
-        meter={"clips": 12}, bad_clips={"clips": 40, "causes": {"empty": 1}}, learned_frames=4, config={"seed": 3},
-        world_size=1, sources={"a": "f"},
-    )  # fmt: skip
+        step=step,
+        stage=1,
+        steps_in_stage=2,
+        stage_complete=False,
+        position={"step": step, "consumed": {"a": 40}},
+        meter={"clips": 12},
+        bad_clips={"clips": 40, "causes": {"empty": 1}},
+        learned_frames=4,
+        config={"seed": 3},
+        world_size=1,
+        sources={"a": "f"},
+    )
     return replace(base, **changes)
 
 
@@ -110,8 +118,10 @@ def test_incomplete_and_damaged_ones_are_named_and_kept_aside(tmp_path: Path) ->
     told = set_aside(found.damaged)
     assert ["kept as damaged_step_0000000" in line for line in told] == [True, True]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "damaged_step_00000002", "damaged_step_00000003", "step_00000001",
-    ]  # fmt: skip
+        "damaged_step_00000002",
+        "damaged_step_00000003",
+        "step_00000001",
+    ]
     assert survey(tmp_path / "nowhere").usable is None
 
 

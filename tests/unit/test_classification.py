@@ -57,9 +57,13 @@ def test_prompts_are_averaged_class_by_class() -> None:
 
 @pytest.mark.parametrize(
     ("sim", "own", "message"),
-    [(torch.zeros(8, 2), [0], r"got \[8, 2\] for 8 classes and 1 clips"), (torch.zeros(8, 1), [8], "in range"),
-     (torch.full((8, 1), torch.nan), [0], "got NaN"), (torch.zeros(8, 0), [], "allowed: ")],
-)  # fmt: skip
+    [
+        (torch.zeros(8, 2), [0], r"got \[8, 2\] for 8 classes and 1 clips"),
+        (torch.zeros(8, 1), [8], "in range"),
+        (torch.full((8, 1), torch.nan), [0], "got NaN"),
+        (torch.zeros(8, 0), [], "allowed: "),
+    ],
+)
 def test_what_does_not_fit_is_refused(sim: torch.Tensor, own: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         classify(sim, own, NAMES)

@@ -100,8 +100,10 @@ def test_several_mistakes_are_a_line_each_also_where_the_config_is_only_printed(
     assert captured.out == ""
     fields = [line.split(":")[:2] for line in captured.err.splitlines()]
     assert fields == [
-        ["error", " model.video.size"], ["error", " curriculum.stages[0].steps"], ["error", " loss.temprature"],
-    ]  # fmt: skip
+        ["error", " model.video.size"],
+        ["error", " curriculum.stages[0].steps"],
+        ["error", " loss.temprature"],
+    ]
 
 
 def test_other_ranks_let_rank_0_speak_first(

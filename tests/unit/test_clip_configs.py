@@ -17,12 +17,18 @@ FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.star
 TRAIN = [name for name in FILES if not name.endswith("_eval.yaml")]
 CLIPS = {"msrvtt_1kA": 9000, "msrvtt_full": 6513, "msvd": 1200, "vatex": 25_991}
 TINY = (
-    "model.checkpoint=null", "model.clip2video.clip=", "model.clip2video.size=tiny", "training.device=cpu",
-)  # fmt: skip
-TINY_TOWERS = (
-    "model.video.weights=none", "model.video.size=tiny", "model.text.name=tiny", "model.text.weights=random",
+    "model.checkpoint=null",
+    "model.clip2video.clip=",
+    "model.clip2video.size=tiny",
     "training.device=cpu",
-)  # fmt: skip
+)
+TINY_TOWERS = (
+    "model.video.weights=none",
+    "model.video.size=tiny",
+    "model.text.name=tiny",
+    "model.text.weights=random",
+    "training.device=cpu",
+)
 
 
 def config_of(name: str, *overrides: str) -> ExperimentConfig:

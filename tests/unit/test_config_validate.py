@@ -83,9 +83,14 @@ def test_all_mistakes_are_told_at_once() -> None:
     lines = str(caught.value).splitlines()
     fields = [line.split(":")[0] for line in lines]
     assert fields == [
-        "seed", "model.video.size", "data.sources", "curriculum", "optimizer.betas[1]", "loss.temprature",
+        "seed",
+        "model.video.size",
+        "data.sources",
+        "curriculum",
+        "optimizer.betas[1]",
+        "loss.temprature",
         "evaluation.keep_best",
-    ]  # fmt: skip
+    ]
     assert all(": got " in line and "; allowed" in line for line in lines)
 
 

@@ -78,9 +78,7 @@ def test_without_a_compiler_the_reason_is_named(fresh, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert "no C compiler" in unavailable_backends("cpu", torch.float32)["cpu_c"]
     qkv, _ = make_case(1, 2, 3, 1, 4)
-    with pytest.raises(
-        ValueError, match="got 'cpu_c', which cannot run here: no C compiler.*allowed: auto, reference"
-    ):
+    with pytest.raises(ValueError, match="got 'cpu_c', which cannot run here: no C compiler.*allowed: auto, reference"):
         divided_attention(qkv, 2, "time", backend="cpu_c")
 
 

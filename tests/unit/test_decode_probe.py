@@ -235,7 +235,7 @@ def test_an_avi_with_dropped_frames_is_whole_and_one_without_their_entries_is_no
     frames = pyav.read_frames(str(path), index, list(range(18)), MAX_PIXELS)
     assert [videos.read_code(frame) for frame in frames] == [number for number in range(20) if number not in (4, 9)]
     data = path.read_bytes()
-    path.write_bytes(data[:data.rfind(b"idx1")])  # the frames are gone and no index says so
+    path.write_bytes(data[: data.rfind(b"idx1")])  # the frames are gone and no index says so
     with pytest.raises(ClipError, match="truncated|claims"):
         read_index(str(path), max_pixels=MAX_PIXELS)
 

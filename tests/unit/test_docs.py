@@ -18,10 +18,20 @@ CONFIGS = re.compile(r"configs/[\w/]+\.(?:yaml|json)")
 PUBLIC = re.compile(r"`(frozen_(?:fast|kernels)(?:\.\w+)+)`")
 
 BANNED = (
-    r"\brooms?\b", r"\bgone on with\b", r"\bgoes on\b", r"\bgo on from\b", r"\bwhat stands\b", r"\bso many\b",
-    r"\btakes? turns\b", r"\bgiven up\b", r"\blet go\b", r"\bkilled without a word\b", r"\bCould be had\b",
-    r"\bcould be had\b", r"\bas fast as the hardware allows\b",
-)  # fmt: skip
+    r"\brooms?\b",
+    r"\bgone on with\b",
+    r"\bgoes on\b",
+    r"\bgo on from\b",
+    r"\bwhat stands\b",
+    r"\bso many\b",
+    r"\btakes? turns\b",
+    r"\bgiven up\b",
+    r"\blet go\b",
+    r"\bkilled without a word\b",
+    r"\bCould be had\b",
+    r"\bcould be had\b",
+    r"\bas fast as the hardware allows\b",
+)
 """Turns of phrase that a reader of PyTorch's documentation stumbles over (conventions 15)."""
 
 

@@ -15,10 +15,19 @@ from frozen_fast.config import config_from_mapping
 from frozen_fast.errors import UserError
 
 GOOD = Machine(
-    gpus_of_driver=8, gpus_of_torch=8, cuda_of_torch="12.8", decodes_video=True, compiler="/usr/bin/cc",
-    deepspeed="0.19.8", nccl=True, shared_memory_bytes=16 * GIB, open_files=65536, cores=64,
-    disk_free_bytes=500 * GIB, disk_bytes_per_second=1e9,
-)  # fmt: skip
+    gpus_of_driver=8,
+    gpus_of_torch=8,
+    cuda_of_torch="12.8",
+    decodes_video=True,
+    compiler="/usr/bin/cc",
+    deepspeed="0.19.8",
+    nccl=True,
+    shared_memory_bytes=16 * GIB,
+    open_files=65536,
+    cores=64,
+    disk_free_bytes=500 * GIB,
+    disk_bytes_per_second=1e9,
+)
 
 
 def launch(processes: int = 8, deepspeed: bool = False, **sections: Any) -> Launch:
@@ -36,7 +45,8 @@ FAULTS: dict[str, tuple[Machine, Launch, str]] = {
     "no compiler": (replace(GOOD, compiler=""), launch(training={"compile": True}), "install gcc"),
     "wrong world size": (GOOD, launch(training={"expected_world_size": 16}), "training.expected_world_size=16"),
     "missing operator": (
-        replace(GOOD, attention={"xformers": "no operator"}), launch(model={"video": {"attention": "xformers"}}),
+        replace(GOOD, attention={"xformers": "no operator"}),
+        launch(model={"video": {"attention": "xformers"}}),
         "model.video.attention=xformers: no operator",
     ),
     "full disk": (replace(GOOD, disk_free_bytes=10**6), launch(), "free some space"),
@@ -45,16 +55,19 @@ FAULTS: dict[str, tuple[Machine, Launch, str]] = {
     "more processes than GPUs": (replace(GOOD, gpus_of_torch=2), launch(), "8 processes on this machine for 2 GPU"),
     "no DeepSpeed": (replace(GOOD, deepspeed=""), launch(deepspeed=True), "pip install deepspeed"),
     "no decoder": (
-        replace(GOOD, decoders={"dali": "not installed"}), launch(data={"decode": {"backend": "dali"}}),
+        replace(GOOD, decoders={"dali": "not installed"}),
+        launch(data={"decode": {"backend": "dali"}}),
         "auto, torchcodec, decord, pyav",
     ),
     "few open files": (replace(GOOD, open_files=128), launch(), "ulimit -n 65536"),
     "broken package": (replace(GOOD, broken={"torchvision": "operator missing"}), launch(), "torchvision"),
     "no NCCL": (replace(GOOD, nccl=False), launch(), "built without it"),
     "no GPU for GPU launch": (
-        replace(GOOD, gpus_of_driver=None, gpus_of_torch=0), launch(), "configs/accelerate/cpu_2.yaml"
+        replace(GOOD, gpus_of_driver=None, gpus_of_torch=0),
+        launch(),
+        "configs/accelerate/cpu_2.yaml",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)

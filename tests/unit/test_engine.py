@@ -237,9 +237,15 @@ def record(made: Journal, meter: StageMeter, step: int, loss: float, norm: float
         timing.count(4, 2, None)
     norms = None if norm is None else torch.tensor(norm)
     result = StepResult(
-        step=step, stage=0, frames=2, source="a", loss=torch.tensor(loss), gradient_norm=norms, learning_rate=1e-3,
+        step=step,
+        stage=0,
+        frames=2,
+        source="a",
+        loss=torch.tensor(loss),
+        gradient_norm=norms,
+        learning_rate=1e-3,
         bad_clips=1,
-    )  # fmt: skip
+    )
     made.add(result, meter)
 
 
@@ -366,8 +372,15 @@ def evaluation(parallel: Parallel, protocol: str = "auto", mode: str = "all", st
     source = Source("s", "manifest", clips, "video", CaptionRule(mode, 0))  # type: ignore[arg-type]
     model = TableModel(captions)
     found = evaluate_source(
-        model, source, loader, parallel, frames=2, protocol=protocol, batch_size=2, stop_asked=lambda: stop  # type: ignore[arg-type]
-    )  # fmt: skip
+        model,
+        source,
+        loader,
+        parallel,
+        frames=2,
+        protocol=protocol,
+        batch_size=2,
+        stop_asked=lambda: stop,  # type: ignore[arg-type]
+    )
     assert loader.closed and model.training and not any(model.modes)
     video = torch.stack([(rows[0] + rows[1] + rows[3]) / 3, rows[2], rows[4]])
     return found, SimpleNamespace(video=video, captions=captions)
@@ -401,9 +414,9 @@ def test_the_validation_loss_is_the_training_loss_of_equal_batches() -> None:
     whole = over(7)
     assert whole == pytest.approx(float(contrastive_loss(video, text[:7], 0.1)), rel=1e-6)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
-    expected = sum(
-        len(part) * float(contrastive_loss(video[part], text[part], 0.1)) for part in (order[:4], order[4:])
-    ) / 7
+    expected = (
+        sum(len(part) * float(contrastive_loss(video[part], text[part], 0.1)) for part in (order[:4], order[4:])) / 7
+    )
     assert over(3) == pytest.approx(expected, rel=1e-6) != whole
     assert over(100) == whole
 

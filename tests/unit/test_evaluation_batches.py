@@ -22,7 +22,12 @@ def make_source(count: int, words: dict[int, str] | None = None, **fields: Any) 
 
 def make_loader(source: Source, factory: Any = FakeDecoder, *, decode: Any = None, **fields: Any) -> EvaluationLoader:
     settings: dict[str, Any] = {
-        "frames": 4, "stride_seconds": 0.2, "max_windows": 0, "batch_size": 5, "resize": 256, "prober": fake_probe,
+        "frames": 4,
+        "stride_seconds": 0.2,
+        "max_windows": 0,
+        "batch_size": 5,
+        "resize": 256,
+        "prober": fake_probe,
     }
     return EvaluationLoader(source, factory, decode=DecodeConfig(**(decode or {})), **settings | fields)
 

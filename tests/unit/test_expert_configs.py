@@ -15,13 +15,25 @@ FOLDER = Path(__file__).resolve().parents[2] / "configs" / "experts"
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.name.startswith("_"))
 SETS = ("msrvtt_full", "msrvtt_1kA", "msrvtt_1kB", "msvd", "lsmdc", "didemo", "activitynet")
 COUNTS = {
-    "msrvtt_full_ce": 183_448_607, "msrvtt_1kA_ce": 183_448_607, "msrvtt_full_ce_no_gating": 181_070_111,
-    "msrvtt_full_ce_uniform": 183_448_607 - 193_545, "msrvtt_full_moee_uniform": 246_219_775,
-    "msrvtt_full_moee": 400_410_129, "msrvtt_full_concat": 369_717, "msvd_ce": 84_043_645, "msvd_moee": 131_374_381,
-    "didemo_ce": 79_285_025, "lsmdc_ce": 116_857_599, "activitynet_ce": 260_678_403,
-    "msrvtt_full_ce_plus": 262_731_071, "msrvtt_full_teachtext": 262_731_071, "msvd_ce_plus": 87_791_645,
-    "didemo_ce_plus": 99_513_997, "lsmdc_ce_plus": 388_242_661, "activitynet_ce_plus": 376_019_529,
-}  # fmt: skip
+    "msrvtt_full_ce": 183_448_607,
+    "msrvtt_1kA_ce": 183_448_607,
+    "msrvtt_full_ce_no_gating": 181_070_111,
+    "msrvtt_full_ce_uniform": 183_448_607 - 193_545,
+    "msrvtt_full_moee_uniform": 246_219_775,
+    "msrvtt_full_moee": 400_410_129,
+    "msrvtt_full_concat": 369_717,
+    "msvd_ce": 84_043_645,
+    "msvd_moee": 131_374_381,
+    "didemo_ce": 79_285_025,
+    "lsmdc_ce": 116_857_599,
+    "activitynet_ce": 260_678_403,
+    "msrvtt_full_ce_plus": 262_731_071,
+    "msrvtt_full_teachtext": 262_731_071,
+    "msvd_ce_plus": 87_791_645,
+    "didemo_ce_plus": 99_513_997,
+    "lsmdc_ce_plus": 388_242_661,
+    "activitynet_ce_plus": 376_019_529,
+}
 
 
 def config_of(name: str) -> ExperimentConfig:

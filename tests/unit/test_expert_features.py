@@ -97,8 +97,10 @@ def test_the_store_holds_what_the_pickles_held(released) -> None:
     assert list(store.captions) == VIDEOS
     assert store.captions["video3"][1] == "caption 1 of video3"
     assert {name: one.kind for name, one in store.experts.items()} == {
-        "scene.densenet161.0": "vector", "face": "vector", "ocr": "set"
-    }  # fmt: skip
+        "scene.densenet161.0": "vector",
+        "face": "vector",
+        "ocr": "set",
+    }
     for name, entries in features.items():
         arrays = store.expert(name)
         for video, row in store.rows.items():
@@ -129,16 +131,22 @@ def source(folder: Path, split: str, **keys):
 
 
 FACE = {"face": ExpertFormat(5)}
-FORMAT = FeatureFormat(
-    experts={**FACE, "ocr": ExpertFormat(4, 3)}, text="openai", text_tokens=9, other_texts=("w2v",)
-)
+FORMAT = FeatureFormat(experts={**FACE, "ocr": ExpertFormat(4, 3)}, text="openai", text_tokens=9, other_texts=("w2v",))
 
 
 def specs(steps: int, seed: int = 0, rank: int = 0, world_size: int = 1):
     return plan_steps(
-        {"s": 8}, {"s": 1.0}, "round_robin", seed, batch_sizes={"s": 4}, frames=1, num_steps=steps,
-        start=DataPosition(), rank=rank, world_size=world_size,
-    )  # fmt: skip
+        {"s": 8},
+        {"s": 1.0},
+        "round_robin",
+        seed,
+        batch_sizes={"s": 4},
+        frames=1,
+        num_steps=steps,
+        start=DataPosition(),
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def test_training_batches_are_padded_and_draw_one_caption(released) -> None:

@@ -36,9 +36,7 @@ def plain_and_ours(design: str, folder: Path, *, uniform: bool = False, zip_layo
 @pytest.mark.parametrize("design", ["ce", "no_gating", "moee", "concat"])
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("zip_layout", [False, True])
-def test_similarities_are_those_of_the_equations(
-    design: str, uniform: bool, zip_layout: bool, tmp_path: Path
-) -> None:
+def test_similarities_are_those_of_the_equations(design: str, uniform: bool, zip_layout: bool, tmp_path: Path) -> None:
     plain, ours = plain_and_ours(design, tmp_path, uniform=uniform, zip_layout=zip_layout)
     tokens = random_tokens(9, TEXT[0], 1)
     video = random_videos(EXPERTS, 6, 2)

@@ -83,9 +83,14 @@ def check(video: torch.Tensor, mask: torch.Tensor, path: str) -> None:
 def test_the_training_loader_pads_and_masks() -> None:
     data = source()
     loader = TrainingLoader(
-        {"s": data}, FakeDecoder, fake_tokenizer, augmentation=AugmentationConfig(), decode=DecodeConfig(),
-        sampling=SAMPLING, prober=fake_probe,
-    )  # fmt: skip
+        {"s": data},
+        FakeDecoder,
+        fake_tokenizer,
+        augmentation=AugmentationConfig(),
+        decode=DecodeConfig(),
+        sampling=SAMPLING,
+        prober=fake_probe,
+    )
     specs = plan_steps(
         {"s": 4}, {"s": 1.0}, "round_robin", 0, batch_sizes={"s": 4}, frames=12, num_steps=1, start=DataPosition()
     )
@@ -100,9 +105,17 @@ def test_the_training_loader_pads_and_masks() -> None:
 def test_the_evaluation_loader_pads_and_masks(workers: int) -> None:
     data = source()
     loader = EvaluationLoader(
-        data, FakeDecoder, decode=DecodeConfig(workers=workers, backend="pyav"), frames=12, stride_seconds=0.2,
-        max_windows=0, batch_size=3, resize=256, sampling=SAMPLING, prober=fake_probe,
-    )  # fmt: skip
+        data,
+        FakeDecoder,
+        decode=DecodeConfig(workers=workers, backend="pyav"),
+        frames=12,
+        stride_seconds=0.2,
+        max_windows=0,
+        batch_size=3,
+        resize=256,
+        sampling=SAMPLING,
+        prober=fake_probe,
+    )
     seen = []
     for batch in loader.batches():
         assert isinstance(batch.windows, dict) and set(batch.clip_windows) == {1}

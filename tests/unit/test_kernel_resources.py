@@ -51,19 +51,30 @@ def test_a_kernel_is_compiled_and_read(resources: ModuleType) -> None:
 
 def test_spills_and_too_much_shared_memory_are_problems(resources: ModuleType) -> None:
     good = {
-        "kernel": "k", "case": "c", "capability": 90, "shared_bytes": 227 << 10, "spill_store_bytes": 0,
+        "kernel": "k",
+        "case": "c",
+        "capability": 90,
+        "shared_bytes": 227 << 10,
+        "spill_store_bytes": 0,
         "spill_load_bytes": 0,
-    }  # fmt: skip
+    }
     assert resources.problems([good]) == []
     found = resources.problems([{**good, "spill_load_bytes": 8}, {**good, "shared_bytes": (227 << 10) + 1}])
-    assert found == ["k (c) on sm_90: spills 8 bytes a thread", f"k (c) on sm_90: {(227 << 10) + 1} bytes of shared "
-                     f"memory; allowed: {227 << 10}"]  # fmt: skip
+    assert found == [
+        "k (c) on sm_90: spills 8 bytes a thread",
+        f"k (c) on sm_90: {(227 << 10) + 1} bytes of shared memory; allowed: {227 << 10}",
+    ]
 
 
 @pytest.mark.parametrize(
     ("registers", "warps", "shared", "expected"),
     [
-        (32, 4, 0, 64), (128, 4, 0, 16), (208, 4, 0, 8), (33, 4, 0, 48), (32, 1, 0, 32), (32, 4, 60 << 10, 12),
+        (32, 4, 0, 64),
+        (128, 4, 0, 16),
+        (208, 4, 0, 8),
+        (33, 4, 0, 48),
+        (32, 1, 0, 32),
+        (32, 4, 60 << 10, 12),
         (32, 4, 228 << 10, 0),
     ],
 )
@@ -83,6 +94,10 @@ def test_instructions_are_counted_by_kind(resources: ModuleType) -> None:
         /*0060*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
     """
     assert resources.read_machine_code(code) == {
-        "instructions": 7, "barriers": 1, "shuffles": 1, "matrix_instructions": 2, "atomics": 0,
+        "instructions": 7,
+        "barriers": 1,
+        "shuffles": 1,
+        "matrix_instructions": 2,
+        "atomics": 0,
         "loads_by_bytes_of_a_thread": {"4": 1, "16": 1},
-    }  # fmt: skip
+    }

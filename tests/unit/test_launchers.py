@@ -21,8 +21,13 @@ def call(script: str, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(
         ["bash", f"launch/{script}", *arguments],
         cwd=ROOT,
-        env={**clean, "FROZEN_FAST_PYTHON": sys.executable, "FROZEN_FAST_VENV": "/nowhere",
-             "FROZEN_FAST_DOCTOR": "0", **environment},
+        env={
+            **clean,
+            "FROZEN_FAST_PYTHON": sys.executable,
+            "FROZEN_FAST_VENV": "/nowhere",
+            "FROZEN_FAST_DOCTOR": "0",
+            **environment,
+        },
         capture_output=True,
         text=True,
         timeout=60,
@@ -58,9 +63,15 @@ def test_single_node_takes_the_config_of_its_gpus(
 
 def test_multi_node_passes_the_rendezvous_on() -> None:
     result = call(
-        "multi_node.sh", "--dry-run", "--processes", "16", EXPERIMENT,
-        NODES="2", NODE_RANK="1", RENDEZVOUS="node0:29500",
-    )  # fmt: skip
+        "multi_node.sh",
+        "--dry-run",
+        "--processes",
+        "16",
+        EXPERIMENT,
+        NODES="2",
+        NODE_RANK="1",
+        RENDEZVOUS="node0:29500",
+    )
     assert result.returncode == 0, result.stderr
     words = shlex.split(result.stdout)
     pairs = dict(zip(words, words[1:], strict=False))
@@ -78,16 +89,22 @@ def test_multi_node_passes_the_rendezvous_on() -> None:
         ("single_node.sh", ["--processes", "two", EXPERIMENT], {}, "--processes: got two"),
         ("single_node.sh", ["--accelerate", "nowhere.yaml", EXPERIMENT], {}, "--accelerate: got nowhere.yaml"),
         (
-            "multi_node.sh", ["--processes", "3", EXPERIMENT],
-            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a:1"}, "multiples of NODES=2",
+            "multi_node.sh",
+            ["--processes", "3", EXPERIMENT],
+            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a:1"},
+            "multiples of NODES=2",
         ),
         (
-            "multi_node.sh", ["--processes", "4", EXPERIMENT],
-            {"NODES": "2", "NODE_RANK": "2", "RENDEZVOUS": "a:1"}, "NODE_RANK: got 2; allowed: 0 to 1",
+            "multi_node.sh",
+            ["--processes", "4", EXPERIMENT],
+            {"NODES": "2", "NODE_RANK": "2", "RENDEZVOUS": "a:1"},
+            "NODE_RANK: got 2; allowed: 0 to 1",
         ),
         (
-            "multi_node.sh", ["--processes", "4", EXPERIMENT],
-            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a"}, "RENDEZVOUS: got a; allowed: HOST:PORT",
+            "multi_node.sh",
+            ["--processes", "4", EXPERIMENT],
+            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a"},
+            "RENDEZVOUS: got a; allowed: HOST:PORT",
         ),
         ("slurm.sh", [], {}, "experiment: got nothing"),
         ("multi_node.sh", [EXPERIMENT], {}, "multi_node.sh: NODES: got nothing; allowed: the number of machines"),
@@ -95,11 +112,13 @@ def test_multi_node_passes_the_rendezvous_on() -> None:
         ("single_node.sh", ["--restarts", "x", EXPERIMENT], {}, "--restarts: got x; allowed: a whole number"),
         ("single_node.sh", ["--dry-run", EXPERIMENT, "seed=-1"], {}, "seed: got -1"),
         (
-            "multi_node.sh", ["--dry-run", "--processes", "4", EXPERIMENT, "sede=1"],
-            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a:1"}, "sede",
+            "multi_node.sh",
+            ["--dry-run", "--processes", "4", EXPERIMENT, "sede=1"],
+            {"NODES": "2", "NODE_RANK": "0", "RENDEZVOUS": "a:1"},
+            "sede",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line_and_exit_code_2(
     script: str, arguments: list[str], environment: dict[str, str], message: str
 ) -> None:
@@ -141,8 +160,14 @@ def test_slurm_puts_a_run_back_that_was_stopped_or_lost_and_no_mistake(
     fake_command(tmp_path, "srun", f"sleep 1.1; echo '{json.dumps(status)}' > {run_folder}/status.json; exit 1")
     fake_command(tmp_path, "scontrol", f'[ "$1" = requeue ] && echo "$2" > {tmp_path}/requeued; echo node7')
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    result = call("slurm.sh", EXPERIMENT, f"run_folder={run_folder}", PATH=path, SLURM_JOB_ID="41",
-                  PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")  # fmt: skip
+    result = call(
+        "slurm.sh",
+        EXPERIMENT,
+        f"run_folder={run_folder}",
+        PATH=path,
+        SLURM_JOB_ID="41",
+        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    )
     assert result.returncode == (0 if requeued else 1), result.stderr
     assert (tmp_path / "requeued").exists() == requeued
 
@@ -158,9 +183,12 @@ def test_single_node_returns_the_runs_own_code(
     launcher = f"sleep 1.1; [ -z '{status}' ] || echo '{status}' > {run_folder}/status.json; exit {launcher_code}"
     fake_command(tmp_path, "python", f'if [ "$1" = -m ]; then {launcher}; else exec {sys.executable} "$@"; fi')
     result = call(
-        "single_node.sh", EXPERIMENT, f"run_folder={run_folder}", FROZEN_FAST_PYTHON=str(tmp_path / "python"),
+        "single_node.sh",
+        EXPERIMENT,
+        f"run_folder={run_folder}",
+        FROZEN_FAST_PYTHON=str(tmp_path / "python"),
         PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-    )  # fmt: skip
+    )
     assert result.returncode == code, result.stderr
 
 
@@ -181,10 +209,16 @@ def test_a_stop_reaches_train_and_waits_for_its_checkpoint(tmp_path: Path) -> No
     fake_command(tmp_path, "python", f'if [ "$1" = -m ]; then {launcher}; else exec {sys.executable} "$@"; fi')
     paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     process = subprocess.Popen(
-        ["bash", "launch/single_node.sh", EXPERIMENT, f"run_folder={run_folder}"], cwd=ROOT,
-        env={**os.environ, "FROZEN_FAST_PYTHON": str(tmp_path / "python"), "FROZEN_FAST_VENV": "/nowhere",
-             "FROZEN_FAST_DOCTOR": "0", "PYTHONPATH": paths},
-    )  # fmt: skip
+        ["bash", "launch/single_node.sh", EXPERIMENT, f"run_folder={run_folder}"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "FROZEN_FAST_PYTHON": str(tmp_path / "python"),
+            "FROZEN_FAST_VENV": "/nowhere",
+            "FROZEN_FAST_DOCTOR": "0",
+            "PYTHONPATH": paths,
+        },
+    )
     deadline = time.monotonic() + 30
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline, "train did not start"
@@ -205,9 +239,16 @@ def test_slurm_takes_the_environment_of_the_checkout(tmp_path: Path) -> None:
         tmp_path, "srun", f"sleep 1.1; mkdir {run_folder}; echo '{stopped}' > {run_folder}/status.json; exit 1"
     )
     fake_command(tmp_path, "scontrol", f'[ "$1" = requeue ] && echo "$2" > {tmp_path}/requeued; echo node7')
-    result = call("slurm.sh", EXPERIMENT, f"run_folder={run_folder}", SLURM_JOB_ID="41", FROZEN_FAST_PYTHON="no_python",
-                  PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", FROZEN_FAST_VENV=str(tmp_path / "venv"),
-                  PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")  # fmt: skip
+    result = call(
+        "slurm.sh",
+        EXPERIMENT,
+        f"run_folder={run_folder}",
+        SLURM_JOB_ID="41",
+        FROZEN_FAST_PYTHON="no_python",
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        FROZEN_FAST_VENV=str(tmp_path / "venv"),
+        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "requeued").exists()
 
@@ -236,9 +277,14 @@ def test_single_node_restarts_a_run_that_crashed_until_it_is_done(tmp_path: Path
     )
     fake_command(tmp_path, "python", f'if [ "$1" = -m ]; then {launcher}; else exec {sys.executable} "$@"; fi')
     result = call(
-        "single_node.sh", "--restarts", "5", EXPERIMENT, f"run_folder={run_folder}",
-        FROZEN_FAST_PYTHON=str(tmp_path / "python"), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-    )  # fmt: skip
+        "single_node.sh",
+        "--restarts",
+        "5",
+        EXPERIMENT,
+        f"run_folder={run_folder}",
+        FROZEN_FAST_PYTHON=str(tmp_path / "python"),
+        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "starts").read_text() == "x\n" * 3
     assert "starting again from checkpoint 7" in result.stderr
@@ -247,9 +293,14 @@ def test_single_node_restarts_a_run_that_crashed_until_it_is_done(tmp_path: Path
 def test_a_launcher_asks_the_doctor_before_it_starts(tmp_path: Path) -> None:
     """Two processes are wanted and one would start."""
     result = call(
-        "single_node.sh", EXPERIMENT, f"run_folder={tmp_path / 'run'}", "training.expected_world_size=2",
-        FROZEN_FAST_DOCTOR="1", PATH=without_gpus(tmp_path, 0), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-    )  # fmt: skip
+        "single_node.sh",
+        EXPERIMENT,
+        f"run_folder={tmp_path / 'run'}",
+        "training.expected_world_size=2",
+        FROZEN_FAST_DOCTOR="1",
+        PATH=without_gpus(tmp_path, 0),
+        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    )
     assert result.returncode == 2
     assert "fails    world size: 1 process(es), training.expected_world_size=2. To do: start that" in result.stderr
     assert not (tmp_path / "run").exists()

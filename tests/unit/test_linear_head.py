@@ -44,9 +44,13 @@ def test_it_classifies_other_clips() -> None:
 
 @pytest.mark.parametrize(
     ("features", "classes", "message"),
-    [(torch.zeros(2, 3), [0], "for each clip"), (torch.zeros(0, 3), [], "N >= 1"), (torch.zeros(1, 3), [2], "in range"),
-     (torch.full((1, 3), torch.inf), [0], "not finite")],
-)  # fmt: skip
+    [
+        (torch.zeros(2, 3), [0], "for each clip"),
+        (torch.zeros(0, 3), [], "N >= 1"),
+        (torch.zeros(1, 3), [2], "in range"),
+        (torch.full((1, 3), torch.inf), [0], "not finite"),
+    ],
+)
 def test_it_refuses(features: torch.Tensor, classes: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         fit_linear_head(features, classes, 2, label_smoothing=0.0, weight_decay=0.1)

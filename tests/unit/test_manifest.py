@@ -25,8 +25,14 @@ def write(folder: Path, rows: list[Any]) -> Path:
 
 def test_every_field_is_read(tmp_path: Path) -> None:
     full = {
-        "id": "b", "path": "b.webm", "captions": ["zwei", "deux"], "kind": "video", "start_seconds": 1,
-        "end_seconds": 2.5, "split": "train", "twin": "a",
+        "id": "b",
+        "path": "b.webm",
+        "captions": ["zwei", "deux"],
+        "kind": "video",
+        "start_seconds": 1,
+        "end_seconds": 2.5,
+        "split": "train",
+        "twin": "a",
     }
     source = read(write(tmp_path, [GOOD | {"split": "train"}, "", full]))
     first, second = source.clips

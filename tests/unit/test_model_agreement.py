@@ -31,9 +31,14 @@ def text_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(text_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder of a pico tower that has learned four frames."""
     config = experiment(
-        {"video": {"size": "pico_patch16_32", "block": "timesformer"}, "text": {"name": str(text_tower)},
-         "embedding_width": 24, "text_activation": "none"}, frames=4,
-    )  # fmt: skip
+        {
+            "video": {"size": "pico_patch16_32", "block": "timesformer"},
+            "text": {"name": str(text_tower)},
+            "embedding_width": 24,
+            "text_activation": "none",
+        },
+        frames=4,
+    )
     path = tmp_path_factory.mktemp("checkpoint")
     build_model(config, CPU).save_pretrained(path)
     return path
@@ -63,8 +68,9 @@ def test_what_is_said_and_agrees_is_accepted(folder: Path, text_tower: Path) -> 
     said = {
         "video": {"tower": "space_time", "size": "pico_patch16_32", "block": "timesformer"},
         "text": {"tower": "transformers", "name": str(text_tower), "max_tokens": 9},
-        "embedding_width": 24, "text_activation": "none",
-    }  # fmt: skip
+        "embedding_width": 24,
+        "text_activation": "none",
+    }
     model = build_model(experiment({"checkpoint": str(folder), **said}), CPU)
     assert model.tokenizer is not None and model.tokenizer.max_tokens == 9
 

@@ -27,19 +27,28 @@ def vectors(count: int, seed: int = 0) -> np.ndarray:
 def rows(count: int, first: int = 0) -> list[dict]:
     return [
         {
-            "id": f"r{number}", "path": f"/clips/{number}.mp4", "kind": "video" if number % 2 else "image",
-            "start_seconds": float(number) if number % 3 else None, "end_seconds": None, "caption": f"row {number}",
-            "file_bytes": 1, "file_mtime_ns": 1, "file_digest": "x",
+            "id": f"r{number}",
+            "path": f"/clips/{number}.mp4",
+            "kind": "video" if number % 2 else "image",
+            "start_seconds": float(number) if number % 3 else None,
+            "end_seconds": None,
+            "caption": f"row {number}",
+            "file_bytes": 1,
+            "file_mtime_ns": 1,
+            "file_digest": "x",
         }
         for number in range(first, first + count)
-    ]  # fmt: skip
+    ]
 
 
 def make_index(folder: Path, rows_ND: np.ndarray, dtype: str = "float32") -> Index:
     info = IndexInfo(
-        width=WIDTH, dtype=dtype, checkpoint="/nowhere", fingerprint="f",
+        width=WIDTH,
+        dtype=dtype,
+        checkpoint="/nowhere",
+        fingerprint="f",
         settings={"frames": 4, "stride_seconds": 0.0, "max_windows": 0, "resize": 256},
-    )  # fmt: skip
+    )
     made = IndexFolder.create(folder, info)
     made.append(to_table(rows(len(rows_ND))), [rows_ND[:100], rows_ND[100:]])
     return Index(folder)
@@ -136,8 +145,12 @@ def test_an_index_that_lacks_a_file_or_rows_is_refused(tmp_path: Path) -> None:
 
 def test_the_kind_follows_from_the_number_of_rows() -> None:
     assert [neighbours.choose_kind(rows) for rows in (10, 50_000, 50_001, 2_000_000, 10_000_000)] == [
-        "flat", "flat", "hnsw", "hnsw", "ivfpq"
-    ]  # fmt: skip
+        "flat",
+        "flat",
+        "hnsw",
+        "hnsw",
+        "ivfpq",
+    ]
 
 
 @pytest.mark.parametrize(

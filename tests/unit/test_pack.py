@@ -80,9 +80,12 @@ def test_stored_frames_are_the_video_s_frames(make: Callable[[Path], Path], tmp_
     assert numbers == frames_to_store(stored["original_frames"], 5)
     decoder, view = packing.decoder(), TestView(packing.RESOLUTION)
     address = source_of(packed).clips[0].path
-    want, got = decoder.decode([
-        DecodeRequest(str(path), "video", tuple(numbers), view), DecodeRequest(address, "video", (0, 1, 2, 3, 4), view)
-    ])  # fmt: skip
+    want, got = decoder.decode(
+        [
+            DecodeRequest(str(path), "video", tuple(numbers), view),
+            DecodeRequest(address, "video", (0, 1, 2, 3, 4), view),
+        ]
+    )
     assert not isinstance(want, ClipError) and not isinstance(got, ClipError)
     assert packing.codes(got.frames_TCHW) == packing.codes(want.frames_TCHW) == numbers
     assert (got.frames_TCHW - want.frames_TCHW).abs().mean() < 4, "of 255: JPEG at quality 90, colours at half size"
@@ -181,9 +184,21 @@ def test_a_killed_process_goes_on_and_leaves_no_processes(
 ) -> None:
     folder = tmp_path / "packed"
     command = [
-        sys.executable, "-m", "frozen_fast", "pack", "--manifest", str(manifest), "--output", str(folder),
-        "--frames-per-clip", "4", "--shard-bytes", str(SMALL.shard_bytes), "--workers", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "frozen_fast",
+        "pack",
+        "--manifest",
+        str(manifest),
+        "--output",
+        str(folder),
+        "--frames-per-clip",
+        "4",
+        "--shard-bytes",
+        str(SMALL.shard_bytes),
+        "--workers",
+        "1",
+    ]
     root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -225,8 +240,19 @@ def test_a_finished_pack_is_reused(
     manifest: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "packed"
-    command = ["pack", "--manifest", str(manifest), "--output", str(folder), "--frames-per-clip", "4", "--shard-bytes",
-               str(SMALL.shard_bytes), "--workers", "0"]  # fmt: skip
+    command = [
+        "pack",
+        "--manifest",
+        str(manifest),
+        "--output",
+        str(folder),
+        "--frames-per-clip",
+        "4",
+        "--shard-bytes",
+        str(SMALL.shard_bytes),
+        "--workers",
+        "0",
+    ]
     assert main(command) == 0
     said = capsys.readouterr()
     assert f"packed: {CLIPS} clips, {4 * CLIPS} frames" in said.out
@@ -245,7 +271,7 @@ def test_changed_settings_are_refused(change: dict, finished: bool, manifest: Pa
     pack(source_of(manifest, max_clips=1), folder) if finished else stopped(manifest, folder, 1)
     before = files_of(folder)
     source = source_of(manifest, max_clips=1) if finished else source_of(manifest)
-    (name, value), = change.items()  # fmt: skip
+    ((name, value),) = change.items()
     field = f"--{name.replace('_', '-')}: got {value}; allowed: {getattr(SMALL, name)}"
     with pytest.raises(UserError, match=f"^{field}, with which .* was begun, or a new folder$"):
         pack(source, folder, PackSettings(**(SMALL.to_json() | change)))
@@ -317,8 +343,10 @@ def test_bad_clips_are_counted_and_named(manifest: Path, tmp_path: Path) -> None
     assert told[-1] == (9, 9, 3) and (summary.clips, summary.bad_clips, summary.frames) == (6, 3, 24)
     named = [json.loads(line) for line in (folder / "bad_clips.jsonl").read_text().splitlines()]
     assert [(row["step"], row["clip_id"], row["cause"]) for row in named] == [
-        (2, "cut", "truncated"), (6, "empty", "empty"), (9, "text", "not_a_video")
-    ]  # fmt: skip
+        (2, "cut", "truncated"),
+        (6, "empty", "empty"),
+        (9, "text", "not_a_video"),
+    ]
     assert all(row["source"] == "web" and row["replaced_by"] is None and row["message"] for row in named)
     packed = source_of(folder)
     assert packed.drops == {"could not be packed": 3}
@@ -354,8 +382,10 @@ def test_ids_never_become_paths(manifest: Path, tmp_path: Path) -> None:
     pack(source_of(write_manifest(tmp_path / "m.jsonl", rows)), folder)
     assert [clip.id for clip in source_of(folder).clips] == ids
     assert {path.name for path in tmp_path.iterdir()} == {"m.jsonl", "deep"}
-    assert all(name.startswith(("shard-0000", "clips.", "frames.", "index.", "pack.", "bad_", ".pack"))
-               for name in files_of(folder))  # fmt: skip
+    assert all(
+        name.startswith(("shard-0000", "clips.", "frames.", "index.", "pack.", "bad_", ".pack"))
+        for name in files_of(folder)
+    )
 
 
 def test_captions_stay_as_they_were(manifest: Path, tmp_path: Path) -> None:
@@ -365,8 +395,9 @@ def test_captions_stay_as_they_were(manifest: Path, tmp_path: Path) -> None:
     assert source_of(tmp_path / "packed").clips[0].captions == captions
 
 
-@pytest.mark.parametrize(("name", "value"), [("frames_per_clip", 0), ("short_side", 8), ("quality", 101),
-                                             ("shard_bytes", 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"), [("frames_per_clip", 0), ("short_side", 8), ("quality", 101), ("shard_bytes", 0)]
+)
 def test_settings_have_limits(name: str, value: int) -> None:
     with pytest.raises(UserError, match=f"^--{name.replace('_', '-')}: got {value}; allowed: "):
         PackSettings(**{name: value})

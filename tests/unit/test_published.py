@@ -56,9 +56,11 @@ def test_table_4_is_the_same_in_both_files() -> None:
 
 @pytest.mark.parametrize(
     ("table", "row", "message"),
-    [("Table 9", "x", "paper.table: got 'Table 9'"),
-     ("Table 2", "CC4M", r"paper.row: got 'CC4M' \(did you mean 'CC3M'")],
-)  # fmt: skip
+    [
+        ("Table 9", "x", "paper.table: got 'Table 9'"),
+        ("Table 2", "CC4M", r"paper.row: got 'CC4M' \(did you mean 'CC3M'"),
+    ],
+)
 def test_unknown_rows_are_told(table: str, row: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         published_row(table, row)

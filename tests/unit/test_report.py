@@ -141,14 +141,17 @@ def test_the_best_epoch_stands_beside_the_last_and_every_epoch_below(run: Path) 
     markdown, _ = report_of(run)
     rows = [row for row in table_after(markdown, "Retrieval", "R@50") if row[0].startswith("stage")]
     assert [(row[0], row[7]) for row in rows] == [
-        ("stage 1, step 40", "3.0"), ("stage 2, step 80", "12.5"),
-        ("stage 3, step 100 (best)", "40.0"), ("stage 3, step 120", "22.0"),
-    ]  # fmt: skip
+        ("stage 1, step 40", "3.0"),
+        ("stage 2, step 80", "12.5"),
+        ("stage 3, step 100 (best)", "40.0"),
+        ("stage 3, step 120", "22.0"),
+    ]
     epochs = table_after(markdown, "Retrieval", "Loss")
     assert [(row[0], row[3], row[4]) for row in epochs[2:]] == [
-        ("stage 3, step 90", "2.000", "20.0"), ("stage 3, step 100 (best)", "1.500", "40.0"),
+        ("stage 3, step 90", "2.000", "20.0"),
+        ("stage 3, step 100 (best)", "1.500", "40.0"),
         ("stage 3, step 120", "1.750", "22.0"),
-    ]  # fmt: skip
+    ]
     head = markdown.split("##")[0]
     assert "40.0 %" in head and "best checkpoint (step 100)" in head and "3.0 % at 1 frame" in head
     (line,) = [line for line in compare_runs([run, run]).splitlines() if "t2v/R@1 " in line]
@@ -390,9 +393,13 @@ def test_the_most_expensive_kernels_are_a_table(run: Path) -> None:
 def test_kernels_are_the_devices_own_and_operators_count_without_what_they_call() -> None:
     def entry(name: str, kind: DeviceType, cpu: float, device: float, annotation: bool = False) -> Any:
         return SimpleNamespace(
-            key=name, device_type=kind, self_cpu_time_total=cpu, self_device_time_total=device, count=2,
+            key=name,
+            device_type=kind,
+            self_cpu_time_total=cpu,
+            self_device_time_total=device,
+            count=2,
             is_user_annotation=annotation,
-        )  # fmt: skip
+        )
 
     entries = [
         entry("aten::mm", DeviceType.CPU, 3000.0, 9000.0),

@@ -81,9 +81,13 @@ def test_reranked_metrics_are_those_of_the_reranked_matrix() -> None:
 
 @pytest.mark.parametrize(
     ("bank", "options", "message"),
-    [(torch.rand(2, 4), {}, r"querybank: got similarities \[2, 4\] beside \[2, 3\]"), (torch.rand(0, 3), {}, "B >= 1"),
-     (torch.rand(2, 3), {"beta": 0.0}, "beta above 0"), (torch.rand(2, 3), {"k": 4}, "k from 1 to 3")],
-)  # fmt: skip
+    [
+        (torch.rand(2, 4), {}, r"querybank: got similarities \[2, 4\] beside \[2, 3\]"),
+        (torch.rand(0, 3), {}, "B >= 1"),
+        (torch.rand(2, 3), {"beta": 0.0}, "beta above 0"),
+        (torch.rand(2, 3), {"k": 4}, "k from 1 to 3"),
+    ],
+)
 def test_qb_norm_refuses(bank: torch.Tensor, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         qb_norm(torch.rand(2, 3), bank, **options)

@@ -26,22 +26,37 @@ MACHINE = {"device": "Test CPU", "device_type": "cpu", "threads": 1, "python": "
 def throughput_result() -> dict[str, Any]:
     windows = [{"steps": 2, "clips": 20, "seconds": seconds, "stall_seconds": 0.0} for seconds in (1.0, 2.0, 4.0)]
     stage = {
-        "frames": 1, "batch_size": 10, "attention": "sdpa", "cause": "ok", "num_devices": 1,
+        "frames": 1,
+        "batch_size": 10,
+        "attention": "sdpa",
+        "cause": "ok",
+        "num_devices": 1,
         "modes": {"model": {"windows": windows, "peak_memory_bytes": 2**30}},
-        "flops_per_clip": None, "peak_flops_per_second": None,
-    }  # fmt: skip
+        "flops_per_clip": None,
+        "peak_flops_per_second": None,
+    }
     return {
-        "command": ["python", "benchmarks/throughput.py"], "small": False, "clips_per_row": 36_000,
-        "row_stages": {"1": [[1, 10, 1.0]]}, "stages": [stage],
-    }  # fmt: skip
+        "command": ["python", "benchmarks/throughput.py"],
+        "small": False,
+        "clips_per_row": 36_000,
+        "row_stages": {"1": [[1, 10, 1.0]]},
+        "stages": [stage],
+    }
 
 
 def test_each_file_gives_its_table_with_its_own_figures(results_tables: ModuleType, tmp_path: Path) -> None:
     timing = {"median": 0.5, "p20": 0.4, "p80": 0.6, "windows": 3, "steps_per_window": 1}
     step = {
-        "frames": 4, "batch": 2, "whole": False, "size": "base_patch16_224", "contender": "sdpa", "precision": "fp32",
-        "seconds": timing, "clips_per_second": 4.0, "peak_bytes": 2**20,
-    }  # fmt: skip
+        "frames": 4,
+        "batch": 2,
+        "whole": False,
+        "size": "base_patch16_224",
+        "contender": "sdpa",
+        "precision": "fp32",
+        "seconds": timing,
+        "clips_per_second": 4.0,
+        "peak_bytes": 2**20,
+    }
     result = {"machine": MACHINE, "command": ["python", "x.py"], "rows": [step]}
     (tmp_path / "step.json").write_text(json.dumps(result))
     (tmp_path / "hours.json").write_text(json.dumps(throughput_result()))

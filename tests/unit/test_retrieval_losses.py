@@ -80,9 +80,7 @@ def test_chunks_give_the_value_and_gradients_of_the_whole(name: str, local: bool
     assert float(whole) == pytest.approx(sum(apart) / 2) and apart[0] != apart[1]
     leaves = [*text.values(), *video.values()]
     expected = torch.autograd.grad(whole, leaves)
-    loss, value = gathered_loss(
-        two_similarities, LOSSES[name], text, video, local=local, chunk_rows=chunk_rows
-    )
+    loss, value = gathered_loss(two_similarities, LOSSES[name], text, video, local=local, chunk_rows=chunk_rows)
     assert float(value) == pytest.approx(float(whole)) and not value.requires_grad
     for got, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
         torch.testing.assert_close(got, wanted)

@@ -28,8 +28,14 @@ BATCHES = {"video": 12, "image": 24}
 
 def plan(**changes: Any) -> list[BatchSpec]:
     settings: dict[str, Any] = {
-        "source_sizes": SIZES, "weights": WEIGHTS, "order": "round_robin", "seed": 7, "batch_sizes": BATCHES,
-        "frames": 4, "num_steps": 20, "start": DataPosition(),
+        "source_sizes": SIZES,
+        "weights": WEIGHTS,
+        "order": "round_robin",
+        "seed": 7,
+        "batch_sizes": BATCHES,
+        "frames": 4,
+        "num_steps": 20,
+        "start": DataPosition(),
     }
     settings.update(changes)
     sizes, weights, order, seed = (settings.pop(name) for name in ("source_sizes", "weights", "order", "seed"))

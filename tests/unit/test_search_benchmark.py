@@ -16,9 +16,21 @@ from support.runs import REPOSITORY, environment
 def test_a_row_per_kind(tmp_path: Path) -> None:
     output = tmp_path / "search.json"
     command = [
-        sys.executable, "benchmarks/search.py", "--vectors", "2000", "--width", "32", "--kinds", "flat,hnsw",
-        "--queries", "20", "--device", "cpu", "--output", str(output),
-    ]  # fmt: skip
+        sys.executable,
+        "benchmarks/search.py",
+        "--vectors",
+        "2000",
+        "--width",
+        "32",
+        "--kinds",
+        "flat,hnsw",
+        "--queries",
+        "20",
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+    ]
     done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     flat, hnsw = json.loads(output.read_text())["rows"]

@@ -32,8 +32,9 @@ from support.packing import FRAMES, MEAN, RESOLUTION, STD, pack, source_of
 CLIPS = 9
 WHOLE = AugmentationConfig(crop_scale=(1.0, 1.0), horizontal_flip=0.0)
 SETTINGS = PackSettings(frames_per_clip=4, shard_bytes=30_000)
-make_decoder = partial(build_decoder, "pyav", device="cpu", resolution=RESOLUTION, mean=MEAN, std=STD, threads=2,
-                       max_pixels=10**6)  # fmt: skip
+make_decoder = partial(
+    build_decoder, "pyav", device="cpu", resolution=RESOLUTION, mean=MEAN, std=STD, threads=2, max_pixels=10**6
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,16 @@ def loader_of(source: Source, *, augmentation: AugmentationConfig = WHOLE, **dec
 
 def batches_of(source: Source, frames: int, **fields: Any) -> list[Batch]:
     sizes = {source.name: len(source)}
-    specs = plan_steps(sizes, {source.name: 1.0}, "round_robin", 3, batch_sizes={source.name: 4}, frames=frames,
-                       num_steps=5, start=DataPosition())  # fmt: skip
+    specs = plan_steps(
+        sizes,
+        {source.name: 1.0},
+        "round_robin",
+        3,
+        batch_sizes={source.name: 4},
+        frames=frames,
+        num_steps=5,
+        start=DataPosition(),
+    )
     loader = loader_of(source, **fields)
     try:
         return list(loader.batches(specs))
@@ -134,9 +143,15 @@ def test_processes_read_the_same(both: tuple[Source, Source]) -> None:
 @pytest.mark.parametrize("stride_seconds", [0.0, 0.2])
 def test_evaluation_windows_are_of_the_stored_frames(stride_seconds: float, both: tuple[Source, Source]) -> None:
     loader = EvaluationLoader(
-        both[1], make_decoder, decode=DecodeConfig(), frames=2, stride_seconds=stride_seconds, max_windows=0,
-        batch_size=3, resize=RESOLUTION,
-    )  # fmt: skip
+        both[1],
+        make_decoder,
+        decode=DecodeConfig(),
+        frames=2,
+        stride_seconds=stride_seconds,
+        max_windows=0,
+        batch_size=3,
+        resize=RESOLUTION,
+    )
     stored = (2, 7, 12, 17)
     # 4 frames stand for 0.8 s: 5 a second, so 0.2 s are one stored frame
     expected = [[stored[i] for i in window] for window in windows_of(4, 2, stride_frames=round(stride_seconds * 5))]

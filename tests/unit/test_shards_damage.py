@@ -181,10 +181,16 @@ def test_shards_that_changed_places_are_noticed(folder: Path) -> None:
     assert causes(source) == ["decode_failed" if hit else "" for hit in moved]
 
 
-@pytest.mark.parametrize(("column", "value", "cause"), [
-    ("offset", 2**40, "truncated"), ("length", 2**31, "truncated"), ("crc32", 1, "decode_failed"),
-    ("offset", 0, "decode_failed"), ("length", 3, "decode_failed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("column", "value", "cause"),
+    [
+        ("offset", 2**40, "truncated"),
+        ("length", 2**31, "truncated"),
+        ("crc32", 1, "decode_failed"),
+        ("offset", 0, "decode_failed"),
+        ("length", 3, "decode_failed"),
+    ],
+)
 def test_a_damaged_frame_table_costs_its_clips(column: str, value: int, cause: str, folder: Path) -> None:
     table = np.load(folder / "frames.npy")
     table[column][0] = value
@@ -192,10 +198,18 @@ def test_a_damaged_frame_table_costs_its_clips(column: str, value: int, cause: s
     assert causes(source_of(folder)) == [cause, "", "", "", ""]
 
 
-@pytest.mark.parametrize(("column", "value"), [
-    ("first_frame", 10**9), ("first_frame", 2**63), ("frames", 0), ("frames", 10**6), ("height", 0), ("width", 95),
-    ("height", 2**31),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("first_frame", 10**9),
+        ("first_frame", 2**63),
+        ("frames", 0),
+        ("frames", 10**6),
+        ("height", 0),
+        ("width", 95),
+        ("height", 2**31),
+    ],
+)
 def test_a_damaged_clip_table_costs_its_clips(column: str, value: int, folder: Path) -> None:
     table = np.load(folder / "clips.npy")
     table[column][1] = value
@@ -246,9 +260,13 @@ def test_a_picture_bomb_is_refused_before_it_is_decoded(folder: Path) -> None:
 
 
 NO_JPEGS = (
-    b"", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"no picture at all, but long enough", b"\xff" * 64,
+    b"",
+    b"\xff\xd8",
+    b"\xff\xd8\xff\xd9",
+    b"no picture at all, but long enough",
+    b"\xff" * 64,
     b"\xff\xd8" + b"\xff\xe0\x00\x00" * 9,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("data", NO_JPEGS)

@@ -84,9 +84,15 @@ def test_cc3m(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("cut", "split", "expected"),
-    [("1k-A", "train", range(4)), ("1k-A", "test", range(4, 8)), ("1k-B", "train", range(4)),
-     ("1k-B", "test", range(4, 8)), ("full", "train", range(4)), ("full", "val", range(4, 6)),
-     ("full", "test", range(6, 8))],
+    [
+        ("1k-A", "train", range(4)),
+        ("1k-A", "test", range(4, 8)),
+        ("1k-B", "train", range(4)),
+        ("1k-B", "test", range(4, 8)),
+        ("full", "train", range(4)),
+        ("full", "val", range(4, 6)),
+        ("full", "test", range(6, 8)),
+    ],
 )
 def test_msrvtt(tmp_path: Path, cut: str, split: str, expected: range) -> None:
     datasets.write_msrvtt(tmp_path, 8)
@@ -102,8 +108,14 @@ def test_msrvtt(tmp_path: Path, cut: str, split: str, expected: range) -> None:
 
 @pytest.mark.parametrize(
     ("cut", "split", "expected"),
-    [("1k-A", "train", range(4)), ("1k-A-7k", "train", range(3)), ("1k-A", "test", range(4, 8)),
-     ("full", "train", range(4)), ("full", "val", range(4, 5)), ("full", "test", range(5, 8))],
+    [
+        ("1k-A", "train", range(4)),
+        ("1k-A-7k", "train", range(3)),
+        ("1k-A", "test", range(4, 8)),
+        ("full", "train", range(4)),
+        ("full", "val", range(4, 5)),
+        ("full", "test", range(5, 8)),
+    ],
 )
 def test_msrvtt_clip4clip(tmp_path: Path, cut: str, split: str, expected: range) -> None:
     datasets.write_msrvtt_clip4clip(tmp_path, 8)
@@ -124,7 +136,8 @@ def test_caption_indices_of_numpy_integers_are_read(tmp_path: Path) -> None:
             source = read("msrvtt", tmp_path, split_version="1k-A", split="test")
             assert [clip.captions[0] for clip in source.clips] == ["video2 caption 2", "video3 caption 1"]
     assert load_plain_pickle(_pickled(tmp_path, [np.int16(-3), {"a": [1, 2.5, True, None, b"x"]}])) == [
-        -3, {"a": [1, 2.5, True, None, b"x"]},
+        -3,
+        {"a": [1, 2.5, True, None, b"x"]},
     ]
 
 
@@ -155,9 +168,13 @@ def test_a_broken_pickle_is_named(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("indices", "message"), [({"video2": 9, "video3": 0}, "of video2: got 9; allowed: 0 to 2"),
-                             ({"video3": 0}, "of video2: got None"), ([1], "got list; allowed: a dict"),
-                             ({"video2": "1"}, "allowed: a dict of video to caption index")],
+    ("indices", "message"),
+    [
+        ({"video2": 9, "video3": 0}, "of video2: got 9; allowed: 0 to 2"),
+        ({"video3": 0}, "of video2: got None"),
+        ([1], "got list; allowed: a dict"),
+        ({"video2": "1"}, "allowed: a dict of video to caption index"),
+    ],
 )
 def test_wrong_caption_indices_are_named(tmp_path: Path, indices: Any, message: str) -> None:
     datasets.write_msrvtt(tmp_path, 4)
@@ -168,7 +185,9 @@ def test_wrong_caption_indices_are_named(tmp_path: Path, indices: Any, message: 
 
 
 WRITERS = {
-    "webvid": datasets.write_webvid, "cc3m": datasets.write_cc3m, "msrvtt": datasets.write_msrvtt,
+    "webvid": datasets.write_webvid,
+    "cc3m": datasets.write_cc3m,
+    "msrvtt": datasets.write_msrvtt,
     "msrvtt_clip4clip": datasets.write_msrvtt_clip4clip,
 }
 CUTS = {"webvid": "2M", "cc3m": "", "msrvtt": "1k-A", "msrvtt_clip4clip": "1k-A"}
@@ -213,8 +232,12 @@ def test_a_missing_column_is_named(tmp_path: Path, format: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "missing column videoid"), (b"\xff\xfe\x00\x01\n", "not UTF-8"), (b"videoid,name,page_dir\n", "no rows"),
-     (b"videoid,name,page_dir\n1,x\0y,z\n", "results_2M_train.csv|is left")],
+    [
+        (b"", "missing column videoid"),
+        (b"\xff\xfe\x00\x01\n", "not UTF-8"),
+        (b"videoid,name,page_dir\n", "no rows"),
+        (b"videoid,name,page_dir\n1,x\0y,z\n", "results_2M_train.csv|is left"),
+    ],
 )
 def test_broken_tables_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     datasets.write_webvid(tmp_path, 2)
@@ -225,10 +248,14 @@ def test_broken_tables_are_named(tmp_path: Path, content: bytes, message: str) -
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "MSR_VTT.json:1: not JSON"), ("[]", "annotations: missing"), ('{"annotations": 3}', "annotations: missing"),
-     ('{"annotations": [{"image_id": 3, "caption": "x"}]}', r"annotations\[0\].image_id: got 3"),
-     ('{"annotations": [{"image_id": "v"}]}', r"annotations\[0\].caption: got None"),
-     ("[" * 100_000, "not JSON|nested")],
+    [
+        ("{", "MSR_VTT.json:1: not JSON"),
+        ("[]", "annotations: missing"),
+        ('{"annotations": 3}', "annotations: missing"),
+        ('{"annotations": [{"image_id": 3, "caption": "x"}]}', r"annotations\[0\].image_id: got 3"),
+        ('{"annotations": [{"image_id": "v"}]}', r"annotations\[0\].caption: got None"),
+        ("[" * 100_000, "not JSON|nested"),
+    ],
 )
 def test_broken_annotations_are_named(tmp_path: Path, content: str, message: str) -> None:
     datasets.write_msrvtt(tmp_path, 4)
@@ -287,7 +314,12 @@ def test_caption_rules() -> None:
     assert CaptionRule("all").training(captions, rng) == "first one second third"
     paragraphs = {CaptionRule("paragraph").training(captions, rng) for _ in range(300)}
     assert paragraphs == {
-        "first one", "second", "third", "first one second", "first one third", "second third",
+        "first one",
+        "second",
+        "third",
+        "first one second",
+        "first one third",
+        "second third",
         "first one second third",
     }
     assert CaptionRule("random").evaluation(captions) == list(captions)

@@ -61,8 +61,10 @@ def test_the_experiment_fills_what_the_launch_leaves_out() -> None:
         assert filled["torch_autocast"]["enabled"] is False
         assert '"auto"' not in json.dumps(filled) and "bf16" not in filled
     assert settings(ZERO_2, "bf16")["torch_autocast"] == {
-        "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []
-    }  # fmt: skip
+        "enabled": True,
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
 
 
 def test_no_clipping_is_written_down_since_silence_means_one() -> None:

@@ -85,8 +85,13 @@ def test_failures_are_results_with_their_cause(tmp_path: Path) -> None:
     winner = sweep.run()
     assert winner and dict(sweep.trials[winner.trial].settings)[SETTING] == 50
     assert causes(sweep) == {
-        NAN: "nan", KILLED: "out_of_memory", REFUSED: "refused", CRASHES: "crash", WORKS: "ok", 50: "ok",
-    }  # fmt: skip
+        NAN: "nan",
+        KILLED: "out_of_memory",
+        REFUSED: "refused",
+        CRASHES: "crash",
+        WORKS: "ok",
+        50: "ok",
+    }
     table = (tmp_path / "results" / "ranking.md").read_text()
     for words in ("nan: error: loss: got nan", "refused: error: model.video.size", "crash: RuntimeError: of its own"):
         assert words in table
@@ -264,9 +269,14 @@ def test_the_gpu_sweeps_cover_what_the_docs_name(name: str, product: int, tried:
     assert len(sweep.trials) == tried
     axes = dict(sweep.config.axes)
     assert {
-        "accelerate", "together.batch", "curriculum.gradient_accumulation_steps", "model.video.checkpointed_blocks",
-        "model.video.attention", "training.compile", "data.decode.workers",
-    } == set(axes)  # fmt: skip
+        "accelerate",
+        "together.batch",
+        "curriculum.gradient_accumulation_steps",
+        "model.video.checkpointed_blocks",
+        "model.video.attention",
+        "training.compile",
+        "data.decode.workers",
+    } == set(axes)
     assert any("offload" in path for path in axes["accelerate"]) and any("zero3" in path for path in axes["accelerate"])
     whole = dataclasses.replace(sweep.config, max_trials=0, trials=())
     everything = Sweep(whole, folder=Path("nowhere"), train_script=Path("train.py")).trials

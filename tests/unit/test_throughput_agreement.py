@@ -29,17 +29,28 @@ def agreement(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def metered(frames: int, *, training: float, stall: float) -> dict[str, Any]:
     """A row of stages.json: 120 clips, 100 of them after warm-up, on two devices."""
     return {
-        "frames": frames, "clips": 120, "num_devices": 2, "clips_per_second": 100 / (training + stall),
-        "stall_share": 0.1, "seconds": 100.0, "training_seconds": training, "stall_seconds": stall,
-        "warmup_seconds": 7.0, "checkpoint_seconds": 8.0, "other_seconds": 1.0,
-    }  # fmt: skip
+        "frames": frames,
+        "clips": 120,
+        "num_devices": 2,
+        "clips_per_second": 100 / (training + stall),
+        "stall_share": 0.1,
+        "seconds": 100.0,
+        "training_seconds": training,
+        "stall_seconds": stall,
+        "warmup_seconds": 7.0,
+        "checkpoint_seconds": 8.0,
+        "other_seconds": 1.0,
+    }
 
 
 def measured(rate: float) -> Callable[..., dict[str, Any]]:
     windows = [{"steps": 1, "clips": 10, "seconds": 10 / one, "stall_seconds": 0.0} for one in (rate, 2 * rate, rate)]
     return lambda key, *rest: {
-        "cause": "ok", "modes": {"end_to_end": {"windows": windows}}, "precision": "fp32", "device": "Test CPU",
-    }  # fmt: skip
+        "cause": "ok",
+        "modes": {"end_to_end": {"windows": windows}},
+        "precision": "fp32",
+        "device": "Test CPU",
+    }
 
 
 def run(

@@ -63,18 +63,28 @@ class DecoderKind:
 
 def _threaded(name: str, read_frames: FrameReader, settings: DecoderSettings, *, needs_times: bool) -> ThreadedDecoder:
     return ThreadedDecoder(
-        name, read_frames, settings.transform(), threads=settings.threads, max_pixels=settings.max_pixels,
+        name,
+        read_frames,
+        settings.transform(),
+        threads=settings.threads,
+        max_pixels=settings.max_pixels,
         needs_times=needs_times,
-    )  # fmt: skip
+    )
 
 
 def _dali(settings: DecoderSettings) -> Decoder:
     pictures = _threaded("pil", pyav.read_frames, replace(settings, threads=1), needs_times=False)
     others = [other for other in BACKENDS if other != "dali" and _missing(other) is None]
     return DaliDecoder(
-        device=settings.device, resolution=settings.resolution, mean=settings.mean, std=settings.std,
-        threads=settings.threads, max_pixels=settings.max_pixels, pictures=pictures, others=others,
-    )  # fmt: skip
+        device=settings.device,
+        resolution=settings.resolution,
+        mean=settings.mean,
+        std=settings.std,
+        threads=settings.threads,
+        max_pixels=settings.max_pixels,
+        pictures=pictures,
+        others=others,
+    )
 
 
 def _auto(settings: DecoderSettings) -> Decoder:
@@ -139,10 +149,14 @@ def build_decoder(
         raise UserError(f"data.decode.backend: got {backend}, but {reason}; allowed here: auto, {_usable()}")
     return kind.build(
         DecoderSettings(
-            device=torch.device(device), resolution=resolution, mean=mean, std=std, threads=threads,
+            device=torch.device(device),
+            resolution=resolution,
+            mean=mean,
+            std=std,
+            threads=threads,
             max_pixels=max_pixels,
         )
-    )  # fmt: skip
+    )
 
 
 def _usable() -> str:

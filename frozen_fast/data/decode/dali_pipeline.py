@@ -16,8 +16,14 @@ class GraphKind(NamedTuple):
     resizes_first: bool
 
 
-_INPUTS = {"encoded": (1, "UINT8"), "frames": (1, "INT32"), "size": (1, "FLOAT"), "start": (1, "INT32"),
-           "shape": (1, "INT32"), "mirror": (0, "INT32")}  # fmt: skip
+_INPUTS = {
+    "encoded": (1, "UINT8"),
+    "frames": (1, "INT32"),
+    "size": (1, "FLOAT"),
+    "start": (1, "INT32"),
+    "shape": (1, "INT32"),
+    "mirror": (0, "INT32"),
+}
 
 
 def missing() -> str | None:

@@ -257,9 +257,16 @@ class _Reader:
 Action = Callable[[_Reader, Any], None]
 _OPCODES = {info.code.encode("latin-1"): info for info in pickletools.opcodes}
 _LENGTHS = {
-    "BINBYTES": 4, "SHORT_BINBYTES": 1, "BINBYTES8": 8, "BYTEARRAY8": 8,
-    "BINUNICODE": 4, "SHORT_BINUNICODE": 1, "BINUNICODE8": 8, "BINSTRING": 4, "SHORT_BINSTRING": 1,
-}  # fmt: skip
+    "BINBYTES": 4,
+    "SHORT_BINBYTES": 1,
+    "BINBYTES8": 8,
+    "BYTEARRAY8": 8,
+    "BINUNICODE": 4,
+    "SHORT_BINUNICODE": 1,
+    "BINUNICODE8": 8,
+    "BINSTRING": 4,
+    "SHORT_BINSTRING": 1,
+}
 _TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _OLD_STRINGS = ("BINSTRING", "SHORT_BINSTRING")
 _ACTIONS: dict[str, Action] = {

@@ -266,8 +266,18 @@ class EvaluationLoader:
         self._settings = settings = load_settings(decode, self._device)
         self._prefetcher: Prefetcher[EvaluationBatch | _Dropped] | None = None
         self._reader = _WindowReader(
-            source, decoder_factory, prober, resolve_policy(decode, training=False), decode.max_pixels,
-            settings.threads, frames, stride_seconds, max_windows, batch_size, resize, self._device.type == "cuda",
+            source,
+            decoder_factory,
+            prober,
+            resolve_policy(decode, training=False),
+            decode.max_pixels,
+            settings.threads,
+            frames,
+            stride_seconds,
+            max_windows,
+            batch_size,
+            resize,
+            self._device.type == "cuda",
             fixed_rate(sampling),
         )
 
@@ -287,13 +297,19 @@ class EvaluationLoader:
         if settings.workers > 0:
             reader = replace(self._reader, pin=False)
             self._prefetcher = stream_from_workers(
-                partial(reader.of_worker, self.clip_indices), workers=settings.workers, depth=settings.prefetch_batches,
-                timeout_seconds=decode.read_timeout_seconds, describe=describe, pin_memory=self._reader.pin,
+                partial(reader.of_worker, self.clip_indices),
+                workers=settings.workers,
+                depth=settings.prefetch_batches,
+                timeout_seconds=decode.read_timeout_seconds,
+                describe=describe,
+                pin_memory=self._reader.pin,
             )
         else:
             self._prefetcher = ThreadPrefetcher(
-                partial(self._reader.read, self.clip_indices), depth=settings.prefetch_batches,
-                timeout_seconds=decode.read_timeout_seconds, describe=describe,
+                partial(self._reader.read, self.clip_indices),
+                depth=settings.prefetch_batches,
+                timeout_seconds=decode.read_timeout_seconds,
+                describe=describe,
             )
         return self._delivered(self._prefetcher)
 

@@ -79,7 +79,11 @@ class ThreadPrefetcher(Generic[T]):
     """Runs a generator in one daemon thread, up to `depth` items ahead."""
 
     def __init__(
-        self, make: Callable[[], Generator[T, None, None]], *, depth: int, timeout_seconds: float,
+        self,
+        make: Callable[[], Generator[T, None, None]],
+        *,
+        depth: int,
+        timeout_seconds: float,
         describe: Callable[[], str],
     ) -> None:
         """Start the thread.
@@ -216,8 +220,15 @@ class WorkerPrefetcher(Generic[T]):
     """
 
     def __init__(
-        self, task: _MapTask | _StreamTask, items: Iterable[Any] | None, *, workers: int, depth: int,
-        timeout_seconds: float, describe: Callable[[], str], pin_memory: bool = False,
+        self,
+        task: _MapTask | _StreamTask,
+        items: Iterable[Any] | None,
+        *,
+        workers: int,
+        depth: int,
+        timeout_seconds: float,
+        describe: Callable[[], str],
+        pin_memory: bool = False,
     ) -> None:
         self._timeout_seconds = timeout_seconds
         self._describe = describe
@@ -307,23 +318,44 @@ class WorkerPrefetcher(Generic[T]):
 
 
 def map_in_workers(
-    make: Callable[[], Callable[[Any], T]], items: Iterable[Any], *, workers: int, depth: int, timeout_seconds: float,
-    describe: Callable[[], str], pin_memory: bool = False,
+    make: Callable[[], Callable[[Any], T]],
+    items: Iterable[Any],
+    *,
+    workers: int,
+    depth: int,
+    timeout_seconds: float,
+    describe: Callable[[], str],
+    pin_memory: bool = False,
 ) -> WorkerPrefetcher[T]:
     """Call make()(item) for each item in worker processes; results come in the order of the items."""
     return WorkerPrefetcher(
-        _MapTask(make), items, workers=workers, depth=depth, timeout_seconds=timeout_seconds, describe=describe,
+        _MapTask(make),
+        items,
+        workers=workers,
+        depth=depth,
+        timeout_seconds=timeout_seconds,
+        describe=describe,
         pin_memory=pin_memory,
     )
 
 
 def stream_from_workers(
-    make: Callable[[int, int], Iterable[T]], *, workers: int, depth: int, timeout_seconds: float,
-    describe: Callable[[], str], pin_memory: bool = False,
+    make: Callable[[int, int], Iterable[T]],
+    *,
+    workers: int,
+    depth: int,
+    timeout_seconds: float,
+    describe: Callable[[], str],
+    pin_memory: bool = False,
 ) -> WorkerPrefetcher[T]:
     """Yield what make(worker, workers) yields in each worker process, in turn."""
     return WorkerPrefetcher(
-        _StreamTask(make), None, workers=workers, depth=depth, timeout_seconds=timeout_seconds, describe=describe,
+        _StreamTask(make),
+        None,
+        workers=workers,
+        depth=depth,
+        timeout_seconds=timeout_seconds,
+        describe=describe,
         pin_memory=pin_memory,
     )
 

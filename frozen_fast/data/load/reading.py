@@ -88,9 +88,15 @@ def build_decoder(
         UserError: an unknown backend, or one that is not installed.
     """
     make = partial(
-        build_file_decoder, backend, device=device, resolution=resolution, mean=mean, std=std, threads=threads,
+        build_file_decoder,
+        backend,
+        device=device,
+        resolution=resolution,
+        mean=mean,
+        std=std,
+        threads=threads,
         max_pixels=max_pixels,
-    )  # fmt: skip
+    )
     packed = PackedFrameDecoder(
         ViewTransform(resolution, mean, std, torch.device(device)), threads=threads, max_pixels=max_pixels
     )

@@ -247,7 +247,11 @@ class ClipReader:
         else:
             chosen = self.rule.train(len(numbers), info.frames_per_second, frames, rng)
         view = draw_train_view(
-            rng, info.height, info.width, scale=self.augmentation.crop_scale, ratio=self.augmentation.crop_ratio,
+            rng,
+            info.height,
+            info.width,
+            scale=self.augmentation.crop_scale,
+            ratio=self.augmentation.crop_ratio,
             flip_probability=self.augmentation.horizontal_flip,
         )
         return DecodeRequest(clip.path, clip.kind, tuple(numbers[index] for index in chosen), view)
@@ -298,8 +302,15 @@ class _ReaderFactory:
 
     def reader(self) -> ClipReader:
         return ClipReader(
-            self.sources, self.decoder_factory(), self.tokenizer, self.augmentation,
-            resolve_policy(self.decode, training=True), self.decode.max_pixels, self.threads, self.prober, self.rule,
+            self.sources,
+            self.decoder_factory(),
+            self.tokenizer,
+            self.augmentation,
+            resolve_policy(self.decode, training=True),
+            self.decode.max_pixels,
+            self.threads,
+            self.prober,
+            self.rule,
         )
 
     def __call__(self) -> Callable[[BatchSpec], Batch]:
@@ -369,13 +380,20 @@ class TrainingLoader:
 
         if self._settings.workers > 0:
             self._prefetcher = map_in_workers(
-                self._factory, noted(), workers=self._settings.workers, depth=self._settings.prefetch_batches,
-                timeout_seconds=decode.read_timeout_seconds, describe=describe, pin_memory=pin,
+                self._factory,
+                noted(),
+                workers=self._settings.workers,
+                depth=self._settings.prefetch_batches,
+                timeout_seconds=decode.read_timeout_seconds,
+                describe=describe,
+                pin_memory=pin,
             )
         else:
             self._prefetcher = ThreadPrefetcher(
-                partial(_read_all, self._factory, noted(), pin), depth=self._settings.prefetch_batches,
-                timeout_seconds=decode.read_timeout_seconds, describe=describe,
+                partial(_read_all, self._factory, noted(), pin),
+                depth=self._settings.prefetch_batches,
+                timeout_seconds=decode.read_timeout_seconds,
+                describe=describe,
             )
         return self._delivered(self._prefetcher, awaited)
 

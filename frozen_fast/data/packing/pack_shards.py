@@ -97,9 +97,13 @@ def pack_source(
 
 
 def _pack_rest(
-    source: Source, folder: Path, writer: ShardWriter, settings: PackSettings, limits: PackLimits,
+    source: Source,
+    folder: Path,
+    writer: ShardWriter,
+    settings: PackSettings,
+    limits: PackLimits,
     progress: Progress | None,
-) -> None:  # fmt: skip
+) -> None:
     total = len(source)
     ledger = _ledger(source, folder, writer, limits)
     rest = islice((source.clips[place] for place in range(writer.done, total)), None)

@@ -58,8 +58,14 @@ def _write_tables(folder: Path, writer: ShardWriter, kind: str) -> Counter[str]:
                 continue
             count = len(row["frame_numbers"])
             clips[row["row"]] = (
-                first, count, shard, row["height"], row["width"], row["original_frames"], row["frames_per_second"]
-            )  # fmt: skip
+                first,
+                count,
+                shard,
+                row["height"],
+                row["width"],
+                row["original_frames"],
+                row["frames_per_second"],
+            )
             for name, values in _frame_columns(row).items():
                 frames[name][first : first + count] = values
             first += count

@@ -55,10 +55,13 @@ class ShardWriter:
         named = (("split", clip.split), ("twin", clip.twin), ("label", clip.label))
         entry |= {key: value for key, value in named if value}
         about = {
-            "frame_numbers": stored.numbers, "seconds": stored.seconds, "height": stored.height,
-            "width": stored.width, "original_frames": stored.original_frames,
+            "frame_numbers": stored.numbers,
+            "seconds": stored.seconds,
+            "height": stored.height,
+            "width": stored.width,
+            "original_frames": stored.original_frames,
             "frames_per_second": stored.frames_per_second,
-        }  # fmt: skip
+        }
         members = [(f"{name}.json", json.dumps({**entry, **about}).encode())]
         members += [(f"{name}.{place:03d}.jpg", data) for place, data in enumerate(stored.jpegs)]
         blocks = [_member(name, data) for name, data in members]

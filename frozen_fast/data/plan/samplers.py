@@ -138,9 +138,7 @@ def plan_steps(
                 consumed[name] = first + size
                 last = pass_index == accumulation - 1
                 after = DataPosition(step if last else step - 1, dict(consumed))
-                yield BatchSpec(
-                    step, pass_index, name, positions[own], clips[own], clips, frames, seed, last, after
-                )
+                yield BatchSpec(step, pass_index, name, positions[own], clips[own], clips, frames, seed, last, after)
 
     return specs()
 

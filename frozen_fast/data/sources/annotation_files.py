@@ -200,5 +200,12 @@ class ClipCollector:
         """Say once what was left out."""
         for cause, count in self.drops.items():
             examples = ", ".join(self._examples[cause])
-            logger.warning("source %s: %d rows left out: %s (%s%s); %d clips kept", name, count, cause, examples,
-                           ", .." if count > _EXAMPLES_IN_LOG else "", kept)
+            logger.warning(
+                "source %s: %d rows left out: %s (%s%s); %d clips kept",
+                name,
+                count,
+                cause,
+                examples,
+                ", .." if count > _EXAMPLES_IN_LOG else "",
+                kept,
+            )

@@ -29,8 +29,10 @@ def read_csv(config: SourceConfig, key: str, collector: ClipCollector) -> Iterat
     """Clips of a csv or tsv file with a header (.csv, .tsv, both also .gz)."""
     path = _table_file(config, key)
     separator = "\t" if ".tsv" in path.suffixes else ","
-    opened = gzip.open(path, "rt", encoding="utf-8-sig", newline="") if path.suffix == ".gz" else path.open(
-        encoding="utf-8-sig", newline=""
+    opened = (
+        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8-sig", newline="")
     )
     try:
         with opened as file:
@@ -87,8 +89,10 @@ def _columns(config: SourceConfig, header: list[str], path: Path, key: str) -> d
     names = {name: given.get(name, name) for name in FIELDS if given.get(name, name) in header}
     for name in REQUIRED:
         if name not in names:
-            raise UserError(f"{path}: no column {name!r}; got: {', '.join(header) or 'no header'}; allowed: such a "
-                            f"column, or {key}.columns.{name} naming another")  # fmt: skip
+            raise UserError(
+                f"{path}: no column {name!r}; got: {', '.join(header) or 'no header'}; allowed: such a "
+                f"column, or {key}.columns.{name} naming another"
+            )
     return names
 
 

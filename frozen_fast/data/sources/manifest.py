@@ -91,8 +91,10 @@ def parse_line(line: str, where: str, folder: Path) -> Clip:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
-        raise UserError(f"{where}: not JSON ({getattr(error, 'msg', type(error).__name__)}): {_shown(line)}; "
-                        "allowed: one JSON object a line") from None
+        raise UserError(
+            f"{where}: not JSON ({getattr(error, 'msg', type(error).__name__)}): {_shown(line)}; "
+            "allowed: one JSON object a line"
+        ) from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: got {_shown(row)}; allowed: a JSON object")
     for name in row:
@@ -137,7 +139,9 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
 def _is_text(value: Any) -> TypeGuard[str]:
     """Whether it is a string with something in it that a file name or a tokenizer can take."""
     return (
-        isinstance(value, str) and bool(value.strip()) and "\0" not in value
+        isinstance(value, str)
+        and bool(value.strip())
+        and "\0" not in value
         and not any("\ud800" <= character <= "\udfff" for character in value)
     )
 

@@ -61,9 +61,14 @@ def _clip(line: str, where: str, root: Path) -> Clip:
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: not a packed clip; allowed: what frozen-fast pack writes") from None
     return Clip(
-        id=row["id"], path=str(root / row["path"]), captions=tuple(captions), kind=row["kind"],
-        split=row.get("split", ""), twin=row.get("twin"), label=row.get("label"),
-    )  # fmt: skip
+        id=row["id"],
+        path=str(root / row["path"]),
+        captions=tuple(captions),
+        kind=row["kind"],
+        split=row.get("split", ""),
+        twin=row.get("twin"),
+        label=row.get("label"),
+    )
 
 
 SHARDS = Layout(data_set="packed shards", read=read_shards)

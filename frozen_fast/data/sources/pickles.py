@@ -80,8 +80,12 @@ def load_word_captions(path: Path) -> dict[str, tuple[str, ...]]:
         raise UserError(f"{path}: got {type(videos).__name__}; allowed: a dict of video to lists of words")
     captions = {}
     for video, sentences in videos.items():
-        whole = isinstance(video, str) and isinstance(sentences, (list, tuple)) and all(
-            isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words) for words in sentences
+        whole = (
+            isinstance(video, str)
+            and isinstance(sentences, (list, tuple))
+            and all(
+                isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words) for words in sentences
+            )
         )
         if not whole:
             raise UserError(f"{path}: {video!r:.80}: got {sentences!r:.80}; allowed: a list of lists of words")

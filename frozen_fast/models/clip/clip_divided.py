@@ -52,8 +52,13 @@ class ClipDivided(SpaceTimeTransformer):
 
     name = "clip_divided"
     keys: ClassVar[tuple[str, ...]] = (
-        "size", "weights", "attention", "fused_ops", "temporal_init_std", "full_last_block",
-    )  # fmt: skip
+        "size",
+        "weights",
+        "attention",
+        "fused_ops",
+        "temporal_init_std",
+        "full_last_block",
+    )
     described_by: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, clip: ClipSize, max_frames: int, **options: Any) -> None:

@@ -80,8 +80,14 @@ def heads_of(width: int, name: str, key: str, told: int | None) -> int:
         raise UserError(f"{key}: {got}; allowed: a number of heads")
     heads = width // HEAD_WIDTH
     level = logging.INFO if width == RELEASED_WIDTH else logging.WARNING
-    log.log(level, "released files do not tell the number of attention heads: took %d (width %d / %d); %s sets it",
-            heads, width, HEAD_WIDTH, key)  # fmt: skip
+    log.log(
+        level,
+        "released files do not tell the number of attention heads: took %d (width %d / %d); %s sets it",
+        heads,
+        width,
+        HEAD_WIDTH,
+        key,
+    )
     return heads
 
 

@@ -117,9 +117,15 @@ def choose_backend(qkv_BS3ND: Tensor, layout: Layout, axis: str, compute: Comput
         times = ", ".join(f"{name} {time:.3g} ms" for name, time in choice["milliseconds"].items())
         logger.info(
             "attention auto: %s for the %s axis, %d clips of %d frames in %s on %s (%s%s)",
-            choice["backend"], axis, case.batch, case.frames, case.dtype, case.device, choice["how"],
+            choice["backend"],
+            axis,
+            case.batch,
+            case.frames,
+            case.dtype,
+            case.device,
+            choice["how"],
             f": {times}" if times else "",
-        )  # fmt: skip
+        )
     return str(choice["backend"])
 
 
@@ -216,9 +222,7 @@ def _store(path: Path, case: Case, choice: dict[str, Any], candidates: list[str]
     return {**choice, "how": "measured"}
 
 
-def _measure(
-    candidates: list[str], device: torch.device, dtype: torch.dtype, case: Case, compute: Compute
-) -> Measured:
+def _measure(candidates: list[str], device: torch.device, dtype: torch.dtype, case: Case, compute: Compute) -> Measured:
     """Milliseconds of forward and backward by backend, the shortest of a few runs after one to warm up.
 
     The backends alternate, so that other load on the machine falls on all of them; one that fails is left out

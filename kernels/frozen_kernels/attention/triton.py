@@ -99,9 +99,23 @@ def _combine_cls(qkv: Tensor, layout: Layout, stats: Tensor, sums: Tensor, out: 
     """Join the CLS row's partial sums into out[:, 0] and lse [B, N]."""
     stride_b, _, stride_c, stride_n = _input_strides(qkv)
     triton_cls.cls_combine_kernel[(layout.batch * layout.heads,)](
-        qkv, stats, sums, out, lse, stride_b, stride_c, stride_n, out.stride(0), layout.scale, stats.shape[2],
-        layout.heads, layout.head_width, DP=padded_width(layout.head_width), CHUNK=CHUNK, num_warps=1,
-    )  # fmt: skip
+        qkv,
+        stats,
+        sums,
+        out,
+        lse,
+        stride_b,
+        stride_c,
+        stride_n,
+        out.stride(0),
+        layout.scale,
+        stats.shape[2],
+        layout.heads,
+        layout.head_width,
+        DP=padded_width(layout.head_width),
+        CHUNK=CHUNK,
+        num_warps=1,
+    )
 
 
 def _launch_cls_partial(qkv: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -109,9 +123,19 @@ def _launch_cls_partial(qkv: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(layout.tokens - 1, CLS_ROWS)
     stats, sums = _cls_sums(qkv, layout, blocks)
     triton_cls.cls_partial_kernel[(layout.batch * blocks * layout.heads,)](
-        qkv, stats, sums, *_input_strides(qkv), layout.scale, layout.tokens - 1, blocks, layout.heads,
-        layout.head_width, ROWS=CLS_ROWS, DP=padded_width(layout.head_width), num_warps=4,
-    )  # fmt: skip
+        qkv,
+        stats,
+        sums,
+        *_input_strides(qkv),
+        layout.scale,
+        layout.tokens - 1,
+        blocks,
+        layout.heads,
+        layout.head_width,
+        ROWS=CLS_ROWS,
+        DP=padded_width(layout.head_width),
+        num_warps=4,
+    )
     return stats, sums
 
 
@@ -127,9 +151,14 @@ def _launch_time_forward(qkv: Tensor, layout: Layout, out: Tensor) -> tuple[Tens
         triton_time_one.one_frame_forward_kernel[grid](*arguments, ROWS=tile.rows, DP=width, num_warps=tile.warps)
     else:
         triton_time.time_forward_kernel[grid](
-            *arguments, T=layout.frames, TP=triton.next_power_of_2(layout.frames), ROWS=tile.rows, DP=width,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            *arguments,
+            T=layout.frames,
+            TP=triton.next_power_of_2(layout.frames),
+            ROWS=tile.rows,
+            DP=width,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return stats, sums
 
 
@@ -138,23 +167,58 @@ def _launch_space_forward(qkv: Tensor, layout: Layout, out: Tensor, lse: Tensor)
     tile = space_tile(layout, qkv.dtype)
     blocks = triton.cdiv(layout.patches, tile.rows)
     triton_space.space_forward_kernel[(layout.batch * layout.frames * layout.heads * blocks,)](
-        qkv, out, lse, *_input_strides(qkv), out.stride(0), layout.scale, layout.frames, layout.patches, blocks,
-        layout.heads, layout.head_width, ROWS=tile.rows, KEYS=tile.keys, DP=padded_width(layout.head_width),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        qkv,
+        out,
+        lse,
+        *_input_strides(qkv),
+        out.stride(0),
+        layout.scale,
+        layout.frames,
+        layout.patches,
+        blocks,
+        layout.heads,
+        layout.head_width,
+        ROWS=tile.rows,
+        KEYS=tile.keys,
+        DP=padded_width(layout.head_width),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def _finish_cls(
-    qkv: Tensor, layout: Layout, grad_out: Tensor, grad_qkv: Tensor, parts: tuple[Tensor, Tensor, Tensor],
-    cls_lse: Tensor, cls_delta: Tensor,
-) -> None:  # fmt: skip
+    qkv: Tensor,
+    layout: Layout,
+    grad_out: Tensor,
+    grad_qkv: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    cls_lse: Tensor,
+    cls_delta: Tensor,
+) -> None:
     """Write the CLS token's gradients from the blocks' parts (of query, key, value)."""
     stride_b, _, stride_c, stride_n = _input_strides(qkv)
     triton_cls.cls_finish_kernel[(layout.batch * layout.heads,)](
-        qkv, grad_out, grad_qkv, *parts, cls_lse, cls_delta, stride_b, stride_c, stride_n, grad_out.stride(0),
-        grad_qkv.stride(0), grad_qkv.stride(2), layout.scale, parts[0].shape[2], parts[1].shape[2], layout.heads,
-        layout.head_width, DP=padded_width(layout.head_width), CHUNK=CHUNK, num_warps=1,
-    )  # fmt: skip
+        qkv,
+        grad_out,
+        grad_qkv,
+        *parts,
+        cls_lse,
+        cls_delta,
+        stride_b,
+        stride_c,
+        stride_n,
+        grad_out.stride(0),
+        grad_qkv.stride(0),
+        grad_qkv.stride(2),
+        layout.scale,
+        parts[0].shape[2],
+        parts[1].shape[2],
+        layout.heads,
+        layout.head_width,
+        DP=padded_width(layout.head_width),
+        CHUNK=CHUNK,
+        num_warps=1,
+    )
 
 
 def _launch_time_backward(
@@ -166,25 +230,49 @@ def _launch_time_backward(
     shape = (layout.batch, layout.heads, blocks, layout.head_width)
     parts = (_fp32(qkv, *shape), _fp32(qkv, *shape), _fp32(qkv, *shape))
     arguments = (
-        qkv, grad_out, grad_qkv, *parts, cls_lse, cls_delta, *_input_strides(qkv), grad_out.stride(0),
-        grad_qkv.stride(0), grad_qkv.stride(1), grad_qkv.stride(2), layout.scale, layout.patches, blocks,
-        layout.heads, layout.head_width,
-    )  # fmt: skip
+        qkv,
+        grad_out,
+        grad_qkv,
+        *parts,
+        cls_lse,
+        cls_delta,
+        *_input_strides(qkv),
+        grad_out.stride(0),
+        grad_qkv.stride(0),
+        grad_qkv.stride(1),
+        grad_qkv.stride(2),
+        layout.scale,
+        layout.patches,
+        blocks,
+        layout.heads,
+        layout.head_width,
+    )
     grid = (layout.batch * blocks * layout.heads,)
     if layout.frames == 1:
         triton_time_one.one_frame_backward_kernel[grid](*arguments, ROWS=tile.rows, DP=width, num_warps=tile.warps)
     else:
         triton_time.time_backward_kernel[grid](
-            *arguments, T=layout.frames, TP=triton.next_power_of_2(layout.frames), ROWS=tile.rows, DP=width,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+            *arguments,
+            T=layout.frames,
+            TP=triton.next_power_of_2(layout.frames),
+            ROWS=tile.rows,
+            DP=width,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     return parts
 
 
 def _launch_space_backward(
-    qkv: Tensor, layout: Layout, out: Tensor, grad_out: Tensor, grad_qkv: Tensor, lse: Tensor, cls_lse: Tensor,
+    qkv: Tensor,
+    layout: Layout,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_qkv: Tensor,
+    lse: Tensor,
+    cls_lse: Tensor,
     cls_delta: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Write the patches' gradients (queries, then keys and values); return the blocks' parts of CLS's."""
     tile = space_tile(layout, qkv.dtype)
     blocks = triton.cdiv(layout.patches, tile.rows)
@@ -254,9 +342,7 @@ def _(qkv: Tensor, num_frames: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton_backward.register_fake
-def _(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cls_lse: Tensor, num_frames: int, axis: str
-) -> Tensor:
+def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cls_lse: Tensor, num_frames: int, axis: str) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 

@@ -17,9 +17,21 @@ import triton.language as tl
 
 @triton.jit
 def cls_partial_kernel(
-    qkv, stats, sums, stride_b, stride_s, stride_c, stride_n, scale, patches, blocks, N, D,
-    ROWS: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    stats,
+    sums,
+    stride_b,
+    stride_s,
+    stride_c,
+    stride_n,
+    scale,
+    patches,
+    blocks,
+    N,
+    D,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """One program: one block of ROWS patches of one clip and head, seen by the CLS query."""
     program = tl.program_id(0)
     head = program % N
@@ -45,9 +57,22 @@ def cls_partial_kernel(
 
 @triton.jit
 def cls_combine_kernel(
-    qkv, stats, sums, out, lse, stride_b, stride_c, stride_n, out_stride_b, scale, blocks: tl.constexpr, N, D,
-    DP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    stats,
+    sums,
+    out,
+    lse,
+    stride_b,
+    stride_c,
+    stride_n,
+    out_stride_b,
+    scale,
+    blocks: tl.constexpr,
+    N,
+    D,
+    DP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """One program: the CLS output of one clip and head, and the log of its sum of exponentials."""
     program = tl.program_id(0)
     head = program % N
@@ -90,11 +115,28 @@ def sum_parts(parts, row, blocks: tl.constexpr, D, column, DP: tl.constexpr, CHU
 
 @triton.jit
 def cls_finish_kernel(
-    qkv, grad_out, grad_qkv, query_parts, key_parts, value_parts, lse, delta,
-    stride_b, stride_c, stride_n, out_stride_b, grad_stride_b, grad_stride_c, scale,
-    query_blocks: tl.constexpr, key_blocks: tl.constexpr, N, D,
-    DP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    grad_out,
+    grad_qkv,
+    query_parts,
+    key_parts,
+    value_parts,
+    lse,
+    delta,
+    stride_b,
+    stride_c,
+    stride_n,
+    out_stride_b,
+    grad_stride_b,
+    grad_stride_c,
+    scale,
+    query_blocks: tl.constexpr,
+    key_blocks: tl.constexpr,
+    N,
+    D,
+    DP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """One program: the gradients of CLS's query, key and value in one clip and head."""
     program = tl.program_id(0)
     head = program % N

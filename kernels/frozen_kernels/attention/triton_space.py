@@ -36,10 +36,24 @@ def transposed_product(left, right):
 
 @triton.jit
 def space_forward_kernel(
-    qkv, out, lse, stride_b, stride_s, stride_c, stride_n, out_stride_b,
-    scale, frames, patches: tl.constexpr, blocks, N, D,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    out,
+    lse,
+    stride_b,
+    stride_s,
+    stride_c,
+    stride_n,
+    out_stride_b,
+    scale,
+    frames,
+    patches: tl.constexpr,
+    blocks,
+    N,
+    D,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """One program: ROWS queries of one frame, clip and head; leaves the log2 of their sums of exponentials."""
     program = tl.program_id(0)
     block = program % blocks
@@ -81,10 +95,31 @@ def space_forward_kernel(
 
 @triton.jit
 def space_backward_query_kernel(
-    qkv, out, grad_out, grad_qkv, lse, delta, key_parts, value_parts,
-    stride_b, stride_s, stride_c, stride_n, out_stride_b, grad_stride_b, grad_stride_s,
-    scale, frames, patches: tl.constexpr, blocks, N, D, ROWS: tl.constexpr, KEYS: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    out,
+    grad_out,
+    grad_qkv,
+    lse,
+    delta,
+    key_parts,
+    value_parts,
+    stride_b,
+    stride_s,
+    stride_c,
+    stride_n,
+    out_stride_b,
+    grad_stride_b,
+    grad_stride_s,
+    scale,
+    frames,
+    patches: tl.constexpr,
+    blocks,
+    N,
+    D,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """Gradients of ROWS queries; their parts of the gradients of CLS's key and value; delta = sum(grad * out)."""
     program = tl.program_id(0)
     block = program % blocks
@@ -134,10 +169,32 @@ def space_backward_query_kernel(
 
 @triton.jit
 def space_backward_key_kernel(
-    qkv, grad_out, grad_qkv, lse, delta, cls_lse, cls_delta, query_parts,
-    stride_b, stride_s, stride_c, stride_n, out_stride_b, grad_stride_b, grad_stride_s, grad_stride_c,
-    scale, frames, patches: tl.constexpr, blocks, N, D, ROWS: tl.constexpr, KEYS: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    grad_out,
+    grad_qkv,
+    lse,
+    delta,
+    cls_lse,
+    cls_delta,
+    query_parts,
+    stride_b,
+    stride_s,
+    stride_c,
+    stride_n,
+    out_stride_b,
+    grad_stride_b,
+    grad_stride_s,
+    grad_stride_c,
+    scale,
+    frames,
+    patches: tl.constexpr,
+    blocks,
+    N,
+    D,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """Gradients of KEYS keys and values of one frame, CLS's query included; their part of that query's gradient."""
     program = tl.program_id(0)
     block = program % blocks

@@ -13,9 +13,23 @@ import triton.language as tl
 
 @triton.jit
 def one_frame_forward_kernel(
-    qkv, out, stats, sums, stride_b, stride_s, stride_c, stride_n, out_stride_b, scale, patches, blocks, N, D,
-    ROWS: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    out,
+    stats,
+    sums,
+    stride_b,
+    stride_s,
+    stride_c,
+    stride_n,
+    out_stride_b,
+    scale,
+    patches,
+    blocks,
+    N,
+    D,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """One block: out = v_cls + sigmoid(scale * q.(k - k_cls)) * (v - v_cls), and the CLS query's partial sums."""
     program = tl.program_id(0)
     head = program % N
@@ -51,10 +65,30 @@ def one_frame_forward_kernel(
 
 @triton.jit
 def one_frame_backward_kernel(
-    qkv, grad_out, grad_qkv, query_parts, key_parts, value_parts, lse, delta,
-    stride_b, stride_s, stride_c, stride_n, out_stride_b, grad_stride_b, grad_stride_s, grad_stride_c,
-    scale, patches, blocks, N, D, ROWS: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    qkv,
+    grad_out,
+    grad_qkv,
+    query_parts,
+    key_parts,
+    value_parts,
+    lse,
+    delta,
+    stride_b,
+    stride_s,
+    stride_c,
+    stride_n,
+    out_stride_b,
+    grad_stride_b,
+    grad_stride_s,
+    grad_stride_c,
+    scale,
+    patches,
+    blocks,
+    N,
+    D,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """Gradients of a block's queries, keys and values (CLS's query included), and its parts of CLS's own."""
     program = tl.program_id(0)
     head = program % N

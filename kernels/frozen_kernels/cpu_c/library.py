@@ -26,9 +26,17 @@ from frozen_kernels.cache import cache_folder
 SOURCES = Path(__file__).parent
 # Sums may be reordered into vectors; NaN and infinity keep their meaning.
 FLAGS = (
-    "-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fassociative-math", "-fopenmp",
-)  # fmt: skip
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-fopenmp",
+)
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What the sources call an element type."""
 

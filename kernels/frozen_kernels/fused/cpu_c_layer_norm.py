@@ -38,16 +38,29 @@ def launch_forward(
     total, normed = (torch.empty_like(x, dtype=kind) for kind in (dtype, out_dtype))
     statistics = torch.empty(x.numel() // width, 2)
     in_parallel(
-        library.layer_norm_forward, x.numel() // width, ctypes.c_long(width), ctypes.c_float(eps), x, branch,
-        weight.float().contiguous(), bias.float().contiguous(), total, normed, statistics,
-    )  # fmt: skip
+        library.layer_norm_forward,
+        x.numel() // width,
+        ctypes.c_long(width),
+        ctypes.c_float(eps),
+        x,
+        branch,
+        weight.float().contiguous(),
+        bias.float().contiguous(),
+        total,
+        normed,
+        statistics,
+    )
     return total, normed, statistics
 
 
 def launch_backward(
-    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor,
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
     narrow_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the sum, in its dtype and in narrow_dtype (or empty), of the weight and of the bias.
 
     The last two are added over the parts in a fixed order.
@@ -60,9 +73,17 @@ def launch_backward(
     tasks = max(1, min(TASKS, rows))
     parts = torch.empty(2, tasks, width)
     in_parallel(
-        library.layer_norm_backward, tasks, *(ctypes.c_long(size) for size in (rows, width)),
-        None if grad_total is None else grad_total.contiguous(), grad_normed.contiguous(), total,
-        weight.float().contiguous(), statistics, grad, narrow, parts,
-    )  # fmt: skip
+        library.layer_norm_backward,
+        tasks,
+        *(ctypes.c_long(size) for size in (rows, width)),
+        None if grad_total is None else grad_total.contiguous(),
+        grad_normed.contiguous(),
+        total,
+        weight.float().contiguous(),
+        statistics,
+        grad,
+        narrow,
+        parts,
+    )
     grad_weight, grad_bias = parts.sum(dim=1).to(weight.dtype).unbind(0)
     return grad, narrow, grad_weight.clone(), grad_bias.clone()

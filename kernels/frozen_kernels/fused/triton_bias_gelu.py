@@ -68,7 +68,15 @@ def launch_backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, 
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     grid = (programs, triton.cdiv(width, COLUMNS))
     backward_kernel[grid](
-        grad_out.contiguous(), x, bias.contiguous(), grad, parts, rows, width, ROWS=per_program, COLUMNS=COLUMNS,
+        grad_out.contiguous(),
+        x,
+        bias.contiguous(),
+        grad,
+        parts,
+        rows,
+        width,
+        ROWS=per_program,
+        COLUMNS=COLUMNS,
         num_warps=2,
-    )  # fmt: skip
+    )
     return grad, parts.sum(dim=0).to(bias.dtype)

@@ -13,9 +13,20 @@ PROGRAMS_BACKWARD = 1024
 
 @triton.jit
 def forward_kernel(
-    x, branch, weight, bias, total, normed, statistics, rows, D, eps,
-    HAS_BRANCH: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    x,
+    branch,
+    weight,
+    bias,
+    total,
+    normed,
+    statistics,
+    rows,
+    D,
+    eps,
+    HAS_BRANCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """ROWS rows: sum, mean and 1/deviation in fp32, normalised row."""
     column = tl.arange(0, DP)
     wide = column < D
@@ -40,9 +51,22 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_total, grad_normed, total, weight, statistics, grad, narrow, weight_parts, bias_parts, rows, D,
-    HAS_TOTAL: tl.constexpr, HAS_NARROW: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    grad_total,
+    grad_normed,
+    total,
+    weight,
+    statistics,
+    grad,
+    narrow,
+    weight_parts,
+    bias_parts,
+    rows,
+    D,
+    HAS_TOTAL: tl.constexpr,
+    HAS_NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    DP: tl.constexpr,
+):
     """ROWS rows: the sum's gradient in one or two dtypes, and the block's parts of the weight's and bias's."""
     column = tl.arange(0, DP)
     wide = column < D
@@ -89,16 +113,32 @@ def launch_forward(
     statistics = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
     addend = x if branch is None else branch.contiguous()
     forward_kernel[(triton.cdiv(rows, ROWS_FORWARD),)](
-        x, addend, weight.contiguous(), bias.contiguous(), total, normed, statistics, rows, width, eps,
-        HAS_BRANCH=branch is not None, ROWS=ROWS_FORWARD, DP=padded, num_warps=_warps(padded),
-    )  # fmt: skip
+        x,
+        addend,
+        weight.contiguous(),
+        bias.contiguous(),
+        total,
+        normed,
+        statistics,
+        rows,
+        width,
+        eps,
+        HAS_BRANCH=branch is not None,
+        ROWS=ROWS_FORWARD,
+        DP=padded,
+        num_warps=_warps(padded),
+    )
     return total, normed, statistics
 
 
 def launch_backward(
-    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, statistics: Tensor,
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
     narrow_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the sum, in its dtype and in narrow_dtype (or empty), of the weight and of the bias.
 
     The last two are added over programs in a fixed order.
@@ -111,10 +151,22 @@ def launch_backward(
     narrow = torch.empty_like(total, dtype=narrow_dtype) if narrow_dtype else total.new_empty(0)
     parts = torch.empty(2, programs, width, dtype=torch.float32, device=total.device)
     backward_kernel[(programs,)](
-        total if grad_total is None else grad_total.contiguous(), grad_normed.contiguous(), total,
-        weight.contiguous(), statistics, grad, narrow, parts[0], parts[1], rows, width,
-        HAS_TOTAL=grad_total is not None, HAS_NARROW=narrow_dtype is not None, ROWS=per_program, DP=padded,
+        total if grad_total is None else grad_total.contiguous(),
+        grad_normed.contiguous(),
+        total,
+        weight.contiguous(),
+        statistics,
+        grad,
+        narrow,
+        parts[0],
+        parts[1],
+        rows,
+        width,
+        HAS_TOTAL=grad_total is not None,
+        HAS_NARROW=narrow_dtype is not None,
+        ROWS=per_program,
+        DP=padded,
         num_warps=_warps(padded),
-    )  # fmt: skip
+    )
     grad_weight, grad_bias = parts.sum(dim=1).to(weight.dtype).unbind(0)
     return grad, narrow, grad_weight.clone(), grad_bias.clone()

@@ -312,12 +312,12 @@ class Index:
             began = time.perf_counter()
             queries = self._recall_queries() if queries_QD is None else np.ascontiguousarray(queries_QD, np.float32)
             found, measured = build(
-                chosen,
+                chosen,  # type: ignore[arg-type]
                 folder.info.rows,
                 folder.info.width,
                 folder.blocks,
                 folder.take,
-                queries,  # type: ignore[arg-type]
+                queries,
             )
             name = f"neighbours-{folder.info.generation:05d}.faiss"
             found.write(folder.path / name)

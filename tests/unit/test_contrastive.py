@@ -105,7 +105,7 @@ def test_chunks_keep_no_logits_for_the_backward_pass() -> None:
         at_once, sizes = max(sizes), []
         gathered_contrastive_loss(video, text, chunk_rows=chunk_rows)
     assert at_once >= clips * clips
-    assert max(sizes) <= clips * 16
+    assert max(sizes, default=0) <= clips * 16  # newer versions of PyTorch keep nothing of a recomputed chunk
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,10 @@ def _openmp_runtime() -> tuple[str, ...]:
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
     except OSError:
         return ()
-    return tuple(sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))))[:1]
+    found = sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
+    package = Path(torch.__file__).parent
+    own = [path for path in found if Path(path).parent in (package / "lib", package.parent / "torch.libs")]
+    return tuple(own or found)[:1]  # other packages (faiss) bring runtimes of their own
 
 
 def _wide_vectors() -> tuple[str, ...]:

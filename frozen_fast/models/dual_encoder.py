@@ -80,7 +80,6 @@ class DualEncoder(RetrievalModel):
             loss_scale: the scale that the loss learns with the model; None: a fixed temperature.
         """
         super().__init__()
-        self.loss_scale = loss_scale
         self.projected = embedding_width != 0
         if not self.projected and text_model.width != video_model.width:
             got = f"got 0 with a text tower of width {text_model.width} and a video tower of {video_model.width}"
@@ -109,6 +108,7 @@ class DualEncoder(RetrievalModel):
         self.std = tuple(float(value) for value in std)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean, std: got {self.mean}, {self.std}; allowed: three numbers each, std above 0")
+        self.loss_scale = loss_scale  # last, where training adds it too: the order of parameters decides the last bits
 
     @property
     def device(self) -> torch.device:

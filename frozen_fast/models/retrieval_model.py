@@ -50,7 +50,12 @@ class RetrievalModel(nn.Module, ABC):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     takes_frame_masks: bool = False
-    loss_scale: LearnedScale | None = None
+    loss_scale: LearnedScale | None
+
+    def __init__(self) -> None:
+        """A model without a learned scale. (A default on the class would hide a module assigned later.)"""
+        super().__init__()
+        self.loss_scale = None
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> RetrievalModel:

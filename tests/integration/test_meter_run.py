@@ -87,6 +87,7 @@ def test_time_and_energy_of_a_stopped_run_add_up(watch: Watch, tmp_path: Path, m
         tmp_path / "run",
         curriculum={"stages": [{"frames": 2, "global_batch_size": 4, "steps": 8}]},
         evaluation={"every": "epoch", "sources": [{"name": "held_out", "path": str(files["videos"])}]},
+        checkpoints={"every_steps": 0, "asynchronous": False},  # the watch ends with what the writer's thread writes
     )
     with monkeypatch.context() as patch:
         original = Journal.add

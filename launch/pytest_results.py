@@ -16,9 +16,18 @@ import pytest
 REASON_CHARACTERS = 500
 
 
+_writes = False
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Write in the process that collects the reports; a run started by a test of another run is no worker of that."""
+    global _writes
+    _writes = "PYTEST_RESULTS" in os.environ and not hasattr(config, "workerinput")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Write a test's call, or its set-up where that failed or skipped it, and a failed teardown."""
-    if "PYTEST_RESULTS" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+    if not _writes:
         return
     if report.when != "call" and report.outcome == "passed":
         return

@@ -182,7 +182,7 @@ def test_tensorboard_and_wandb_together_and_resumed(tmp_path: Path, monkeypatch:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    runs = [path.name.rsplit("-", 1)[-1] for path in (tmp_path / "wandb").glob("offline-run-*")]
+    runs = [path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert runs == [ids["wandb"]] * 2
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 4 and not any(secret.encode() in path.read_bytes() for path in files)

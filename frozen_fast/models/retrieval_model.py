@@ -53,7 +53,7 @@ class RetrievalModel(nn.Module, ABC):
     loss_scale: LearnedScale | None
 
     def __init__(self) -> None:
-        """A model without a learned scale. (A default on the class would hide a module assigned later.)"""
+        """A model without a learned scale; a default on the class would hide a module that is assigned later."""
         super().__init__()
         self.loss_scale = None
 

@@ -23,6 +23,7 @@ from frozen_fast.sweep.driver import Sweep
 from frozen_fast.sweep.outcome import whole_lines
 from frozen_fast.sweep.space import Trial, enumerate_trials
 from frozen_fast.sweep.sweep_file import read_sweep
+from frozen_fast.sweep.winner import write_winner
 from support.runs import REPOSITORY
 
 SWEEPS = sorted(path.name for path in (REPOSITORY / "configs" / "sweeps").glob("*.yaml"))
@@ -100,6 +101,24 @@ def test_failures_are_results_with_their_cause(tmp_path: Path) -> None:
     assert not list((tmp_path / "results").glob("trials/*/checkpoints"))
     won = load_config(tmp_path / "results" / "winner.yaml")
     assert won.optimizer.warmup_steps == 50
+
+
+def test_a_mistyped_key_of_a_listed_trial_is_found_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trials: optimizer.warmup_stepz: got an unknown key"):
+        make_sweep(tmp_path, [WORKS], trials=[{"optimizer.warmup_stepz": 7}])
+    assert not (tmp_path / "starts.txt").exists()
+
+
+def test_the_winners_command_works_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment.yaml").write_text("name: x\n")
+    trial = Trial(settings=((SETTING, 7),))
+    path, _ = write_winner(
+        Path("results"), Path("experiment.yaml"), trial, None, train_script=REPOSITORY / "train.py", environment={}
+    )
+    command = path.read_text().splitlines()[1].removeprefix("# ")
+    words = [word for word in command.split() if word.endswith((".py", ".yaml"))]
+    assert len(words) == 2 and all(Path(word).is_absolute() and Path(word).is_file() for word in words)
 
 
 def test_a_trial_that_takes_too_long_is_a_result(tmp_path: Path) -> None:

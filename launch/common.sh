@@ -44,7 +44,7 @@ count_gpus() {
     fi
 }
 
-# Runs Accelerate with the given options (--config_file FILE first) in front of train.py; the experiment goes on where it was stopped.
+# Runs Accelerate with the given options (--config_file FILE first) in front of train.py; the run continues from its newest checkpoint.
 # Accelerate's launchers turn every exit code of train.py but 0 into 1, so the run's own word gives the code: 2 for a
 # mistake, 75 for a run that was stopped after a checkpoint.
 launch_training() {

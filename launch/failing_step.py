@@ -8,6 +8,7 @@ stopped where it is and never returns), kill (the process PARENT is killed too, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,10 +25,8 @@ def main(arguments: list[str]) -> int:
     """Start the command, wait, fail; the command's own exit code where it ends before that."""
     kind, _, seconds = arguments[0].partition("@")
     with subprocess.Popen(arguments[2:]) as process:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # still running: the time to fail has come
             return process.wait(timeout=float(seconds))
-        except subprocess.TimeoutExpired:
-            pass
         if kind == "hang":
             process.send_signal(signal.SIGSTOP)
             while True:

@@ -4,7 +4,7 @@
     launch/gpu_bench.sh --cpu FOLDER                 the same lines at tiny sizes (also taken, and said, without a GPU)
     launch/gpu_bench.sh --steps training FOLDER      some steps only
     launch/gpu_bench.sh --rehearse attention=hang@5,model_step=oom@3 FOLDER
-                                                     on a CPU, where a device fails in these steps after so many seconds
+                                                     on a CPU; a device fails in these steps after SECONDS
 
 Each step is a process of its own with a log and a time limit; one that fails is recorded in summary.json, and the
 next one starts. Time that a step leaves over goes to the steps after it. The figures that count most come first. What a

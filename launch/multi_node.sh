@@ -10,7 +10,7 @@ usage: NODES=2 NODE_RANK=0 RENDEZVOUS=HOST:PORT [RENDEZVOUS_ID=NAME] \
        EXPERIMENT.yaml [key=value ...]
 NODES: number of machines. NODE_RANK: this machine's number, from 0. RENDEZVOUS: address of machine 0 and a free port
 on it. --processes: processes of all machines together (default: NODES times the GPUs of this one).
---restarts: start all processes again after one was lost, at most so often (default 0).
+--restarts: start all processes again after one was lost, at most N times (default 0).
 example, on each of two machines: NODES=2 NODE_RANK=$N RENDEZVOUS=node0:29500 launch/multi_node.sh \
        configs/pretrain/webvid_1_4_8.yaml
 TEXT

@@ -6,7 +6,7 @@ set -euo pipefail
 usage() {
     echo "usage: launch/single_node.sh [--dry-run] [--accelerate FILE] [--processes N] [--restarts N]"
     echo "       EXPERIMENT.yaml [key=value ...]"
-    echo "--restarts: start a run that crashed or was killed again, at most so often (default 0)"
+    echo "--restarts: start a run that crashed or was killed again, at most N times (default 0)"
     echo "example: launch/single_node.sh --accelerate configs/accelerate/gpu_8.yaml configs/pretrain/webvid_1_4_8.yaml"
 }
 

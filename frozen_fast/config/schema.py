@@ -420,7 +420,7 @@ class EvaluationConfig:
     linear_head_decay: float = key(0.01, "linear_head: weight decay of its objective, on standardised features", gt=0)
     average_sources: bool = key(False, "the report adds the mean over the sources: the folds of COCO's 1k protocol, the splits of UCF101 and HMDB51")
     frames: int | None = key(None, "frames per window: up to those that the model learns in the run, and in training no more than it has learned by then; none: those of the stage, or of the checkpoint", ge=1)
-    stride_seconds: float = key(2.0, "test windows start so far apart inside a segment; 0: one window in the middle", ge=0)
+    stride_seconds: float = key(2.0, "seconds between test windows inside a segment; 0: one window in the middle", ge=0)
     max_windows: int = key(0, "largest number of windows per clip, evenly spread, 0: all", ge=0)
     batch_size: int = key(32, "windows per forward pass on a rank", ge=1)
     resize: int = key(256, "short side before the centre crop, for a 224 model; scaled with the resolution", ge=1)

@@ -75,7 +75,7 @@ class RunFolder:
         if self.holds_a_run():
             raise UserError(
                 f"run_folder: got {str(self.path)!r}, which already holds a run; "
-                "allowed: --resume auto to go on with it, or another run_folder"
+                "allowed: --resume auto to continue it, or another run_folder"
             )
 
     # Status

@@ -57,7 +57,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
 
 
 def _may_change(key: str) -> bool:
-    """Whether a run may go on with another value of this key."""
+    """Whether a run may resume with another value of this key."""
     if key in _MUST_NOT_CHANGE:
         return False
     return key.startswith(_MAY_CHANGE) or _SOURCE_PATH.fullmatch(key) is not None

@@ -81,7 +81,7 @@ class Watchdog:
             yield
         finally:
             self._phases.pop()
-            if self._phases:  # the outer phase goes on with its whole time
+            if self._phases:  # the outer phase starts again with its full time limit
                 self._phases[-1] = (self._phases[-1][0], time.monotonic())
 
     def _watch(self) -> None:

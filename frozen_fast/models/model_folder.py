@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,15 @@ def write_model_folder(
         tokenizer.save(folder)
 
 
-def read_model_folder(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_model_folder(
+    folder: Path, kinds: Collection[str], needs: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what write_model_folder wrote.
+
+    Args:
+        folder: the checkpoint.
+        kinds: allowed kinds of model.
+        needs: keys that config.json must hold.
 
     Returns:
         (state, config.json's content).
@@ -46,8 +54,13 @@ def read_model_folder(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[
     """
     config = _config(folder)
     found = {key: config.get(key) for key in ("format", "format_version", "kind")}
-    if found != {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": kind}:
-        raise UserError(f"checkpoint: got {folder} of {found}; allowed: {FORMAT} version {FORMAT_VERSION}, kind {kind}")
+    written_here = (found["format"], found["format_version"]) == (FORMAT, FORMAT_VERSION)
+    if not written_here or found["kind"] not in kinds:
+        allowed = f"{FORMAT} version {FORMAT_VERSION}, kind {' or '.join(sorted(kinds))}"
+        raise UserError(f"checkpoint: got {folder} of {found}; allowed: {allowed}")
+    missing = sorted(set(needs) - set(config))
+    if missing:
+        raise UserError(f"checkpoint: got {folder / CONFIG_FILE}, which lacks {missing[0]}")
     try:
         return load_file(folder / WEIGHTS_FILE), config
     except (OSError, SafetensorError) as error:

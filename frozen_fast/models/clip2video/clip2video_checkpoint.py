@@ -53,7 +53,7 @@ def read_clip2video(path: Path, max_tokens: int = 0) -> StoredClip2Video:
 
 
 def _read_folder(path: Path, max_tokens: int) -> StoredClip2Video:
-    state, config = read_model_folder(path, KIND)
+    state, config = read_model_folder(path, [KIND])
     try:
         size = ClipSize(**config["clip"])
         names = ("centers", "temporal_depth", "compatible_masks", "max_scale")

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError, unknown_name
-from frozen_fast.models.experts.expert_folder import read_expert_folder, write_expert_folder
 from frozen_fast.models.experts.expert_set import (
     GATINGS,
     MIXTURES,
@@ -33,6 +32,7 @@ from frozen_fast.models.experts.expert_set import (
 from frozen_fast.models.experts.gated_units import CollaborativeGate, ContextGate
 from frozen_fast.models.experts.net_vlad import NetVLAD
 from frozen_fast.models.experts.upstream_checkpoint import Design, key_of, read_upstream
+from frozen_fast.models.model_folder import read_model_folder, write_model_folder
 from frozen_fast.models.pretrained import checkpoint_of_run, load_weights
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
 
@@ -187,7 +187,7 @@ class ExpertModel(RetrievalModel):
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Write model.safetensors and config.json; `state` replaces the model's own weights."""
         weights = self.state_dict() if state is None else state
-        write_expert_folder(Path(folder), self.kind, weights, self.architecture())
+        write_model_folder(Path(folder), self.kind, weights, self.architecture(), None)
 
     @classmethod
     def from_pretrained(
@@ -217,16 +217,16 @@ class ExpertModel(RetrievalModel):
         if path.is_dir():
             if experts is not None:
                 raise UserError("experts: got names for a frozen_fast folder; allowed: none, the folder says them")
-            state, config = read_expert_folder(path)
+            kinds = {model.kind: model for model in EXPERT_MODELS}
+            state, config = read_model_folder(path, kinds, needs=("sizes", "variant"))
             sizes, keywords = ExpertSizes.from_json(config["sizes"]), dict(config["variant"])
-            found = {model.kind: model for model in EXPERT_MODELS}.get(config["kind"])
+            found = kinds[config["kind"]]
         else:
             design, state = read_upstream(path, experts)
             sizes = design.sizes
             found, keywords = _of_design(design)
-        if found is None or not (issubclass(found, cls) or cls is CollaborativeExperts):
-            got = config["kind"] if found is None else found.kind
-            raise UserError(f"kind: got {cls.kind!r} for {path}, which holds a {got}; allowed: {got}")
+        if not (issubclass(found, cls) or cls is CollaborativeExperts):
+            raise UserError(f"kind: got {cls.kind!r} for {path}, which holds a {found.kind}; allowed: {found.kind}")
         keywords.update(_known(variant, keywords, found))
         if found is CollaborativeExperts and keywords["mixture"] == "uniform":
             state = {name: value for name, value in state.items() if not name.startswith("mixture.")}

@@ -188,17 +188,9 @@ def evaluate_source(
                 sim_QV = similarity_in_blocks(model, text, video)
                 rows = _rows(sim_QV, video_of_query, _twins(source, kept), name, metrics)
                 if gallery:
-                    clips_of_gallery = [source.clips[index] for index in kept]
+                    shown, main = [source.clips[index] for index in kept], rows[0]["metrics"]
                     page = gallery_page(
-                        model,
-                        source.name,
-                        clips_of_gallery,
-                        texts,
-                        video_of_query,
-                        sim_QV,
-                        text,
-                        rows[0]["metrics"],
-                        queries=gallery,
+                        model, source.name, shown, texts, video_of_query, sim_QV, text, main, queries=gallery
                     )
                 if loss is not None:
                     value = validation_loss(model, loss, text, video, video_of_query, loss_batch_size)
@@ -206,12 +198,7 @@ def evaluate_source(
                 if rerank is not None:
                     bank_BV = _querybank_similarities(model, rerank, video, parallel, batch_size)
                     rows[0]["reranked"] = reranked_metrics(rerank, sim_QV, video_of_query, bank_BV)
-                if prompts and source.classes:
-                    found = _classified(model, source, kept, prompts, video, parallel, batch_size)
-                    rows[0]["classification"] = asdict(found)
-                if head is not None:
-                    found = classify(head.logits(_flat(video)), _class_numbers(source, kept), source.classes)
-                    rows[0]["linear_head"] = asdict(found)
+                rows[0].update(_classifications(model, source, kept, video, prompts, head, parallel, batch_size))
         rows = parallel.gather_objects(rows)[0]
         base = {
             "frames": frames,
@@ -225,6 +212,26 @@ def evaluate_source(
         return Evaluation([{**base, **row} for row in rows], bad_clips, page)
     finally:
         model.train(training)
+
+
+def _classifications(
+    model: RetrievalModel,
+    source: Source,
+    kept: Sequence[int],
+    video: Features,
+    prompts: Sequence[str],
+    head: LinearHead | None,
+    parallel: Parallel,
+    batch_size: int,
+) -> Row:
+    """Classification of a source with classes, by prompts and by a linear layer, where they are asked for."""
+    found: Row = {}
+    if prompts and source.classes:
+        found["classification"] = asdict(_classified(model, source, kept, prompts, video, parallel, batch_size))
+    if head is not None:
+        of_head = classify(head.logits(_flat(video)), _class_numbers(source, kept), source.classes)
+        found["linear_head"] = asdict(of_head)
+    return found
 
 
 def stack_features(parts: Sequence[Features]) -> Features:

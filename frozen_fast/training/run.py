@@ -37,7 +37,7 @@ from frozen_fast.records.same_run import check_same_run
 from frozen_fast.records.tracking import Trackers
 from frozen_fast.report.write_report import write_report
 from frozen_fast.training import compiling
-from frozen_fast.training.engine import Engine, RunParts
+from frozen_fast.training.engine import Engine
 from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.parts import (
@@ -52,6 +52,7 @@ from frozen_fast.training.parts import (
     read_evaluation_sources,
     read_training_sources,
 )
+from frozen_fast.training.run_parts import RunParts
 from frozen_fast.training.signals import StopRequest
 from frozen_fast.training.teachers import build_teachers
 from frozen_fast.training.watchdog import Watchdog, switch_on_flight_recorder
@@ -183,7 +184,7 @@ class _Run:
             folder,
             parallel,
             self._trackers,
-            total_steps=sum(plan.steps for plan in parts.plans),
+            total_steps=parts.total_steps,
             num_stages=len(parts.plans),
             log_every_steps=config.training.log_every_steps,
             advice=divergence_advice(config.optimizer),
@@ -218,7 +219,7 @@ class _Run:
         """
         self._watchdog.close()
         if self._engine is not None and not at_once:
-            self._engine.close()
+            self._engine.keeper.close()
         if self._journal is not None:
             self._journal.close()
         self._trackers.close()
@@ -344,7 +345,7 @@ class _Run:
     def _finish(self, complete: bool) -> None:
         """Final checkpoint on disk, final status, report."""
         assert self._engine is not None
-        self._engine.finish(stopped=not complete)
+        self._engine.keeper.finish(stopped=not complete)
         with self._parallel.together():
             if self._parallel.is_main:
                 refused = self._folder.write_pending()

@@ -1,0 +1,108 @@
+"""The batches of a run: planned, read, counted, and agreed on by all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from frozen_fast.config import ExperimentConfig, StagePlan
+from frozen_fast.data import BadClipLedger, Batch, DataPosition, plan_steps, twin_pairs
+from frozen_fast.parallel.base import Parallel
+from frozen_fast.profiling.meter import StepTime
+from frozen_fast.records.checkpoint import RunState
+from frozen_fast.records.run_folder import RunFolder
+from frozen_fast.training.run_parts import RunParts
+from frozen_fast.training.signals import StopRequest, stop_explains
+
+
+class StepGivenUp(Exception):
+    """A rank has no batch because its loader was stopped with it; every rank raises it at the same pass."""
+
+
+class BatchFeed:
+    """Hands out a stage's batches; for each of them the ranks tell each other of errors and signals.
+
+    Attributes:
+        position: how far the sources have been read when the last whole step ended.
+        ledger: counts bad clips.
+        decode_backends: source -> decoder -> clips, of this rank.
+        stopped: a rank was told to stop.
+        save_wanted: a rank was asked for a checkpoint, or one is due by the clock.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        parallel: Parallel,
+        folder: RunFolder,
+        parts: RunParts,
+        stop: StopRequest,
+        state: RunState | None,
+        checkpoint_is_due: Callable[[], bool],
+    ) -> None:
+        """Begin, or continue where a checkpoint's `state` left off."""
+        self._config, self._parallel, self._parts, self._stop = config, parallel, parts, stop
+        self._checkpoint_is_due = checkpoint_is_due
+        self.position = DataPosition() if state is None else DataPosition.from_json(state.position)
+        path = folder.bad_clips if parallel.is_main else None
+        self.ledger = BadClipLedger(path, config.data.decode.max_bad_share)
+        if state is not None:
+            self.ledger.resume(state.bad_clips)
+        self.decode_backends: dict[str, Counter[str]] = {name: Counter() for name in parts.sources}
+        self.stopped = False
+        self.save_wanted = False
+
+    def batches(self, plan: StagePlan, done: int) -> Iterator[Batch]:
+        """The batches of a stage from its step number `done` on; reading begins with the first one."""
+        config, sources, teachers = self._config, self._parts.sources, self._parts.teachers
+        specs = plan_steps(
+            {name: len(source) for name, source in sources.items()},
+            {source.name: source.weight for source in config.data.sources},
+            config.data.order,
+            config.seed,
+            batch_sizes=plan.batch_sizes,
+            frames=plan.frames if teachers is None else teachers.frames_to_read(plan.frames),
+            accumulation=plan.accumulation,
+            num_steps=plan.steps - done,
+            start=self.position,
+            rank=self._parallel.rank,
+            world_size=self._parallel.world_size,
+            pairs={one.name: twin_pairs(sources[one.name]) for one in config.data.sources if one.twins_together},
+        )
+        yield from self._parts.loader.batches(specs)
+
+    def next_batch(self, batches: Iterator[Batch], timing: StepTime) -> tuple[Batch, int]:
+        """The next batch and the bad clips of all ranks in it; here the ranks agree that all is well.
+
+        Raises:
+            UserError: a clip that cannot be read under policy error, or too many of them; on every rank.
+            StepGivenUp: told to stop, and a rank's loader is gone; on every rank.
+        """
+        error: Exception | None = None
+        batch: Batch | None = None
+        with timing.stall():
+            try:
+                batch = next(batches)
+            except StopIteration:
+                error = RuntimeError("the loader ended before the stage did")
+            except Exception as caught:  # told to the other ranks, then raised by agree()
+                error = caught
+            if error is not None and stop_explains(error, lambda: self._stop.asked):
+                error = None
+            wanted = self._stop.take_save_request() or self._checkpoint_is_due()
+            counts = (0 if batch is None else len(batch.bad_clips), int(batch is None), int(wanted))
+            stop, (bad, without, save) = self._parallel.agree(error, stop=self._stop.asked, counts=counts)
+        self.stopped = self.stopped or stop
+        self.save_wanted = self.save_wanted or save > 0
+        if without:
+            raise StepGivenUp
+        assert batch is not None
+        self.decode_backends[batch.source] += batch.backends
+        found = self._parallel.gather_objects(batch.bad_clips) if bad else []
+        self.ledger.record(
+            batch.spec.step,
+            len(batch.clip_ids) * self._parallel.world_size,
+            [clip for clips in found for clip in clips],
+        )
+        self.ledger.check()
+        return batch, bad

@@ -1,0 +1,90 @@
+"""One optimizer step of a run: batches, forward and backward passes, update, record.
+
+Axis letters: B clips of one forward pass on this rank, T frames, C channels, H and W pixels, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from frozen_fast.config import ExperimentConfig
+from frozen_fast.data import Batch
+from frozen_fast.optimizers import learning_rate_factor, set_learning_rate
+from frozen_fast.parallel.base import Parallel, seed_step
+from frozen_fast.training.batch_feed import BatchFeed, StepGivenUp
+from frozen_fast.training.journal import Journal, StepResult
+from frozen_fast.training.run_parts import RunParts
+from frozen_fast.training.stages import OpenStage
+from frozen_fast.training.step import forward_backward, update
+from frozen_fast.training.teachers import student_video
+
+
+class OptimizerStep:
+    """Runs optimizer steps and records them."""
+
+    def __init__(
+        self, config: ExperimentConfig, parallel: Parallel, parts: RunParts, feed: BatchFeed, journal: Journal
+    ) -> None:
+        """Hold the parts of the run."""
+        self._config, self._parallel, self._parts, self._feed, self._journal = config, parallel, parts, feed, journal
+
+    def run(self, stage: OpenStage, batches: Iterator[Batch], *, warmup: bool) -> None:
+        """Next batch, forward, loss over all ranks' clips, backward, clip, update.
+
+        Args:
+            stage: the stage that is running.
+            batches: of the stage (BatchFeed.batches).
+            warmup: the step is left out of speeds.
+
+        Raises:
+            UserError: bad clips past their share, a loss that is not finite, a mistake in the data; on every rank.
+            StepGivenUp: told to stop, and a rank's loader is gone; on every rank.
+        """
+        config, parallel, plan, feed = self._config, self._parallel, stage.plan, self._feed
+        step = feed.position.step + 1
+        seed_step(config.seed, step, parallel.rank)
+        learning_rate = config.optimizer.learning_rate * plan.learning_rate_scale
+        learning_rate *= learning_rate_factor(step, self._parts.total_steps, config.optimizer, plan.epoch_steps)
+        set_learning_rate(parallel.optimizer.param_groups, learning_rate)
+        total = torch.zeros((), device=parallel.device)
+        bad_clips = 0
+        ledger = feed.ledger.to_json()
+        with stage.meter.step(warmup=warmup) as timing:
+            for pass_index in range(plan.accumulation):
+                try:
+                    batch, bad = feed.next_batch(batches, timing)
+                except StepGivenUp:
+                    feed.ledger.resume(ledger)  # the step's earlier passes will be read again
+                    raise
+                bad_clips += bad
+                total += forward_backward(
+                    parallel,
+                    student_video(batch.video, plan.source_frames[batch.source]),
+                    batch.text,
+                    self._parts.loss,
+                    config.loss,
+                    accumulation=plan.accumulation,
+                    last=pass_index == plan.accumulation - 1,
+                    teachers=self._parts.teachers,
+                    batch=batch,
+                )
+                clips, tokens = plan.batch_sizes[batch.source], batch.text_tokens
+                frames = min(batch.frames, plan.frames)  # a teacher may have seen more
+                timing.count(clips, frames, self._parts.flops_per_clip(frames, tokens, clips))
+            norm = update(parallel, config.optimizer.gradient_clip_norm)
+        feed.position = batch.spec.after
+        self._journal.add(
+            StepResult(
+                step=step,
+                stage=plan.index,
+                frames=frames,
+                source=batch.source,
+                loss=total,
+                gradient_norm=norm,
+                learning_rate=learning_rate,
+                bad_clips=bad_clips,
+            ),
+            stage.meter,
+        )

@@ -55,7 +55,7 @@ for all_name, dali in (("all", "dali"), ("all-cuda13", "dali-cuda13")):
 setup(
     name="frozen-fast",
     version=VERSION,
-    description="Video-text dual encoders in the manner of Frozen in Time, trained as fast as the hardware allows",
+    description="Video-text retrieval models: Frozen in Time, CLIP2Video, Collaborative Experts and others",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

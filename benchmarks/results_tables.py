@@ -110,7 +110,8 @@ def section(path: Path) -> str:
         versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
         lines.append(f"{machine['device']}, {machine['threads']} CPU threads, Python {machine['python']}, {versions}.")
     if result.get("command"):
-        lines.append(f"Command: `{' '.join(result['command'])}`")
+        command = result["command"]
+        lines.append(f"Command: `{command if isinstance(command, str) else ' '.join(command)}`")
     form = form_of(result)
     lines += ["", form(result) if form else "No table here: see the file.", ""]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The exception that reaches a user as a single line with exit code 2, and parts of its message."""
+"""The exception for users' mistakes, and helpers for its messages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class UserError(ValueError):
 
 
 class UserErrors(UserError):
-    """Several mistakes found together, each a line of its own."""
+    """Several mistakes, one line each."""
 
     def __str__(self) -> str:
-        """Every mistake on a line."""
+        """Return the mistakes, one per line."""
         return "\n".join(str(mistake) for mistake in self.args)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `frozen-fast`, `python -m frozen_fast` and train.py; heavy imports wait until they are needed."""
+"""The command line: `frozen-fast`, `python -m frozen_fast` and train.py; heavy imports are deferred."""
 
 from frozen_fast.cli.main import console_script, main, run_and_report
 

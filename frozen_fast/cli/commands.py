@@ -1,4 +1,4 @@
-"""The subcommands: each a function that adds its arguments and one that runs it. Heavy imports wait until then."""
+"""The subcommands: for each a function that adds its arguments and one that runs it. Heavy imports are deferred."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from frozen_fast.errors import UserError
 
 
 class _HelpConfig(argparse.Action):
-    """Prints every config key and leaves, as --help does."""
+    """Prints every config key and exits, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         sys.stdout.write(help_text())
@@ -36,9 +36,9 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="set one config value, e.g. data.sources[0].path=x"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and leave")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--with-meanings", action="store_true", help="with --print-config: each key's meaning too")
-    parser.add_argument("--help-config", action=_HelpConfig, nargs=0, help="list every config key and leave")
+    parser.add_argument("--help-config", action=_HelpConfig, nargs=0, help="list every config key and exit")
 
 
 def _print_config(config: ExperimentConfig, arguments: argparse.Namespace) -> int:
@@ -53,13 +53,13 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="none",
         metavar="auto|none|PATH",
-        help="auto: the run folder's newest checkpoint if there is one; none (default): start anew; or a checkpoint",
+        help="auto: the run folder's newest checkpoint, if any; none (default): start a new run; PATH: this checkpoint",
     )
-    parser.add_argument("--seeds", metavar="0,1,2", help="a run for each seed, and their mean and deviation (seeds.md)")
+    parser.add_argument("--seeds", metavar="0,1,2", help="train once per seed, and write mean and deviation (seeds.md)")
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Train as the config says."""
+    """Train by the config."""
     config = load_config(arguments.config, arguments.overrides)
     check_model_section(config)
     if arguments.print_config:
@@ -69,14 +69,14 @@ def train(arguments: argparse.Namespace) -> int:
     from frozen_fast.training.run import train as train_run
 
     if config.paper.table:
-        published_row(config.paper.table, config.paper.row)  # an unknown row is told before the run, not in its report
+        published_row(config.paper.table, config.paper.row)  # report an unknown row before the run
     if arguments.seeds is not None:
         return train_seeds(config, arguments)
     return train_run(config, resume=arguments.resume)
 
 
 def check_model_section(config: ExperimentConfig) -> None:
-    """Find mistakes in model.video, model.text and the frames of the curriculum before anything is read or built.
+    """Check model.video, model.text and the frames of the curriculum before reading data or building the model.
 
     Raises:
         UserError: naming the key.
@@ -90,15 +90,17 @@ def check_model_section(config: ExperimentConfig) -> None:
     check_model(config.model, frames)
     asked, learned = config.evaluation.frames, max(number for _, number in frames)
     if config.model.checkpoint is None and asked is not None and asked > learned:
-        allowed = f"up to {learned}, the most frames of a stage, or null"
+        allowed = f"up to {learned}, the largest number of frames of a stage, or null"
         raise UserError(f"evaluation.frames: got {asked}; allowed: {allowed}")
 
 
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate`."""
     _config_arguments(parser)
-    parser.add_argument("--checkpoint", metavar="PATH", help="checkpoint folder or released file (model.checkpoint)")
-    parser.add_argument("--output", metavar="FILE", help="write the numbers here as JSON too")
+    parser.add_argument(
+        "--checkpoint", metavar="PATH", help="checkpoint folder, run folder or released file (model.checkpoint)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="also write the numbers to this JSON file")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -111,7 +113,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         return _print_config(config, arguments)
     check_for_evaluation(config)
     if config.model.checkpoint is None:
-        raise UserError("--checkpoint: got none; allowed: a checkpoint folder or a released .pth/.pth.tar file")
+        raise UserError(
+            "--checkpoint: got none; allowed: a checkpoint folder, a run folder or a released .pth/.pth.tar file"
+        )
     from frozen_fast.training.run import evaluate_checkpoint
 
     result = evaluate_checkpoint(config, config.model.checkpoint, arguments.output)
@@ -123,9 +127,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `convert-checkpoint`."""
     parser.add_argument("source", help="released .pth/.pth.tar file, or a frozen_fast folder")
-    parser.add_argument("output", help="folder to write; must not exist, or be empty")
+    parser.add_argument("output", help="output folder; new or empty")
     parser.add_argument("--frames", type=_positive, metavar="T", help="expand or cut the temporal embeddings to T")
-    parser.add_argument("--expansion", choices=get_args(Expansion), default="zero", help="how (default zero)")
+    parser.add_argument(
+        "--expansion", choices=get_args(Expansion), default="zero", help="how to expand them (default zero)"
+    )
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer to save beside the weights")
 
 
@@ -133,7 +139,7 @@ def convert(arguments: argparse.Namespace) -> int:
     """Load a checkpoint of either form and save it as a frozen_fast folder."""
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output: got {arguments.output!r}, which holds something; allowed: a new or empty folder")
+        raise UserError(f"output: got {arguments.output!r}, which is not empty; allowed: a new or empty folder")
     from frozen_fast.models import DualEncoder
 
     model = DualEncoder.from_pretrained(
@@ -142,7 +148,7 @@ def convert(arguments: argparse.Namespace) -> int:
     model.save_pretrained(output)
     if model.tokenizer is None:
         sys.stderr.write(
-            "warning: no tokenizer was saved, so the folder takes token ids only; --tokenizer FOLDER saves one, "
+            "warning: no tokenizer was saved, so the model accepts token ids only; --tokenizer FOLDER saves one, "
             "model.text.tokenizer names one in a config\n"
         )
     print(output)
@@ -155,7 +161,7 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Write the report of a run folder from what the folder holds."""
+    """Write the report of a run folder."""
     folder = _run_folder(arguments.run_folder)
     from frozen_fast.report.write_report import write_report
 
@@ -167,11 +173,13 @@ def report(arguments: argparse.Namespace) -> int:
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `compare`."""
     parser.add_argument("run_folders", nargs="+", metavar="run_folder", help="two or more run folders")
-    parser.add_argument("--output", metavar="FILE", help="write the comparison (markdown) here instead of printing it")
+    parser.add_argument(
+        "--output", metavar="FILE", help="write the comparison (Markdown) to this file instead of stdout"
+    )
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Put runs side by side."""
+    """Compare runs."""
     folders = [_run_folder(text) for text in arguments.run_folders]
     if len(folders) < 2:
         raise UserError(f"run_folder: got {len(folders)}; allowed: two or more to compare")
@@ -188,7 +196,9 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def config_docs_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `config-docs`."""
-    parser.add_argument("--output", default="docs/config.md", metavar="FILE", help="default docs/config.md; - prints")
+    parser.add_argument(
+        "--output", default="docs/config.md", metavar="FILE", help="output file (default docs/config.md); - prints"
+    )
 
 
 def config_docs(arguments: argparse.Namespace) -> int:
@@ -206,7 +216,7 @@ def config_docs(arguments: argparse.Namespace) -> int:
 def _run_folder(text: str) -> Path:
     folder = Path(text)
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"run_folder: got {text!r}; allowed: a run's folder, which holds config.yaml")
+        raise UserError(f"run_folder: got {text!r}; allowed: a run folder (it contains config.yaml)")
     return folder
 
 

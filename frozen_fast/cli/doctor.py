@@ -1,7 +1,6 @@
-"""`frozen-fast doctor`: whether this machine can run an experiment, each problem with what to do about it.
+"""`frozen-fast doctor`: checks whether this machine can run an experiment, and how to fix each problem.
 
-The machine is looked at once (look_at_machine); the checks are functions of what was found, so that a fault can be
-tried without having it.
+look_at_machine examines the machine once; the checks are functions of its result, so tests can simulate faults.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _NEEDED = ("torch", "torchvision", "accelerate", "transformers", "safetensors", 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the answer: what was looked at, what was found, and what to do where it is not well."""
+    """One line of the output: the subject, the finding, and the advice if there is a problem."""
 
     level: Level
     what: str
@@ -48,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What was found on a machine.
+    """Properties of a machine.
 
     Attributes:
         broken: package that is needed -> why it cannot be imported.
@@ -169,7 +168,7 @@ def check_world_size(machine: Machine, launch: Launch) -> Iterator[Finding]:
 
 
 def check_attention(machine: Machine, launch: Launch) -> Iterator[Finding]:
-    """The attention backend that the experiment names, and the fast ones for its device."""
+    """The experiment's attention backend, and the fast backends for its device."""
     asked = launch.config.model.video.attention
     if asked in machine.attention:
         yield Finding(
@@ -180,13 +179,15 @@ def check_attention(machine: Machine, launch: Launch) -> Iterator[Finding]:
         )
     elif asked == "auto" and machine.gpus_of_torch and "xformers" in machine.attention:
         why = machine.attention["xformers"]
-        yield Finding("warning", "attention", f"xformers has no operator here: {why}", "install the pinned xformers")
+        yield Finding(
+            "warning", "attention", f"xformers has no operator for this machine: {why}", "install the pinned xformers"
+        )
     else:
         yield Finding("ok", "attention", f"{asked} runs")
 
 
 def check_compiler(machine: Machine, launch: Launch) -> Iterator[Finding]:
-    """A C compiler: Triton and torch.compile cannot do without one; the CPU kernels fall back."""
+    """A C compiler: Triton and torch.compile need one; the CPU kernels fall back to PyTorch."""
     if machine.compiler:
         yield Finding("ok", "C compiler", machine.compiler)
     elif launch.config.training.compile:
@@ -201,7 +202,7 @@ def check_compiler(machine: Machine, launch: Launch) -> Iterator[Finding]:
 
 
 def check_decoding(machine: Machine, launch: Launch) -> Iterator[Finding]:
-    """The decoder that the experiment names, and the GPU's."""
+    """The experiment's decoder, and decoding on the GPU."""
     asked = launch.config.data.decode.backend
     if asked in machine.decoders:
         usable = [name for name in ("dali", "torchcodec", "decord", "pyav") if name not in machine.decoders]
@@ -223,9 +224,9 @@ def check_decoding(machine: Machine, launch: Launch) -> Iterator[Finding]:
 
 
 def check_sharding(machine: Machine, launch: Launch) -> Iterator[Finding]:
-    """DeepSpeed where the launch asks for it, NCCL between GPUs."""
+    """DeepSpeed if the launch uses it, NCCL between GPUs."""
     if launch.deepspeed and not machine.deepspeed:
-        found = "not installed, and the accelerate file asks for it"
+        found = "not installed, and the accelerate file uses it"
         yield Finding("fails", "DeepSpeed", found, "pip install deepspeed")
     if launch.on_gpu and machine.gpus_of_torch and launch.processes > 1 and not machine.nccl:
         yield Finding("fails", "NCCL", "PyTorch was built without it", "install a CUDA build of PyTorch")
@@ -242,7 +243,7 @@ def _load_settings(machine: Machine, launch: Launch) -> LoadSettings:
 
 
 def check_shared_memory(machine: Machine, launch: Launch) -> Iterator[Finding]:
-    """Loader processes hand batches over in /dev/shm."""
+    """Loader processes pass batches through /dev/shm."""
     workers = _load_settings(machine, launch).workers * launch.local_processes
     free = machine.shared_memory_bytes
     if not workers:
@@ -282,7 +283,7 @@ def check_limits(machine: Machine, launch: Launch) -> Iterator[Finding]:
 
 
 def check_disk(machine: Machine, launch: Launch) -> Iterator[Finding]:
-    """Space and speed where checkpoints go."""
+    """Space and speed of the disk for checkpoints."""
     folder = launch.config.run_folder.format(name=launch.config.name)
     free, kept = machine.disk_free_bytes / GIB, launch.config.checkpoints.keep + 1
     if machine.disk_error:
@@ -325,7 +326,7 @@ def examine(machine: Machine, launch: Launch) -> list[Finding]:
 
 
 def look_at_machine(run_folder: Path) -> Machine:
-    """Find out what a Machine holds; takes seconds."""
+    """Examine this machine; takes seconds."""
     broken = {}
     for name in _NEEDED:
         try:
@@ -366,7 +367,7 @@ def look_at_machine(run_folder: Path) -> Machine:
 
 
 def read_launch(config: ExperimentConfig, accelerate: Path | None, processes: int | None) -> Launch:
-    """What the accelerate file says, with the number of processes of the command line in its place.
+    """Read the accelerate file; processes overrides its number of processes.
 
     Raises:
         UserError: the file cannot be read.
@@ -393,13 +394,15 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set one config value")
     parser.add_argument("--accelerate", type=Path, metavar="FILE", help="the accelerate file of the launch")
-    parser.add_argument("--processes", type=int, metavar="N", help="processes of the launch, in place of the file's")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="number of processes of the launch, instead of the file's"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--quiet", action="store_true", help="print problems only")
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print what was found; 2 when something will fail."""
+    """Print the findings; return 2 if the run would fail."""
     config = load_config(arguments.config, arguments.overrides)
     launch = read_launch(config, arguments.accelerate, arguments.processes)
     findings = examine(look_at_machine(Path(config.run_folder.format(name=config.name))), launch)

@@ -1,4 +1,4 @@
-"""`frozen-fast convert-features` and `make-caption-masks`: feature stores, and which captions to train on."""
+"""`frozen-fast convert-features` and `make-caption-masks`: feature stores and caption masks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ def convert_features_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", action="append", required=True, metavar="NAME", help="text features, such as openai; repeatable"
     )
     parser.add_argument(
-        "--file", action="append", default=[], metavar="NAME=FILE", help="a pickle that the layout's rule does not find"
+        "--file",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="pickle of a feature that the layout's rule does not find",
     )
 
 
 def convert_features(arguments: argparse.Namespace) -> int:
-    """Convert, and say what was written."""
+    """Convert, and print a summary."""
     from frozen_fast.common.logs import set_up_logging
     from frozen_fast.data.features.convert_features import convert_features as convert
 
@@ -37,12 +41,14 @@ def convert_features(arguments: argparse.Namespace) -> int:
     for pair in arguments.file:
         name, separator, path = pair.partition("=")
         if not separator or not Path(path).is_file():
-            raise UserError(f"--file: got {pair!r}; allowed: NAME=FILE with a file that is there")
+            raise UserError(f"--file: got {pair!r}; allowed: NAME=FILE with an existing file")
         files[name] = Path(path)
     output = Path(arguments.output).expanduser()
     done = convert(root, output, arguments.expert, arguments.text, files=files)
     for feature in (*done.experts, *done.texts):
-        print(f"{feature.name}: width {feature.width}, one {feature.kind} per video, {feature.missing} videos lack it")
+        print(
+            f"{feature.name}: width {feature.width}, one {feature.kind} per video, missing for {feature.missing} videos"
+        )
     lists = ", ".join(f"{split.name} ({len(split.videos)})" for split in done.splits) or "none"
     print(f"{done.videos} videos in {output}; splits: {lists}")
     return 0
@@ -58,7 +64,7 @@ def make_caption_masks_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_caption_masks(arguments: argparse.Namespace) -> int:
-    """Rank every training caption's own video by a teacher, and write which captions to keep."""
+    """Rank every training caption's video with a teacher, and write a mask of captions to keep."""
     from frozen_fast.common.files import write_atomically
     from frozen_fast.common.logs import set_up_logging
     from frozen_fast.config import check_for_training, load_config

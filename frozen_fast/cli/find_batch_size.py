@@ -23,22 +23,22 @@ def find_batch_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=int, default=8, metavar="B", help="first batch size (default 8)")
     parser.add_argument("--most", type=int, default=4096, metavar="B", help="largest batch size (default 4096)")
     parser.add_argument(
-        "--tolerance", type=float, default=0.06, metavar="SHARE", help="how closely to search (default 0.06)"
+        "--tolerance", type=float, default=0.06, metavar="SHARE", help="relative tolerance of the search (default 0.06)"
     )
     parser.add_argument(
         "--memory-gib",
         type=float,
         metavar="GIB",
-        help="limit; needed on a CPU (whole process), default on CUDA: the device's memory less 5 %%",
+        help="memory limit; required on a CPU (whole process); default on CUDA: 95 %% of the device's memory",
     )
     parser.add_argument(
-        "--trial-seconds", type=float, default=300.0, metavar="S", help="a trial that takes longer does not fit"
+        "--trial-seconds", type=float, default=300.0, metavar="S", help="a trial that takes longer counts as too large"
     )
     parser.add_argument("--output", metavar="FILE", help=f"default: {RESULT_FILE} in the config's run folder")
 
 
 def find_batch_size(arguments: argparse.Namespace) -> int:
-    """Search per number of frames, print and write what was found."""
+    """Search per number of frames, print and write the result."""
     from frozen_fast.common.files import write_json
 
     config = load_config(arguments.config, arguments.overrides)
@@ -106,7 +106,7 @@ def _frames(text: str | None, config: ExperimentConfig) -> list[int]:
         return sorted({stage.frames for stage in config.curriculum.stages})
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--frames: got {text!r}; allowed: whole numbers above 0 with commas between them")
+        raise UserError(f"--frames: got {text!r}; allowed: positive whole numbers separated by commas")
     return sorted({int(part) for part in parts})
 
 
@@ -129,7 +129,7 @@ def _device_and_memory(config: ExperimentConfig, gibibytes: float | None) -> tup
     if gibibytes is not None:
         return device, int(gibibytes * GIBIBYTE)
     if device == "cpu":
-        raise UserError("--memory-gib: got none; allowed on a CPU: a limit in GiB, below what the machine has")
+        raise UserError("--memory-gib: got none; allowed on a CPU: a limit in GiB, below the machine's memory")
     if not torch.cuda.is_available():
         raise UserError("training.device: got cuda; allowed here: auto, cpu (there is no CUDA device)")
     return device, int(0.95 * torch.cuda.get_device_properties(0).total_memory)

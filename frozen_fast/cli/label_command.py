@@ -18,12 +18,14 @@ def label_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source", required=True, metavar="PATH", help="folder of videos and pictures, manifest, or packed shards"
     )
-    parser.add_argument("--labels", required=True, metavar="FILE", help="one label a line")
-    parser.add_argument("--templates", metavar="FILE", help="one sentence a line, with {} where the label goes")
-    parser.add_argument("--top", type=positive, default=1, metavar="N", help="labels of a clip (default 1)")
-    parser.add_argument("--format", default="auto", help="of the source: auto, folder, or a format of data.sources")
-    parser.add_argument("--split", default="", help="of formats with splits (default: every line)")
-    parser.add_argument("--tokenizer", metavar="NAME", help="for a released file, which carries none")
+    parser.add_argument("--labels", required=True, metavar="FILE", help="one label per line")
+    parser.add_argument("--templates", metavar="FILE", help="one sentence per line, with {} in place of the label")
+    parser.add_argument("--top", type=positive, default=1, metavar="N", help="labels per clip (default 1)")
+    parser.add_argument(
+        "--format", default="auto", help="format of the source: auto, folder, or a format of data.sources"
+    )
+    parser.add_argument("--split", default="", help="split, for formats with splits (default: all)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, for a released file (which has none)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
     parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
@@ -71,5 +73,5 @@ def label(arguments: argparse.Namespace) -> int:
     if bad:
         print(f"bad clips: {len(bad)}: {some(bad)}", file=sys.stderr)
     if len(bad) >= len(found.rows) + len(found.bad_clips):
-        raise UserError(f"--source: got {len(bad)} clips, none of which can be read; allowed: one that can")
+        raise UserError(f"--source: got {len(bad)} clips, none of them readable; allowed: at least one readable clip")
     return 0

@@ -1,4 +1,4 @@
-"""One table of subcommands, one place where mistakes become a line on stderr and an exit code."""
+"""The table of subcommands, and the conversion of errors to messages and exit codes."""
 
 from __future__ import annotations
 
@@ -33,53 +33,53 @@ OTHER_RANKS_WAIT_SECONDS = 5.0
 MOST_MESSAGE_CHARACTERS = 2000
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
-    "train": ("train the stages of a config, evaluate, report", commands.train_arguments, commands.train),
-    "evaluate": ("retrieval numbers of a checkpoint", commands.evaluate_arguments, commands.evaluate),
-    "pack": ("frames of a source's clips into JPEG shards, for fast reading", pack_arguments, pack),
+    "train": ("train by a config, evaluate and write the report", commands.train_arguments, commands.train),
+    "evaluate": ("evaluate a checkpoint on retrieval", commands.evaluate_arguments, commands.evaluate),
+    "pack": ("extract frames of a source's clips into JPEG shards", pack_arguments, pack),
     "convert-checkpoint": (
-        "turn a released .pth/.pth.tar checkpoint into a frozen_fast folder",
+        "convert a released .pth/.pth.tar checkpoint to a frozen_fast folder",
         commands.convert_arguments,
         commands.convert,
     ),
     "convert-features": (
-        "turn released expert features into a memory-mapped feature store",
+        "convert released expert features to a memory-mapped feature store",
         convert_features_arguments,
         convert_features,
     ),
     "make-caption-masks": (
-        "which training captions a teacher finds their own video with, to train on those",
+        "select training captions with which a teacher finds their video",
         make_caption_masks_arguments,
         make_caption_masks,
     ),
     "find-batch-size": (
-        "the largest batch of each number of frames that fits one device",
+        "find the largest batch that fits one device, per number of frames",
         find_batch_size_arguments,
         find_batch_size,
     ),
     "embed": (
-        "vectors of clips into an index that can be searched",
+        "embed clips into a search index",
         search_commands.embed_arguments,
         search_commands.embed,
     ),
-    "search": ("clips of an index that fit a text or a clip", search_commands.search_arguments, search_commands.search),
-    "index": ("what an index holds; build, remove, compact", search_commands.index_arguments, search_commands.index),
-    "label": ("labels for clips from a list, without training", label_arguments, label),
-    "serve": ("a local page that searches an index", serve_arguments, serve),
-    "doctor": ("whether this machine can run an experiment, and what to do where it cannot", doctor_arguments, doctor),
+    "search": ("search an index by a text or a clip", search_commands.search_arguments, search_commands.search),
+    "index": ("describe, rebuild or compact an index", search_commands.index_arguments, search_commands.index),
+    "label": ("label clips with a list of labels, without training", label_arguments, label),
+    "serve": ("serve a local search page", serve_arguments, serve),
+    "doctor": ("check whether this machine can run an experiment", doctor_arguments, doctor),
     "push": (
         "upload a checkpoint with a model card to the Hugging Face Hub",
         share_commands.push_arguments,
         share_commands.push,
     ),
-    "export": ("both towers to ONNX or torch.export", share_commands.export_arguments, share_commands.export),
+    "export": ("export both towers to ONNX or torch.export", share_commands.export_arguments, share_commands.export),
     "report": ("write a run's report.md and report.html again", commands.report_arguments, commands.report),
-    "compare": ("put several runs side by side", commands.compare_arguments, commands.compare),
+    "compare": ("compare several runs", commands.compare_arguments, commands.compare),
     "config-docs": ("write docs/config.md from the schema", commands.config_docs_arguments, commands.config_docs),
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser that raises UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (see --help)")
@@ -109,13 +109,13 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "frozen-fast"
 
     Returns:
         The exit code: 0 done, 2 a mistake of the user's, 75 stopped by a signal with a checkpoint saved,
-        130 interrupted. Anything else raises.
+        130 interrupted. Other exceptions are raised.
     """
     return run_and_report(lambda: _run(arguments, program))
 
 
 def run_and_report(function: Callable[[], int]) -> int:
-    """Call a function; turn a UserError into one line on stderr for each mistake, and exit code 2."""
+    """Call a function; for a UserError, print one line per mistake to stderr and return 2."""
     try:
         return function()
     except UserError as error:
@@ -127,17 +127,16 @@ def run_and_report(function: Callable[[], int]) -> int:
 
 
 def _shortened(message: str) -> str:
-    """A message with its middle left out where it echoes what nobody can read on a terminal."""
+    """Shorten the middle of a very long message."""
     half = MOST_MESSAGE_CHARACTERS // 2
     return message if len(message) <= MOST_MESSAGE_CHARACTERS else f"{message[:half]} [..] {message[-half:]}"
 
 
 def _tell(messages: Sequence[str]) -> None:
-    """Print a line for each message on rank 0; on other ranks only if rank 0 had nothing to say.
+    """Print the messages on rank 0; on other ranks only if rank 0 printed nothing.
 
-    A mistake is most often the same on every rank. The launcher ends all processes when the first one leaves, so the
-    others wait: that lets rank 0 print before it is ended, and one who is still there afterwards is the only one
-    who knows.
+    Most mistakes occur on every rank, and the launcher ends all processes when the first one exits. The other ranks
+    therefore wait; a rank that has not been ended after the wait prints its own message.
     """
     rank = os.environ.get("RANK", "0")
     prefix = ""
@@ -152,7 +151,7 @@ def console_script() -> NoReturn:
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe, such as head, has left
+    except BrokenPipeError:  # the reader of a pipe, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_DONE
     sys.exit(code)

@@ -18,24 +18,32 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="YAML file of an experiment; one of its sources is packed")
     what.add_argument("--manifest", metavar="FILE", help="a manifest, all of its splits")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="with --config: set one value of it")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="with --config: set one config value")
     parser.add_argument(
-        "--source", metavar="NAME", help="with --config: which source, by name or as in evaluation.sources[0]"
+        "--source", metavar="NAME", help="with --config: the source, by name or path such as evaluation.sources[0]"
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where shards and index go")
-    parser.add_argument("--frames-per-clip", type=_number, default=8, metavar="F", help="frames kept (default 8)")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="output folder")
     parser.add_argument(
-        "--short-side", type=_number, default=256, metavar="PIXELS", help="larger frames are shrunk to it (default 256)"
+        "--frames-per-clip", type=_number, default=8, metavar="F", help="frames to store per clip (default 8)"
     )
-    parser.add_argument("--quality", type=_number, default=90, help="of the JPEGs (default 90)")
+    parser.add_argument(
+        "--short-side",
+        type=_number,
+        default=256,
+        metavar="PIXELS",
+        help="resize larger frames to this short side (default 256)",
+    )
+    parser.add_argument("--quality", type=_number, default=90, help="JPEG quality (default 90)")
     parser.add_argument(
         "--shard-bytes", type=_number, default=2**30, metavar="BYTES", help="size of a shard (default 1 GiB)"
     )
-    parser.add_argument("--workers", type=_number, metavar="N", help="processes (default: the cores); 0: this process")
+    parser.add_argument(
+        "--workers", type=_number, metavar="N", help="number of processes (default: one per core); 0: this process"
+    )
 
 
 def pack(arguments: argparse.Namespace) -> int:
-    """Pack one source, or go on with it."""
+    """Pack one source, or continue packing it."""
     config, source_config, key = _chosen(arguments)
     from frozen_fast.common.logs import set_up_logging
     from frozen_fast.data.packing.extract import PackSettings
@@ -90,7 +98,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[ExperimentConfig, SourceConf
 
 
 def _progress() -> Callable[[int, int, int], None]:
-    """What pack_source calls with (clips done, clips in all, bad clips among those done)."""
+    """Return a progress function of (clips done, total clips, bad clips)."""
     shown: list[Tell] = []
     bad_before = 0
 

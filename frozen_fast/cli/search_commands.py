@@ -1,4 +1,4 @@
-"""`frozen-fast embed`, `search` and `index`: clips into an index, and questions to it."""
+"""`frozen-fast embed`, `search` and `index`: build, search and maintain an index."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", required=True, metavar="PATH", help="folder of videos and pictures, manifest, or packed shards"
     )
     parser.add_argument(
-        "--output", required=True, metavar="INDEX", help="the index's folder; one that is there is brought up to date"
+        "--output", required=True, metavar="INDEX", help="folder of the index; an existing one is updated"
     )
-    parser.add_argument("--format", default="auto", help="of the source: auto, folder, or a format of data.sources")
-    parser.add_argument("--split", default="", help="of formats with splits (default: every line)")
-    parser.add_argument("--frames", type=positive, metavar="T", help="frames of a window (default: the checkpoint's)")
+    parser.add_argument(
+        "--format", default="auto", help="format of the source: auto, folder, or a format of data.sources"
+    )
+    parser.add_argument("--split", default="", help="split, for formats with splits (default: all)")
+    parser.add_argument("--frames", type=positive, metavar="T", help="frames per window (default: the checkpoint's)")
     parser.add_argument(
         "--windows",
         type=_windows,
@@ -38,23 +40,28 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|middle|N",
         help="auto: the run's test windows; middle: one; N: at most N per clip",
     )
-    parser.add_argument("--stride-seconds", type=float, metavar="S", help="distance of windows (default: the run's)")
-    parser.add_argument("--span", type=_seconds, metavar="10s", help="cut videos into spans of this length")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored vectors")
     parser.add_argument(
-        "--kind", default="auto", metavar="auto|flat|hnsw|ivfpq", help="how neighbours are found (auto: by the rows)"
+        "--stride-seconds", type=float, metavar="S", help="seconds between windows (default: the run's)"
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="for a released file, which carries none")
+    parser.add_argument("--span", type=_seconds, metavar="10s", help="cut videos into spans of this length")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored vectors")
+    parser.add_argument(
+        "--kind",
+        default="auto",
+        metavar="auto|flat|hnsw|ivfpq",
+        help="kind of neighbour search (auto: by the number of rows)",
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, for a released file (which has none)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
     parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="decoding threads of a loader")
     parser.add_argument("--decoder", metavar="NAME", help="auto, dali, torchcodec, decord or pyav (default: the run's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
-    parser.add_argument("--fresh", action="store_true", help="remove the index that is there first")
+    parser.add_argument("--fresh", action="store_true", help="remove an existing index first")
 
 
 def embed(arguments: argparse.Namespace) -> int:
-    """Embed a source into an index; what is embedded already is kept."""
+    """Embed a source into an index; existing vectors are kept."""
     if arguments.stride_seconds is not None and not arguments.stride_seconds >= 0:
         raise UserError(f"--stride-seconds: got {arguments.stride_seconds}; allowed: from 0")
     from frozen_fast.models.hub import checkpoint_path
@@ -91,15 +98,17 @@ def embed(arguments: argparse.Namespace) -> int:
         )
         if summary.bad_clips:
             names = some([clip.clip_id for clip in summary.bad_clips])
-            print(f"bad clips: {names}; {Path(arguments.output) / 'bad_clips.jsonl'} says why", file=sys.stderr)
+            print(
+                f"bad clips: {names}; {Path(arguments.output) / 'bad_clips.jsonl'} gives the reasons", file=sys.stderr
+            )
     return 0
 
 
 def search_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `search`."""
-    parser.add_argument("text", nargs="?", help="what is to be seen, in words")
+    parser.add_argument("text", nargs="?", help="description of the clips to find")
     parser.add_argument("--index", required=True, metavar="INDEX", help="folder that `frozen-fast embed` wrote")
-    parser.add_argument("--like", metavar="FILE", help="clips that look like this video or picture, instead of a text")
+    parser.add_argument("--like", metavar="FILE", help="search by this video or picture instead of a text")
     parser.add_argument("-k", type=positive, default=10, metavar="K", help="results (default 10)")
     parser.add_argument(
         "--where",
@@ -112,12 +121,12 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print a JSON list")
     form.add_argument("--html", metavar="FILE", help="write a page with a frame of each result")
-    parser.add_argument("--checkpoint", metavar="PATH", help="where the model is now, if it was moved")
+    parser.add_argument("--checkpoint", metavar="PATH", help="path of the model, if it was moved")
     parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
 
 
 def search(arguments: argparse.Namespace) -> int:
-    """Print the clips that fit a text or a file best."""
+    """Print the clips that match a text or a file best."""
     if (arguments.text is None) == (arguments.like is None):
         raise UserError("text, --like: got " + ("both" if arguments.text else "neither") + "; allowed: one of them")
     from frozen_fast.search import Index
@@ -142,14 +151,14 @@ def search(arguments: argparse.Namespace) -> int:
 def index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `index`."""
     parser.add_argument("index", metavar="INDEX", help="folder that `frozen-fast embed` wrote")
-    parser.add_argument("--build", metavar="auto|flat|hnsw|ivfpq", help="build anew how neighbours are found")
-    parser.add_argument("--remove", nargs="+", default=[], metavar="ID", help="take clips out")
-    parser.add_argument("--compact", action="store_true", help="free what removed clips take on disk")
-    parser.add_argument("--check-files", action="store_true", help="name files that were moved or changed")
+    parser.add_argument("--build", metavar="auto|flat|hnsw|ivfpq", help="rebuild the neighbour search")
+    parser.add_argument("--remove", nargs="+", default=[], metavar="ID", help="remove clips")
+    parser.add_argument("--compact", action="store_true", help="free the disk space of removed clips")
+    parser.add_argument("--check-files", action="store_true", help="list files that were moved or changed")
 
 
 def index(arguments: argparse.Namespace) -> int:
-    """Say what an index holds, and change it."""
+    """Describe an index, and change it."""
     from frozen_fast.search import Index
 
     opened = Index(arguments.index)
@@ -167,17 +176,17 @@ def index(arguments: argparse.Namespace) -> int:
 
 
 def describe_neighbours(about: dict[str, Any]) -> str:
-    """How neighbours are found, in words."""
+    """Describe the neighbour search."""
     if about["kind"] == "flat":
         return "exact search"
     return f"{about['kind']} with recall@10 {about['recall_at_10']:.3f} over {about['recall_queries']} queries"
 
 
 def warn_of_changed_files(index: Index, hits: Sequence[Hit]) -> None:
-    """Name results whose file is no longer what was embedded."""
+    """Warn of results whose file has changed since it was embedded."""
     for path, state in index.changed_files([hit.row for hit in hits]).items():
         print(
-            f"warning: {path} is {state} since it was embedded; `frozen-fast embed` brings the index up to date",
+            f"warning: {path} is {state} since it was embedded; `frozen-fast embed` updates the index",
             file=sys.stderr,
         )
 
@@ -191,7 +200,7 @@ def print_hits(hits: Sequence[Hit]) -> None:
 
 
 def times(hit: Hit) -> str:
-    """Where a result lies in its file."""
+    """Time range of a result in its file."""
     if hit.start_seconds is None and hit.end_seconds is None:
         return "-"
     end = "end" if hit.end_seconds is None else f"{hit.end_seconds:g}"

@@ -1,4 +1,4 @@
-"""`frozen-fast serve`: a page on this machine that searches an index."""
+"""`frozen-fast serve`: a local web page that searches an index."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.add_argument("--index", required=True, metavar="INDEX", help="folder that `frozen-fast embed` wrote")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0: a free one")
     parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="a further name that the page is asked for by"
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)"
     )
-    parser.add_argument("--checkpoint", metavar="PATH", help="where the model is now, if it was moved")
+    parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0: any free port)")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="additional host name that requests may use"
+    )
+    parser.add_argument("--checkpoint", metavar="PATH", help="path of the model, if it was moved")
     parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
 
 
@@ -35,7 +37,7 @@ def serve(arguments: argparse.Namespace) -> int:
         index = Index(arguments.index, checkpoint=arguments.checkpoint, device=arguments.device)
         app = create_app(index, [*LOCAL_HOSTS, arguments.host, *arguments.allow_host])
         if arguments.host not in LOCAL:
-            print(f"warning: everyone who reaches {arguments.host} can see the index's clips", file=sys.stderr)
+            print(f"warning: everyone who can connect to {arguments.host} can see the index's clips", file=sys.stderr)
         print(f"http://{arguments.host}:{listener.getsockname()[1]}", flush=True)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     finally:
@@ -49,7 +51,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(128)  # the address is printed before the server starts: whoever reads it may connect
+        listener.listen(128)  # print the address after the socket is bound, so that clients can connect
         return listener
     except (OSError, OverflowError) as error:
         raise UserError(

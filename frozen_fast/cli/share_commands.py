@@ -1,4 +1,4 @@
-"""`frozen-fast push` and `export`: a model for others."""
+"""`frozen-fast push` and `export`: share a model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def push_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `push`."""
     parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="checkpoint folder")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="name on the Hugging Face Hub")
-    parser.add_argument("--license", required=True, metavar="NAME", help="of the weights, such as mit or cc-by-nc-4.0")
+    parser.add_argument(
+        "--license", required=True, metavar="NAME", help="licence of the weights, such as mit or cc-by-nc-4.0"
+    )
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--output", metavar="FOLDER", help="write the folder here and upload nothing")
+    parser.add_argument("--output", metavar="FOLDER", help="write the folder to this path and upload nothing")
 
 
 def push(arguments: argparse.Namespace) -> int:
@@ -38,14 +40,19 @@ def push(arguments: argparse.Namespace) -> int:
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint folder or released file")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the programs go")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="output folder")
     parser.add_argument("--format", default="onnx", metavar="onnx|torch", help="ONNX (default) or torch.export")
-    parser.add_argument("--frames", type=int, metavar="T", help="frames of a clip (default: those that it learned)")
-    parser.add_argument("--expansion", choices=get_args(Expansion), default="zero", help="to more frames")
+    parser.add_argument("--frames", type=int, metavar="T", help="frames per clip (default: as many as it learned)")
+    parser.add_argument(
+        "--expansion",
+        choices=get_args(Expansion),
+        default="zero",
+        help="expansion of the temporal embeddings to more frames",
+    )
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write both towers as programs that need no frozen_fast."""
+    """Export both towers as programs that run without frozen_fast."""
     from frozen_fast.sharing.tower_export import export_towers
 
     paths = export_towers(

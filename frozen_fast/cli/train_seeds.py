@@ -1,4 +1,4 @@
-"""`frozen-fast train --seeds 0,1,2`: one run per seed, each in a process of its own, and their mean and deviation."""
+"""`frozen-fast train --seeds 0,1,2`: one run per seed, each in its own process, and their mean and deviation."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def parse_seeds(text: str) -> list[int]:
     """Turn "0,1,2" into [0, 1, 2].
 
     Raises:
-        UserError: no list of different whole numbers.
+        UserError: not a list of distinct whole numbers.
     """
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         seeds = []
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise UserError(f"--seeds: got {text!r}; allowed: different whole numbers from 0, such as 0,1,2")
+        raise UserError(f"--seeds: got {text!r}; allowed: distinct whole numbers from 0, such as 0,1,2")
     return seeds
 
 
 def train_seeds(config: ExperimentConfig, arguments: argparse.Namespace) -> int:
-    """Run every seed in RUN_FOLDER/seed_N, one after the other, and write seeds.json, seeds.md and seeds.html.
+    """Train every seed in RUN_FOLDER/seed_N, in sequence, and write seeds.json, seeds.md and seeds.html.
 
     Returns:
-        The exit code: that of the first run that does not end with 0.
+        The exit code: that of the first failed run, otherwise 0.
 
     Raises:
         UserError: wrong seeds, or a launch of several processes.

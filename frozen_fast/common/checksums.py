@@ -1,4 +1,4 @@
-"""SHA-256 checksums of a folder's files, and JSON files that carry their own."""
+"""SHA-256 checksums of a folder's files, and JSON files that contain their own checksum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def file_digest(path: Path, *, from_disk: bool = False) -> str:
 
     Args:
         path: the file.
-        from_disk: drop the file's pages from the cache first, so that the disk is read (where the system allows it).
+        from_disk: drop the file's pages from the cache first to read from disk, if the system allows it.
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
@@ -41,7 +41,7 @@ def write_manifest(folder: Path, *, without: Collection[str] = ()) -> None:
 
     Args:
         folder: a finished folder.
-        without: file names that are left out (files that change later).
+        without: file names to exclude (files that change later).
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -56,7 +56,7 @@ def find_damage(folder: Path, names: Collection[str] | None = None, *, from_disk
 
     Args:
         folder: holds manifest.json.
-        names: check these files only, where the manifest has them; None: every file of the manifest.
+        names: check only these files of the manifest; None: all.
         from_disk: as for file_digest.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Writing files that survive a kill: whole or not at all."""
+"""Atomic file writes and JSON-lines files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename in it survives a power cut."""
+    """Flush a folder's entries to disk, so that a rename in it survives a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -18,7 +18,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file atomically: a reader sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
@@ -40,9 +40,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def overwrite(path: Path, content: str) -> None:
-    """Write a short file in place, padded with spaces to the size that it has: needs no space on a full disk.
+    """Write a short file in place, padded with spaces to its current size; needs no space on a full disk.
 
-    A kill in between can leave a damaged file, so this is for when write_atomically has failed.
+    A kill can leave a damaged file; use it only after write_atomically has failed.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
@@ -54,7 +54,7 @@ def overwrite(path: Path, content: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append text whole or not at all: what a full disk has taken of it is cut off again.
+    """Append text completely or not at all: a partial write to a full disk is truncated.
 
     Raises:
         OSError: nothing was appended.
@@ -73,12 +73,12 @@ def append_text(path: Path, text: str) -> None:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one value as one JSON line, whole or not at all."""
+    """Append one value as one JSON line, completely or not at all."""
     append_text(path, json.dumps(value) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a last line cut short by a kill is dropped, another bad line raises."""
+    """Read a JSON-lines file; drops an incomplete last line, raises for any other invalid line."""
     rows, problems = read_rows(path)
     if problems and problems[0][0] <= path.read_bytes().rstrip().count(b"\n"):
         raise ValueError(f"line {problems[0][0]}: {problems[0][1]}")
@@ -86,10 +86,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
-    """Read a JSON-lines file of objects, as far as it can be read.
+    """Read the valid lines of a JSON-lines file of objects.
 
     Returns:
-        (the objects, (line number from 1, what is wrong) of each line that is none). A missing file has no lines.
+        (the objects, (line number from 1, the problem) of each invalid line). A missing file has no lines.
     """
     rows: list[dict[str, Any]] = []
     problems: list[tuple[int, str]] = []
@@ -106,7 +106,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
         if isinstance(row, dict):
             rows.append(row)
         else:
-            problems.append((number, "no JSON object"))
+            problems.append((number, "not a JSON object"))
     return rows, problems
 
 

@@ -1,4 +1,4 @@
-"""What this machine's processor says of itself."""
+"""Processor information."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu_information() -> str:
-    """Linux's description of the processors; empty where there is none."""
+    """The text of /proc/cpuinfo; empty if it does not exist."""
     return CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
 
 
 def cpu_model() -> str:
-    """The processor's model name, or its architecture where the system does not tell."""
+    """The processor's model name, or its architecture if the name is unknown."""
     for line in cpu_information().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Progress of a long command: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Tell = Callable[[int, int], None]
 
 
 def progress(command: str, total: int, *, done: int = 0, unit: str = "clip", last_line: bool = True) -> Tell:
-    """Begin to show how far a command is, on stderr.
+    """Show the progress of a command on stderr.
 
     Args:
         command: its name, for the lines.
-        total: how much there is to do.
-        done: how much of it was done before.
-        unit: what is counted.
-        last_line: say at the end that all is done, however short the work was (not on a terminal).
+        total: total number of units.
+        done: number of units done before.
+        unit: name of a unit.
+        last_line: always write a last line at the end (not on a terminal).
 
     Returns:
         A function of (newly done, newly bad).

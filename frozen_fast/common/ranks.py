@@ -1,4 +1,4 @@
-"""Which process this is, and what the others hold. Works without torch.distributed: a world of one."""
+"""Ranks and small collectives. Without torch.distributed the world size is 1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def is_distributed() -> bool:
-    """Whether a process group of more than one rank is up."""
+    """Whether a process group with more than one rank is initialised."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -59,9 +59,9 @@ def gather_counts(count: int, device: torch.device) -> list[int]:
 
 
 def refuse_other_counts(count: int, device: torch.device) -> None:
-    """Compare the ranks' counts on the device, without waiting for the result: a difference stops the device.
+    """Check on the device, asynchronously, that all ranks have the same count; a difference fails an assertion.
 
-    Every rank exchanges its count in every call, so that a rank whose count has changed meets the others.
+    Every rank takes part in every call, so that the collective matches on all ranks.
     """
     own = torch.tensor([count], dtype=torch.int64).to(device, non_blocking=True)
     counts = torch.empty(world_size(), dtype=torch.int64, device=device)
@@ -70,7 +70,7 @@ def refuse_other_counts(count: int, device: torch.device) -> None:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows; the backward pass sums what every rank holds for this rank's rows."""
+    """All ranks' rows; the backward pass sums all ranks' gradients for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows_BD: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class _GatherRows(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         rows = gradient.shape[0] // world_size()
         if gradient.device.type == "cpu":
-            # gloo: the reduction of everything, then this rank's part.
+            # gloo has no reduce_scatter: reduce everything and take this rank's part.
             gradient = gradient.clone()
             dist.all_reduce(gradient)
             return gradient[rank() * rows : (rank() + 1) * rows]
@@ -100,6 +100,6 @@ def gather_with_gradient(rows_BD: Tensor) -> Tensor:
 
     Returns:
         [world_size * B, D]. The backward pass sums the gradients that all ranks hold for a row,
-        which the usual gather with a sliced backward does not (it loses a factor of world_size).
+        unlike a gather whose backward slices the local gradient (which is too small by a factor of world_size).
     """
     return _GatherRows.apply(rows_BD) if is_distributed() else rows_BD

@@ -1,4 +1,4 @@
-"""Plain values into the schema's sections through pydantic; every mistake becomes a line that names its path."""
+"""Conversion of plain values to the schema's sections with pydantic; each mistake becomes one line with its path."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _RANGES = ("greater_than_equal", "greater_than", "less_than_equal", "less_than")
 
 
 def build(cls: type[T], tree: Any, *, origins: Origins | None = None) -> T:
-    """Fill a section of the schema from a mapping.
+    """Build a section of the schema from a mapping.
 
-    The values pass through JSON, whose strict mode in pydantic takes mappings for sections and lists for tuples and
-    still no number for a text.
+    The values are validated as JSON: pydantic's strict mode then accepts mappings for sections and lists for tuples,
+    but no number for a text.
 
     Args:
         cls: a section of the schema.
         tree: mapping of its keys to plain values; absent keys keep their defaults.
-        origins: where values were written, for messages.
+        origins: file and line of each value, for messages.
 
     Raises:
         UserErrors: every unknown key (with the nearest valid one), wrong type, value that is not allowed, and keys
-            that do not agree.
+            that contradict each other.
     """
     try:
         return TypeAdapter(cls).validate_json(json.dumps(tree))

@@ -1,4 +1,4 @@
-"""Curriculum arithmetic: from shares of a budget to optimizer steps. Pure functions, no torch."""
+"""Conversion of the curriculum's shares of a budget to optimizer steps. Pure functions, no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frozen_fast.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage with every number settled."""
+    """One stage with all its numbers resolved."""
 
     index: int
     frames: int
@@ -28,7 +28,7 @@ class StagePlan:
     steps: int
     """Optimizer steps."""
     expected_clips: int
-    """Clips of the whole stage over all ranks; with several sources, what their weights make likely."""
+    """Clips of the whole stage over all ranks; with several sources, the number expected from their weights."""
     learning_rate_scale: float
     epoch_steps: float
     """Optimizer steps of one epoch at these batch sizes, as data.epoch_ends counts epochs."""
@@ -39,9 +39,9 @@ class StagePlan:
 
 
 def loss_batch_size(config: ExperimentConfig) -> int:
-    """Clips over which a validation loss is taken: the batch of the first training source in the last stage.
+    """Clips per batch of the validation loss: the batch size of the first training source in the last stage.
 
-    One size for the whole run, because a loss over fewer clips is lower: there are fewer to be taken for the right one.
+    The size is constant in a run, because a loss over fewer clips has fewer negatives and is lower.
     """
     stage = config.curriculum.stages[-1]
     names = [source_name(source) for source in config.data.sources[:1]]
@@ -49,7 +49,7 @@ def loss_batch_size(config: ExperimentConfig) -> int:
 
 
 def source_name(source: SourceConfig) -> str:
-    """The name a source goes by: its own, or its format's."""
+    """Name of a source: its own, or its format's."""
     return source.name or source.format
 
 
@@ -61,7 +61,7 @@ def step_fractions(data: DataConfig) -> dict[str, float]:
 
 
 def steps_per_epoch(data: DataConfig, clips_per_source: Mapping[str, int], clips_per_step: Mapping[str, int]) -> float:
-    """Optimizer steps, over all sources, until data.epoch_ends says that an epoch is over.
+    """Optimizer steps of an epoch over all sources, as data.epoch_ends defines it.
 
     Args:
         data: sources, their weights and the rule.
@@ -90,9 +90,9 @@ def resolve_stages(
     *,
     image_sources: Collection[str] = (),
 ) -> tuple[StagePlan, ...]:
-    """Settle every stage's batch sizes and steps.
+    """Compute every stage's batch sizes and steps.
 
-    A stage with a share of budget_clips takes the steps whose expected clips come nearest to that share; with a
+    A stage with a share of budget_clips has the number of steps whose expected clips are closest to that share; with a
     share of budget_epochs, that number of epochs at its own batch sizes. A stage has at least one step.
 
     Args:
@@ -105,7 +105,7 @@ def resolve_stages(
         One plan per stage, in order.
 
     Raises:
-        UserError: for a batch size that the ranks cannot share or that is larger than its source.
+        UserError: for a batch size that is not a multiple of world_size, or that is larger than its source.
     """
     fractions = step_fractions(config.data)
     plans = []

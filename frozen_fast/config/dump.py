@@ -1,4 +1,4 @@
-"""A config back into YAML, and the schema into help and documentation."""
+"""Writes a config as YAML, and the schema as help text and documentation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from frozen_fast.config.schema import ExperimentConfig
 
 
 def dump_yaml(config: ExperimentConfig, *, meanings: bool = False) -> str:
-    """Write the resolved config as YAML; load_config reads the same config back.
+    """Return the resolved config as YAML; load_config reads it back unchanged.
 
     Args:
-        config: what to write; every key appears, defaults included.
-        meanings: put each key's meaning above it as a comment.
+        config: the config; every key is written, including defaults.
+        meanings: write each key's meaning above it as a comment.
     """
     if not meanings:
         return yaml_text.dump(to_plain(config))
@@ -25,7 +25,7 @@ def dump_yaml(config: ExperimentConfig, *, meanings: bool = False) -> str:
 
 
 def help_text() -> str:
-    """Every key of a config file: its path, type, default and meaning, as plain text."""
+    """Return every key of a config file with path, type, default and meaning, as plain text."""
     lines = []
     for path, info in walk_keys(ExperimentConfig):
         if info.is_section:
@@ -37,7 +37,7 @@ def help_text() -> str:
 
 
 def docs_markdown() -> str:
-    """The page docs/config.md: one table per group of keys."""
+    """Return the page docs/config.md: one table per group of keys."""
     parts = [
         "# Config keys",
         "Written by `python -m frozen_fast config-docs` from frozen_fast/config/schema.py; do not edit by hand.",

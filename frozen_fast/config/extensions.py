@@ -1,12 +1,12 @@
-"""Every kind of exchangeable part in one place: which names a config may use, and the code behind each name.
+"""Tables of the exchangeable parts: the names that a config may use, and the code for each name.
 
-To add a part, write a file and add a line to its table here. A package outside this tree adds parts through the entry
-point group `frozen_fast.plugins`; an entry's name is the table and the part's name with a dot between them:
+To add a part, write a file and add a line to its table. Another package adds parts with the entry point group
+`frozen_fast.plugins`; an entry's name is TABLE.NAME:
 
     [project.entry-points."frozen_fast.plugins"]
     "video_towers.my_tower" = "my_package.towers:MyTower"
 
-A part is imported when it is asked for, so the tables may name any package and importing this file costs nothing.
+A part is imported when it is loaded, so importing this file imports none of them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class ExtensionPoint:
 
     Attributes:
         kind: the table's name, the first half of a plugin's entry point name.
-        key: the config key that chooses a part, for messages.
+        key: the config key that selects a part, for messages.
     """
 
     def __init__(self, kind: str, key: str, built_in: Mapping[str, str]) -> None:
-        """Hold the table.
+        """Store the table.
 
         Args:
             kind: the table's name.
-            key: the config key that chooses a part.
+            key: the config key that selects a part.
             built_in: name -> "module:attribute".
         """
         self.kind = kind
@@ -43,19 +43,19 @@ class ExtensionPoint:
         self._built_in = dict(built_in)
 
     def names(self) -> tuple[str, ...]:
-        """Every name that the config key takes: built-in parts, then plugins."""
+        """Return the names that the config key accepts: built-in parts, then plugins."""
         return (*self._built_in, *sorted(set(_plugins(self.kind)) - set(self._built_in)))
 
     def built_in(self) -> tuple[str, ...]:
-        """The names that every installation has."""
+        """Return the names of the built-in parts."""
         return tuple(self._built_in)
 
     def check(self, name: str, key: str | None = None) -> None:
-        """Refuse an unknown name without importing anything.
+        """Check a name without importing the part.
 
         Args:
             name: what the config says.
-            key: the config key, where the part is chosen at several places.
+            key: the config key for messages, if several keys select such a part.
 
         Raises:
             UserError: naming the key and the allowed names.
@@ -153,7 +153,7 @@ layouts = ExtensionPoint(
         "something_v2": f"{_SOURCES}.something_something:SOMETHING_V2",
     },
 )
-"""frozen_fast.data.sources.Layout objects: data sets in their forms on disk."""
+"""frozen_fast.data.sources.Layout objects: data set layouts."""
 
 decoders = ExtensionPoint(
     "decoders",
@@ -191,7 +191,7 @@ strategies = ExtensionPoint(
         "fsdp2": "frozen_fast.parallel.fsdp:FsdpParallel",
     },
 )
-"""frozen_fast.parallel.base.Parallel classes; the accelerate config of the launch chooses."""
+"""frozen_fast.parallel.base.Parallel classes; selected by the accelerate config of the launch."""
 
 trackers = ExtensionPoint(
     "trackers",
@@ -232,8 +232,8 @@ report_sections = ExtensionPoint(
         "config": f"{_REPORT}.config_section:config_section",
     },
 )
-"""Functions from a run (frozen_fast.report.run_data.RunData) to a Section, or to None where there is nothing to say;
-the report holds them in this order, those of plugins last."""
+"""Functions from a run (frozen_fast.report.run_data.RunData) to a Section, or to None for no section; the report
+has the sections in this order, those of plugins last."""
 
 video_towers = ExtensionPoint(
     "video_towers",

@@ -1,4 +1,4 @@
-"""What the schema's sections say about themselves: names, types, defaults, meanings, what is allowed."""
+"""Introspection of the schema: names, types, defaults, meanings and allowed values of its keys."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class KeyInfo:
 
     @property
     def allowed(self) -> str:
-        """The values that the key takes, as a user reads them; of a table the names that every installation has."""
+        """The allowed values in words; for a table, the names of the built-in parts."""
         table = next((limit for limit in self.limits if isinstance(limit, OneOf)), None)
         null = ", or null" if optional_type(self.type) else ""
         if table is not None:
@@ -121,13 +121,13 @@ def optional_type(hint: Any) -> Any | None:
 
 
 def is_text(hint: Any) -> bool:
-    """Whether a key of this type holds a text, a free one or one of several."""
+    """Whether a key of this type is a text."""
     hint = optional_type(hint) or hint
     return hint is str or get_origin(hint) is Literal
 
 
 def type_in_words(hint: Any) -> str:
-    """The type as a user reads it."""
+    """The type in words."""
     hint, _ = without_limits(hint)
     simple = {int: "an integer", float: "a number", str: "text", bool: "true or false", Any: "a value"}
     if hint in simple:
@@ -157,7 +157,7 @@ def _plural(hint: Any) -> str:
 
 
 def range_in_words(limits: Sequence[Any]) -> str:
-    """The values that `key(ge=, gt=, le=, lt=)` allows, as a user reads it; "" without limits."""
+    """The range that `key(ge=, gt=, le=, lt=)` allows, in words; "" without limits."""
     words = []
     least = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
     most = next((limit.le for limit in limits if isinstance(limit, Le)), None)

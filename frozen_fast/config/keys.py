@@ -1,4 +1,4 @@
-"""How the schema writes a section and a key: pydantic dataclasses, strict, frozen, without unknown keys."""
+"""Declarations of sections and keys: strict, frozen pydantic dataclasses that refuse unknown keys."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class NameTable(Protocol):
 
 
 class OneOf:
-    """Marks a text key whose value is a name of a table."""
+    """Annotation of a text key whose value is a name of a table."""
 
     def __init__(self, table: NameTable | Collection[str]) -> None:
         self.table = table
 
     def names(self) -> tuple[str, ...]:
-        """The names at this moment, those of plugins included."""
+        """The allowed names, including those of plugins."""
         return tuple(self.table if isinstance(self.table, Collection) else self.table.names())
 
     def built_in(self) -> tuple[str, ...]:
@@ -91,15 +91,15 @@ def key(
     """A config key.
 
     Args:
-        default: its value where a config says nothing.
+        default: its value if the config does not set it.
         meaning: one line, shown by --help-config and in docs/config.md.
         ge: smallest value.
         gt: all values are larger.
         le: largest value.
         lt: all values are smaller.
-        not_blank: a text needs a character that is not white space.
-        names: the table that the value must be a name of. It is asked when a config is read, so that it may hold
-            the names of plugins.
+        not_blank: the text must contain a character that is not white space.
+        names: the table that must contain the value. It is read when a config is loaded, so that it includes
+            plugins.
     """
     if isinstance(default, (list, dict)):
         raise TypeError("use a tuple or an instance of a section as a default")
@@ -116,12 +116,12 @@ def section(cls: type, meaning: str) -> Any:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def dataclass(*, frozen: Literal[True], kw_only: Literal[True]) -> Callable[[type[T]], type[T]]:
-    """A section of the schema: its keys are checked when it is made."""
+    """A section of the schema: its keys are validated on construction."""
     return pydantic_dataclass(frozen=frozen, kw_only=kw_only, config=STRICT)  # type: ignore[return-value]
 
 
 def refuse(found: Iterable[tuple[str, str]]) -> None:
-    """Raise for keys that do not agree; for the validators of sections.
+    """Raise an error for keys that contradict each other; for the validators of sections.
 
     Args:
         found: for each mistake the key below the section ("" for the section itself, "stages[0].frames" further

@@ -1,4 +1,4 @@
-"""YAML files and command-line overrides into one checked ExperimentConfig."""
+"""Loads YAML files and command-line overrides into a validated ExperimentConfig."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from frozen_fast.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Read a config file with what it extends, apply overrides, type and check the result.
+    """Load a config file and the files that it extends, apply overrides and validate the result.
 
     A file may say `extends: other.yaml` (or a list, later ones win), relative to itself. Mappings
-    merge key by key; lists and scalars are replaced whole. Other paths in a config (data, weights,
+    are merged key by key; lists and scalars are replaced. Other paths in a config (data, weights,
     run_folder) are relative to the working directory.
 
     Args:
@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         The config, every source named.
 
     Raises:
-        UserError: for whatever is wrong, naming the key's path, the value, what is allowed and the line.
+        UserError: for each mistake, with the key's path, the value, what is allowed and the line.
     """
     tree, origins = _read_with_bases(Path(path), ())
     return config_from_mapping(tree, overrides, origins=origins)

@@ -65,7 +65,7 @@ def apply_overrides(
 
 
 def merge(base: Any, over: Any) -> Any:
-    """Lay one tree over another: mappings merge key by key, everything else is replaced. Shares nothing with either."""
+    """Merge two trees: mappings key by key, everything else is replaced. Returns a copy."""
     if isinstance(base, dict) and isinstance(over, dict):
         return {
             name: merge(base.get(name), over[name]) if name in over else copy_tree(base[name])
@@ -75,7 +75,7 @@ def merge(base: Any, over: Any) -> Any:
 
 
 def copy_tree(value: Any) -> Any:
-    """Copy mappings and lists, also where a YAML alias made one object appear twice."""
+    """Copy mappings and lists, including objects that a YAML alias repeats."""
     if isinstance(value, dict):
         return {name: copy_tree(item) for name, item in value.items()}
     if isinstance(value, list):

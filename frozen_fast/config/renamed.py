@@ -1,4 +1,4 @@
-"""Config keys and values under their former names: still read, with a warning that gives the new name."""
+"""Former names of config keys and values: accepted with a warning that gives the new name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXPERIMENT: Renames = {
 
 
 def current_path(path: str, renames: Renames) -> str:
-    """The path that a key of this path has now."""
+    """The current path of a key."""
     new = renames.get(re.sub(r"\[\d+\]", "[i]", path))
     return _with_indices(new, path) if isinstance(new, str) else path
 
@@ -77,7 +77,7 @@ def rename_keys(tree: dict[str, Any], renames: Renames, origins: Origins, *, ove
         if os.environ.get("RANK", "0") == "0":
             old = f"{path}={value}" if path in targets else path
             use = " and ".join(f"{name}={targets[name]}" if name == path else name for name in targets)
-            log.warning("%s%s is an old name, use %s", old, f" ({where})" if where else "", use)
+            log.warning("%s%s was renamed, use %s", old, f" ({where})" if where else "", use)
 
 
 def _with_indices(pattern: str, path: str) -> str:

@@ -1,4 +1,4 @@
-"""What a sound config needs for a task; what its keys allow, and how they agree, is in schema.py."""
+"""Checks that a config has the sources for a task; schema.py checks its keys."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from frozen_fast.errors import UserError
 
 
 def check_for_training(config: ExperimentConfig) -> None:
-    """Refuse a config that is sound but has nothing to train on.
+    """Check that a config has training sources.
 
     Raises:
-        UserError: when data.sources is empty, no source has any weight, or the one that ends an epoch has none.
+        UserError: if data.sources is empty, every weight is 0, or the weight of the source that ends an epoch is 0.
     """
     if not config.data.sources:
         raise UserError("data.sources: got none; allowed: one or more sources to train on")
@@ -24,7 +24,7 @@ def check_for_training(config: ExperimentConfig) -> None:
 
 
 def check_for_evaluation(config: ExperimentConfig) -> None:
-    """Refuse a config that names nothing to evaluate on.
+    """Check that a config has evaluation sources.
 
     Raises:
         UserError: when evaluation.sources is empty.

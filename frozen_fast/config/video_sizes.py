@@ -1,4 +1,4 @@
-"""The sizes of the space-time transformer and their names, which a config is checked against without torch."""
+"""Named sizes of the space-time transformer; no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class VideoSize:
     mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not fit together."""
+        """Check that the sizes are consistent."""
         for name in ("resolution", "patch", "width", "depth", "heads", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.video.{name}: got {getattr(self, name)}; allowed: 1 or more")
@@ -53,7 +53,7 @@ VIDEO_SIZES: dict[str, VideoSize] = {
 
 
 def named_size(name: str | None) -> VideoSize:
-    """The sizes behind model.video.size.
+    """The sizes that model.video.size names.
 
     Raises:
         UserError: an unknown name.

@@ -1,7 +1,7 @@
-"""Strict YAML: numbers and booleans as YAML 1.2 writes them, duplicate keys refused, every value's line known.
+"""Strict YAML: numbers and booleans of YAML 1.2, no duplicate keys, and the line of every value.
 
-PyYAML follows YAML 1.1, where `1e-5` is text, `on` is true, `1:30` is 90 and `2020-01-01` is a date. A config
-that says `fused: on` or `eps: 1e-6` means the word and the number, so those rules are replaced here.
+PyYAML follows YAML 1.1, where `1e-5` is text, `on` is true, `1:30` is 90 and `2020-01-01` is a date. In a
+config, `fused: on` and `eps: 1e-6` mean the word and the number, so this file replaces those rules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from frozen_fast.errors import UserError
 
 Origins = dict[str, str]
-"""Path of a value (`data.sources[0].path`) -> where it was written (`configs/demo.yaml line 12`)."""
+"""Path of a value (`data.sources[0].path`) -> its file and line (`configs/demo.yaml line 12`)."""
 
 MAX_DEPTH = 50
 """Levels of mappings and lists in a document; the paths of overrides have no more steps either."""
@@ -41,7 +41,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes text which either YAML version would read as something else."""
+    """SafeDumper that quotes text that either YAML version would parse as another type."""
 
 
 _RULES = (
@@ -93,14 +93,14 @@ def parse(text: str, *, name: str, root: str = "") -> tuple[Any, Origins]:
 
     Args:
         text: the document.
-        name: what to call it in messages, usually the file's path.
-        root: path of the document's top value, put in front of every origin.
+        name: its name in messages, usually the file's path.
+        root: path of the document's top value, a prefix of every origin.
 
     Returns:
         The value (None for an empty document) and the line of every value in it.
 
     Raises:
-        UserError: on bad YAML, a duplicate key or a key that is not text, with the line.
+        UserError: for invalid YAML, a duplicate key or a key that is not text, with the line.
     """
     loader = None
     try:
@@ -146,7 +146,7 @@ def read(path: Path) -> tuple[Any, Origins]:
 
 
 def dump(value: Any) -> str:
-    """Write plain values (mappings, lists, scalars) as YAML that versions 1.1 and 1.2 read alike."""
+    """Write plain values (mappings, lists, scalars) as YAML with the same meaning in versions 1.1 and 1.2."""
     return yaml.dump(
         value, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=False
     )
@@ -177,7 +177,7 @@ def _nearby(path: Path) -> str:
 
 
 def _note_lines(node: yaml.Node, path: str, name: str, origins: Origins, above: tuple[int, ...]) -> None:
-    """Fill origins for a node and what is below it, refusing duplicate and non-text keys on the way."""
+    """Fill origins for a node and its children; refuse duplicate and non-text keys."""
     if id(node) in above:
         raise UserError(f"{name} line {node.start_mark.line + 1}: {path}: an alias refers to what contains it")
     above = (*above, id(node))

@@ -1,4 +1,4 @@
-"""From collections of clips to batches of tensors: sources, frame sampling, decoding, planning, loading."""
+"""Sources of clips, frame sampling, decoding and data loading."""
 
 from frozen_fast.data.load.bad_clips import BadClip, BadClipLedger
 from frozen_fast.data.load.evaluation_loader import EvaluationBatch, EvaluationLoader

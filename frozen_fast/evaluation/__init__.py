@@ -1,4 +1,4 @@
-"""Retrieval metrics, protocols and re-ranking: embeddings or similarities in, numbers out, no models."""
+"""Retrieval metrics, protocols and re-ranking, computed from embeddings or similarities."""
 
 from frozen_fast.evaluation.metrics import (
     one_frame_ceiling,

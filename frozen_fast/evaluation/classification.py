@@ -1,4 +1,4 @@
-"""Action recognition without training: a clip's class is the class name whose prompts are most similar to it.
+"""Zero-shot action recognition: the predicted class has the prompts that are most similar to the clip.
 
 Axis letters: C classes, P prompts, V clips.
 """
@@ -18,16 +18,16 @@ PLACE = "{}"
 
 @dataclass(frozen=True)
 class Classification:
-    """How well clips were classified.
+    """Classification results.
 
     Attributes:
         classes: names.
-        clips: clips counted.
-        top1: percent whose class is the most probable; ties count as their share.
+        clips: number of clips.
+        top1: percent whose class is the most probable; ties count fractionally.
         top5: percent whose class is among the five most probable; ties as for top1.
-        mean_class_accuracy: mean over classes of the percent of their clips that are right.
-        per_class: percent right of each class; classes without a clip are left out.
-        confusion: confusion[i][j]: clips of class i that were taken for class j (of equals the first).
+        mean_class_accuracy: mean of the classes' accuracies, in percent.
+        per_class: accuracy of each class with clips, in percent.
+        confusion: confusion[i][j]: number of clips of class i that are classified as j (ties: the first class).
     """
 
     classes: tuple[str, ...]
@@ -43,7 +43,7 @@ def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Every class in every template, class by class: [C * P].
 
     Raises:
-        UserError: a template without a place for the name.
+        UserError: a template does not contain {} once.
     """
     for template in templates:
         if template.count(PLACE) != 1:
@@ -58,15 +58,15 @@ def average_prompts(sim_prompts_V: Tensor, num_classes: int) -> Tensor:
 
 
 def classify(sim_CV: Tensor, class_of_clip: Sequence[int], classes: Sequence[str]) -> Classification:
-    """Accuracy of choosing the class with the highest similarity.
+    """Compute the accuracy of choosing the class with the highest similarity.
 
     Args:
         sim_CV: similarity of every class with every clip, or logits [C, V].
-        class_of_clip: the right class of each clip.
+        class_of_clip: class of each clip.
         classes: names, in the order of the rows.
 
     Raises:
-        UserError: the sizes do not agree, a class is out of range, or a similarity is NaN.
+        UserError: the sizes differ, a class is out of range, or a similarity is NaN.
     """
     own_V = torch.as_tensor(class_of_clip, device=sim_CV.device)
     sizes = (len(classes), len(own_V))

@@ -43,20 +43,19 @@ class LinearHead:
 def fit_linear_head(
     features_ND: Tensor, class_of_clip: Sequence[int], num_classes: int, *, label_smoothing: float, weight_decay: float
 ) -> LinearHead:
-    """The layer with the lowest mean cross-entropy plus weight_decay / 2 times the squared norm of its weights.
+    """Fit the layer that minimises mean cross-entropy plus weight_decay / 2 times the squared norm of its weights.
 
-    The problem is convex: L-BFGS in fp64 from zero weights gives the same layer on every machine, without a learning
-    rate or an order of clips.
+    The problem is convex. L-BFGS in fp64 from zero weights gives the same layer on every machine.
 
     Args:
         features_ND: of the training clips.
         class_of_clip: the class of each.
-        num_classes: C, also those that have no training clip.
-        label_smoothing: share of the target that is spread over all classes.
-        weight_decay: above 0, so that separable classes have a finite solution.
+        num_classes: C, including classes without training clips.
+        label_smoothing: share of the target that is distributed over all classes.
+        weight_decay: above 0; separable classes have no finite solution otherwise.
 
     Raises:
-        UserError: no clips, features that are not finite, or sizes and classes that do not agree.
+        UserError: no clips, features that are not finite, or inconsistent sizes or classes.
     """
     target_N = torch.as_tensor(class_of_clip, dtype=torch.int64)
     in_range = len(target_N) > 0 and 0 <= int(target_N.min()) <= int(target_N.max()) < num_classes

@@ -1,7 +1,7 @@
-"""Metrics by name, each with its direction, so that "best" follows from the metric.
+"""Metrics by name, with the direction in which each is better.
 
 A metric family (an entry of frozen_fast.config.extensions.metrics) computes one or more numbers from a similarity
-matrix and says of each whether higher is better. evaluation.metrics names families, evaluation.keep_best one number.
+matrix and defines for each whether higher is better. evaluation.metrics names families, evaluation.keep_best a metric.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VALIDATION_LOSS = "validation_loss"
 
 @dataclass(frozen=True, kw_only=True)
 class MetricFamily:
-    """Numbers that are computed together.
+    """Metrics that are computed together.
 
     Attributes:
         compute: (sim_QV, video_of_query) -> {name: value}.
@@ -40,10 +40,10 @@ RETRIEVAL = MetricFamily(compute=retrieval_metrics, higher_is_better=_retrieval_
 
 
 def compute_metrics(families: Sequence[str], sim_QV: Tensor, video_of_query: Sequence[int]) -> dict[str, float]:
-    """The numbers of several families.
+    """Compute the metrics of several families.
 
     Raises:
-        UserError: an unknown family, two families with a number of one name, or a number without a direction.
+        UserError: an unknown family, two families with the same metric name, or a metric without a direction.
     """
     found: dict[str, float] = {}
     for name in families:
@@ -60,7 +60,7 @@ def compute_metrics(families: Sequence[str], sim_QV: Tensor, video_of_query: Seq
 
 
 def directions(families: Sequence[str]) -> dict[str, bool]:
-    """Every number that evaluation.keep_best may name -> whether higher is better; the validation loss among them."""
+    """Every metric that evaluation.keep_best may name, and the validation loss -> whether higher is better."""
     known = {VALIDATION_LOSS: False}
     for name in families:
         known.update(extensions.metrics.load(name).higher_is_better)
@@ -68,7 +68,7 @@ def directions(families: Sequence[str]) -> dict[str, bool]:
 
 
 def check_metric(metric: str, families: Sequence[str]) -> None:
-    """Refuse a name for evaluation.keep_best that no family computes.
+    """Check that a family computes the metric of evaluation.keep_best.
 
     Raises:
         UserError: naming the key.
@@ -78,7 +78,7 @@ def check_metric(metric: str, families: Sequence[str]) -> None:
 
 
 def is_better(metric: str, value: float, best: float | None, families: Sequence[str]) -> bool:
-    """Whether a value beats the best so far; of equal ones the earlier stays."""
+    """Whether a value is better than the best so far (False for equal values)."""
     if best is None:
         return True
     return value > best if directions(families)[metric] else value < best

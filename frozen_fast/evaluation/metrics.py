@@ -1,4 +1,4 @@
-"""Retrieval metrics from a matrix of similarities: recall at k, median and mean rank, geometric mean, twin accuracy.
+"""Retrieval metrics from a similarity matrix: recall at k, median and mean rank, geometric mean, twin accuracy.
 
 Axis letters: Q text queries (captions), V gallery videos, D width of the common space, K rows of a chunk.
 """
@@ -24,7 +24,7 @@ Assignment = Sequence[int] | Tensor | np.ndarray
 
 
 def similarity(text_QD: Tensor, video_VD: Tensor) -> Tensor:
-    """Cosine similarities [Q, V] in fp32 (fp64 where both sides are); both sides are normalised here.
+    """Return cosine similarities [Q, V] in fp32 (fp64 if both inputs are); normalises both inputs.
 
     Raises:
         UserError: the widths differ.
@@ -36,18 +36,18 @@ def similarity(text_QD: Tensor, video_VD: Tensor) -> Tensor:
 
 
 def retrieval_metrics(sim_QV: Similarities, video_of_query: Assignment | None = None) -> dict[str, float]:
-    """Metrics of text-to-video and video-to-text retrieval.
+    """Compute the metrics of text-to-video and video-to-text retrieval.
 
-    Ranks start at 1; equal similarities share the mean of their ranks, and a hit at k is a rank of at most k.
-    t2v: every query ranks all videos. v2t: every video ranks all queries, and the best-ranked of its own counts.
-    Videos without a query stay in the gallery of t2v and are not counted in v2t. (Protocol of Collaborative Experts
-    and Frozen in Time, except that ties are averaged; a constant matrix is chance, not 100 %.)
+    Ranks start at 1. Equal similarities get the mean of their ranks. A hit at k is a rank of at most k. t2v: each query
+    ranks all videos. v2t: every video ranks all queries, and the best rank of its own queries is used. Videos without a
+    query are part of the gallery of t2v and are excluded from v2t. This is the protocol of Collaborative Experts and
+    Frozen in Time, except for ties: a constant matrix gives chance, not 100 %.
 
     Args:
-        sim_QV: similarities [Q, V], larger is closer; numpy or torch, any real type and device. Compared in its own
-            type, in chunks of rows, so nothing of its size is copied.
+        sim_QV: similarities [Q, V], larger is closer; numpy or torch, any real type and device. It is compared in
+            its own type in chunks of rows, without a copy.
         video_of_query: for each row the column of its video; -1 marks a row without a caption (padding), which is
-            left out of both directions. None: row i belongs to column i, and Q equals V.
+            excluded. None: row i belongs to column i, and Q equals V.
 
     Returns:
         t2v/R@1, /R@5, /R@10, /R@50 (percent), /MdR, /MnR (median and mean rank), /Geom (geometric mean of R@1, 5
@@ -61,7 +61,7 @@ def retrieval_metrics(sim_QV: Similarities, video_of_query: Assignment | None = 
 
 
 def retrieval_ranks(sim_QV: Similarities, video_of_query: Assignment | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The ranks that retrieval_metrics sums up: (t2v of each query, v2t of each video that has a query), float64."""
+    """The ranks for retrieval_metrics: (t2v of each query, v2t of each video that has a query), float64."""
     rows, own = assigned_rows(sim_QV, video_of_query)
     best_V = own_maximum(sim_QV, rows, own)
     device = best_V.device
@@ -94,10 +94,10 @@ def summary(ranks: np.ndarray, direction: str) -> dict[str, float]:
 def twin_accuracy(
     sim_QV: Similarities, twin_of_video: Assignment, video_of_query: Assignment | None = None
 ) -> float | None:
-    """Percent of queries that score their own video above its twin; a tie counts half.
+    """Return the percentage of queries that score their own video above its twin; a tie counts half.
 
-    A twin differs from its video only in what one frame cannot show (mirrored or reversed motion), so a model that
-    sees no time scores 50.
+    A single frame cannot distinguish a video from its twin (reversed motion), so a model without temporal information
+    scores 50.
 
     Args:
         sim_QV: similarities [Q, V].
@@ -126,13 +126,13 @@ def twin_accuracy(
 def one_frame_ceiling(
     sim_QV: Similarities, twin_of_video: Assignment, video_of_query: Assignment | None = None
 ) -> float:
-    """The best text-to-video R@1 (percent) that a model which sees one frame of each clip can reach on average.
+    """Return the best text-to-video R@1 (percent) that a model with one frame per clip can reach on average.
 
-    Twins show it the same frames, so that it ranks the right one of the two first half of the time at most; every
-    other query may hit.
+    Twins have the same frames, so it ranks the right one of the two first at most half of the time; every other query
+    may be a hit.
 
     Args:
-        sim_QV: similarities [Q, V], of which the shape alone counts.
+        sim_QV: similarities [Q, V]; only the shape is used.
         twin_of_video: as twin_accuracy.
         video_of_query: as retrieval_metrics.
 
@@ -155,7 +155,7 @@ def _checked_twins(twin_of_video: Assignment, videos: int) -> np.ndarray:
 
 
 def chunks(sim_QV: Similarities, rows: np.ndarray, own: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """The kept rows of the matrix a part at a time, each with the columns of its own videos.
+    """Yield the used rows of the matrix in chunks, with the columns of their videos.
 
     Yields:
         (similarities [K, V], own columns [K] int64), on the matrix's device.
@@ -190,12 +190,12 @@ def own_maximum(sim_QV: Similarities, rows: np.ndarray, own: np.ndarray) -> Tens
 
 
 def lowest_value(dtype: torch.dtype) -> float | int:
-    """A value that no similarity of this type is below."""
+    """The lowest value of this type."""
     return -torch.inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 def _mean_rank(above: Tensor, equal: Tensor) -> Tensor:
-    """Rank from 1 of an entry that `above` others beat and that shares its place with `equal` (itself included)."""
+    """Mean rank, from 1, of an entry with `above` larger entries and `equal` equal ones (including itself)."""
     return above.double() + (equal.double() + 1) / 2
 
 
@@ -203,10 +203,10 @@ def assigned_rows(sim_QV: Similarities, video_of_query: Assignment | None) -> tu
     """Check a matrix and its assignment.
 
     Returns:
-        (indices of the rows that hold a caption, the column of each one's video), int64.
+        (indices of the rows with a caption, the column of each one's video), int64.
 
     Raises:
-        UserError: as retrieval_metrics, NaN apart.
+        UserError: as retrieval_metrics, except for NaN.
     """
     if not isinstance(sim_QV, (Tensor, np.ndarray)) or sim_QV.ndim != 2 or 0 in sim_QV.shape:
         got = str(list(sim_QV.shape)) if isinstance(sim_QV, (Tensor, np.ndarray)) else type(sim_QV).__name__

@@ -1,9 +1,9 @@
-"""Evaluation protocols: which captions become queries, and which ranking is summed up.
+"""Evaluation protocols: the queries of a set, and the rankings that metrics summarise.
 
-plain: one caption a clip, row i belongs to column i.
-several_captions: every caption is a query; v2t counts the best-ranked of a clip's own captions.
+plain: one caption per clip, row i belongs to column i.
+several_captions: every caption is a query; v2t uses the best rank of a clip's own captions.
 paragraph: a clip's captions joined into one query (DiDeMo, ActivityNet).
-v2t_max_over_captions: CLIP2Video's second protocol, kept apart because its v2t differs from R@5 on.
+v2t_max_over_captions: CLIP2Video's second protocol; its v2t differs from R@5 on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROTOCOLS = ("plain", "several_captions", "paragraph")
 
 
 def choose_protocol(captions: Sequence[Sequence[str]]) -> str:
-    """The protocol that `auto` stands for: plain where no clip has more than one caption, else several_captions."""
+    """The protocol of `auto`: plain if no clip has more than one caption, otherwise several_captions."""
     return "several_captions" if any(len(own) > 1 for own in captions) else "plain"
 
 
@@ -42,8 +42,8 @@ def queries(captions: Sequence[Sequence[str]], protocol: str = "auto") -> tuple[
         protocol: auto, plain (the first caption), several_captions (all), or paragraph (all, joined by a space).
 
     Returns:
-        (texts, video_of_query, the protocol's own name). A clip without captions gives no query and stays in the
-        gallery.
+        (texts, video_of_query, the protocol's own name). A clip without captions has no query and is part of
+        the gallery.
 
     Raises:
         UserError: an unknown protocol, or no caption at all.
@@ -67,11 +67,11 @@ def queries(captions: Sequence[Sequence[str]], protocol: str = "auto") -> tuple[
 
 
 def v2t_max_over_captions(sim_QV: Similarities, video_of_query: Assignment | None = None) -> dict[str, float]:
-    """CLIP2Video's protocol for several captions: v2t takes the best caption of every video first, then ranks videos.
+    """CLIP2Video's protocol for several captions: v2t ranks videos by their best caption.
 
     t2v is that of retrieval_metrics. v2t ranks, for each video, all videos by the best similarity of their captions
     (a V x V ranking), so R@1 equals retrieval_metrics and R@5, R@10 and the ranks are better. Arguments, treatment of
-    missing captions and errors as retrieval_metrics; videos without a caption take no part in v2t.
+    missing captions and errors as retrieval_metrics; videos without a caption are excluded from v2t.
     """
     metrics = retrieval_metrics(sim_QV, video_of_query)
     rows, own = assigned_rows(sim_QV, video_of_query)

@@ -1,4 +1,4 @@
-"""Retrieval numbers that papers print, for the report to show beside a run's own (published.yaml)."""
+"""Published retrieval numbers (published.yaml), which reports show next to a run's."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from frozen_fast.errors import unknown_name
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
-    """One printed row.
+    """One published row.
 
     Attributes:
         source: the paper.
-        table: as the paper calls it, or the paper's name where the numbers come from its repository.
+        table: as the paper calls it, or the paper's name if the numbers come from its repository.
         about: what was trained and tested.
         name: of the row.
-        protocol: how captions became queries, as in metrics.json.
+        protocol: evaluation protocol, as in metrics.json.
         frames: of the tested model; None: not stated.
         numbers: metric -> value, named as in metrics.json; R@k in percent. Never re-ranked.
         parameters: of the tower that the row compares; None: not stated.

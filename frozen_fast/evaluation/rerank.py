@@ -1,4 +1,4 @@
-"""Re-ranking with knowledge of more than the query. Reported under its own name, never as a plain result.
+"""Re-ranking methods, which use more than one query. They are reported separately.
 
 Axis letters: Q text queries, V gallery videos, B queries of a querybank.
 """
@@ -18,10 +18,9 @@ RERANKINGS = ("dual_softmax", "qb_norm")
 
 
 def dual_softmax(sim_QV: Tensor, scale: float = 100.0, direction: str = "t2v") -> Tensor:
-    """Similarities weighted by a softmax over the other side of the test set (dual softmax of CAMoE, 2021).
+    """Weight similarities by a softmax over the other side of the test set (dual softmax, CAMoE, 2021).
 
-    A video that is close to every query loses; each query then competes with all others, so a result depends on the
-    whole set of queries and is not comparable with one that ranks each query on its own.
+    The result of a query depends on all other queries, so it is not comparable with a ranking of single queries.
 
     Args:
         sim_QV: similarities [Q, V].
@@ -44,10 +43,10 @@ def dual_softmax(sim_QV: Tensor, scale: float = 100.0, direction: str = "t2v") -
 
 
 def qb_norm(sim_QV: Tensor, sim_BV: Tensor, beta: float = 20.0, k: int = 1) -> Tensor:
-    """Similarities normalised by a querybank: the dynamic inverted softmax of QB-Norm (Bogolin et al., CVPR 2022).
+    """Normalise similarities by a querybank: the dynamic inverted softmax of QB-Norm (Bogolin et al., CVPR 2022).
 
-    A video is a hub where it is among the k nearest of a query of the bank. A query whose nearest video is a hub gets
-    exp(beta * s_qv) / sum_b exp(beta * s_bv) for every video v; other queries keep their similarities.
+    A video is a hub if it is among the k nearest videos of a query of the bank. A query whose nearest video is a hub
+    gets exp(beta * s_qv) / sum_b exp(beta * s_bv) for every video v; other queries keep their similarities.
 
     Args:
         sim_QV: similarities of the test queries.
@@ -56,7 +55,7 @@ def qb_norm(sim_QV: Tensor, sim_BV: Tensor, beta: float = 20.0, k: int = 1) -> T
         k: nearest videos of a query of the bank that count as hubs; the paper uses 1.
 
     Returns:
-        [Q, V] in at least fp32, for the rows' ranking only: two queries' values are not comparable.
+        [Q, V] in at least fp32, for ranking within a row only; values of different rows are not comparable.
 
     Raises:
         UserError: the galleries differ in size, the bank is empty, or beta or k is out of range.
@@ -76,7 +75,7 @@ def qb_norm(sim_QV: Tensor, sim_BV: Tensor, beta: float = 20.0, k: int = 1) -> T
 
 @dataclass(frozen=True, kw_only=True)
 class Reranking:
-    """Which re-rankings an evaluation reports.
+    """The re-ranking methods of an evaluation.
 
     Attributes:
         names: of RERANKINGS.
@@ -94,7 +93,7 @@ class Reranking:
 def reranked_metrics(
     wanted: Reranking, sim_QV: Tensor, video_of_query: Sequence[int], querybank_BV: Tensor | None = None
 ) -> dict[str, dict[str, float]]:
-    """Retrieval metrics after each re-ranking.
+    """Compute retrieval metrics for each re-ranking method.
 
     Args:
         wanted: which.
@@ -103,7 +102,7 @@ def reranked_metrics(
         querybank_BV: similarities of the querybank; qb_norm needs it.
 
     Returns:
-        Name -> metrics as retrieval_metrics; of qb_norm those of t2v only, because its bank holds captions.
+        Name -> metrics as retrieval_metrics; qb_norm has t2v only, because its bank contains captions.
 
     Raises:
         UserError: an unknown name, or qb_norm without a querybank.

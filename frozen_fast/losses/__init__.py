@@ -1,4 +1,4 @@
-"""Losses over a batch of pairs, on one process or over many."""
+"""Losses of a batch of pairs, on one or several processes."""
 
 from frozen_fast.losses.contrastive import InfoNCE, contrastive_loss, gathered_contrastive_loss
 from frozen_fast.losses.gathered import batch_loss, gathered_loss

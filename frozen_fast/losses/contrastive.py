@@ -1,4 +1,4 @@
-"""Symmetric InfoNCE: the plain form over one batch, and its share per anchor for any number of ranks.
+"""Symmetric InfoNCE: the plain form for one batch, and the form as a sum over anchors for several ranks.
 
 Axis letters: B clips of this rank, D width of the common space, A anchors, G candidates.
 """
@@ -19,7 +19,7 @@ from frozen_fast.losses.retrieval_loss import RetrievalLoss
 
 
 def contrastive_loss(video_BD: Tensor, text_BD: Tensor, temperature: float = 0.05) -> Tensor:
-    """Symmetric InfoNCE of a batch in which row i of both sides belongs together.
+    """Symmetric InfoNCE of a batch; row i of video_BD matches row i of text_BD.
 
     Args:
         video_BD: video embeddings [B, D], any floating type; normalised inside.
@@ -70,11 +70,11 @@ class InfoNCE(RetrievalLoss):
     """Cross-entropy of the true pair among all candidates, both sides as anchors (equations 1-2 of the paper)."""
 
     def __init__(self, temperature: float = 0.05, *, average_directions: bool = False) -> None:
-        """Hold the settings.
+        """Set the options.
 
         Args:
-            temperature: divides the similarities where the model learns no logit_scale; above 0.
-            average_directions: the mean of both directions (CLIP) in place of their sum (the paper).
+            temperature: divides the similarities if the model has no learned logit_scale; above 0.
+            average_directions: use the mean of both directions (CLIP) instead of their sum (the paper).
         """
         _check_temperature(temperature)
         self.temperature = temperature

@@ -1,4 +1,4 @@
-"""Distillation of similarities: the student's should be those of its teachers (Croitoru et al. 2021, TeachText).
+"""Distillation of the teachers' similarities (Croitoru et al. 2021, TeachText).
 
 Axis letters: A captions of one call, G captions and clips of the batch over all ranks.
 """
@@ -22,7 +22,7 @@ class SimilarityDistillation(RetrievalLoss):
     directions: tuple[Direction, ...] = ("t2v",)
 
     def __init__(self, beta: float = 1.0) -> None:
-        """Set where the loss turns from quadratic to linear: beta, a difference of similarities."""
+        """Set beta, the difference at which the loss changes from quadratic to linear."""
         self.beta = beta
 
     @classmethod

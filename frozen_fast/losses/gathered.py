@@ -47,20 +47,20 @@ def gathered_loss(
 ) -> tuple[Tensor, Tensor]:
     """A retrieval loss with the clips and captions of all ranks as candidates.
 
-    With gradients averaged over ranks (DDP, ZeRO, FSDP), parameters receive the gradient that one process with the
-    whole batch would give them, whichever of the options is chosen.
+    With gradients averaged over ranks (DDP, ZeRO, FSDP), parameters get the gradient of one process with the whole
+    batch, for all options.
 
     Args:
-        compare: the model's pair_similarities; it must read no parameters (features carry them), because strategies
-            gather sharded parameters in the model's forward pass only.
-        loss: what is minimised; with K similarities per pair, the mean of the K losses.
+        compare: the model's pair_similarities; it must not read parameters, because strategies gather sharded
+            parameters in the model's forward pass only.
+        loss: the loss; with K similarities per pair, the mean of the K losses.
         text: features of this rank's B captions, floating tensors [B, ...]; shapes equal on all ranks.
         video: features of this rank's B clips.
         parameters: RetrievalModel.loss_parameters.
         local: compute only this rank's anchors of both directions, 2 * B * G similarities; otherwise every rank
             computes all G * G of them.
-        chunk_rows: anchors whose similarities are computed at once, and again in the backward pass, so that at most
-            chunk_rows * G of them are in memory; 0: all at once.
+        chunk_rows: number of anchors computed at once and recomputed in the backward pass, so that at most
+            chunk_rows * G similarities are in memory; 0: all.
 
     Returns:
         (loss to backpropagate on this rank, value of the whole batch's loss, detached and equal on all ranks). Both in
@@ -141,7 +141,7 @@ def _check(text: Features, video: Features, chunk_rows: int) -> tuple[int, torch
     lengths = {len(tensor) for tensor in (*text.values(), *video.values())}
     if len(lengths) != 1 or 0 in lengths:
         shapes = {name: list(tensor.shape) for name, tensor in (*text.items(), *video.items())}
-        raise UserError(f"loss: got features of shapes {shapes}; allowed: one number of rows B >= 1 for all of them")
+        raise UserError(f"loss: got features of shapes {shapes}; allowed: the same number of rows B >= 1 for all")
     clips, device = lengths.pop(), next(iter(video.values())).device
     if is_distributed():
         if device.type == "cpu":

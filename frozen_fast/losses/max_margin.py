@@ -15,7 +15,7 @@ class MaxMarginLoss(RetrievalLoss):
     """Mean over both directions and all i != j of relu(margin - sim_ii + sim_ij) and relu(margin - sim_ii + sim_ji)."""
 
     def __init__(self, margin: float) -> None:
-        """Hold the margin: by how much a true pair's similarity should exceed a wrong pair's."""
+        """Set the margin between the similarities of matching and other pairs."""
         self.margin = margin
 
     @classmethod
@@ -24,7 +24,7 @@ class MaxMarginLoss(RetrievalLoss):
         return cls(config.margin)
 
     def anchor_loss(self, sim_AG: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        """See RetrievalLoss; a batch of one pair has no wrong pair, and its loss is 0."""
+        """See RetrievalLoss; the loss of a batch of one pair is 0."""
         anchors, candidates = sim_AG.shape
         own_A1 = torch.arange(first, first + anchors, device=sim_AG.device)[:, None]
         violation_AG = (self.margin - sim_AG.gather(1, own_A1) + sim_AG).relu()

@@ -1,6 +1,6 @@
-"""What a loss is to training: a sum over anchors, each compared with every candidate of the other side.
+"""The interface of losses: a sum over anchors, each compared with all candidates of the other modality.
 
-An anchor is a caption that looks for its clip, or a clip that looks for its caption. A loss that is a sum over anchors
+An anchor is a caption compared with all clips, or a clip compared with all captions. A loss that is a sum over anchors
 can be computed on each rank for the rank's own anchors, and in chunks of anchors.
 
 Axis letters: K similarities of a pair, A anchors of one call, G candidates (the whole batch over all ranks).
@@ -24,7 +24,7 @@ class RetrievalLoss(ABC):
     """A loss of a batch in which caption i belongs to clip i.
 
     Attributes:
-        directions: which anchors the loss sums over: captions ("t2v"), clips ("v2t") or both.
+        directions: the anchors: captions ("t2v"), clips ("v2t") or both.
     """
 
     directions: tuple[Direction, ...] = ("t2v", "v2t")
@@ -40,7 +40,7 @@ class RetrievalLoss(ABC):
 
     @abstractmethod
     def anchor_loss(self, sim_AG: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The share of some anchors in the loss of a batch of G pairs.
+        """The part of the loss of a batch of G pairs from some anchors.
 
         Args:
             sim_AG: similarities of the anchors with all candidates, fp32 or fp64; the model's own, before any
@@ -49,12 +49,12 @@ class RetrievalLoss(ABC):
             parameters: what the model learns for the loss (RetrievalModel.loss_parameters), empty for most.
 
         Returns:
-            Scalar. Summed over all anchors of both directions it is the loss of the batch.
+            Scalar. The sum over all anchors of both directions is the loss of the batch.
         """
 
 
 def build_loss(config: LossConfig) -> RetrievalLoss:
-    """The loss that loss.name chooses.
+    """Build the loss that loss.name selects.
 
     Raises:
         UserError: an unknown name or a wrong setting.

@@ -1,4 +1,4 @@
-"""SigLIP's pairwise sigmoid loss (Zhai et al. 2023, equation 1): every pair is a yes-or-no question of its own."""
+"""SigLIP's pairwise sigmoid loss (Zhai et al. 2023, equation 1): a binary classification of every pair."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class SigmoidLoss(RetrievalLoss):
     directions = ("t2v",)  # a pair counts once
 
     def __init__(self, scale: float, bias: float) -> None:
-        """Hold the values that apply where the model learns none.
+        """Set the values for models that do not learn them.
 
         Args:
-            scale: factor on the similarities, exp(logit_scale) where that is learned.
-            bias: added to the scaled similarities, logit_bias where that is learned.
+            scale: factor on the similarities, replaced by exp(logit_scale) if that is learned.
+            bias: added to the scaled similarities, replaced by logit_bias if that is learned.
         """
         self.scale = scale
         self.bias = bias
 
     @classmethod
     def from_config(cls, config: LossConfig) -> SigmoidLoss:
-        """1 / loss.temperature and loss.sigmoid_bias, both learned where loss.learnable_temperature says so."""
+        """1 / loss.temperature and loss.sigmoid_bias, both learned with loss.learnable_temperature."""
         return cls(1.0 / config.temperature, config.sigmoid_bias)
 
     def anchor_loss(self, sim_AG: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The optimizers that optimizer.name chooses from, from torch and timm."""
+"""The optimizers of optimizer.name, from torch and timm."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Groups = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerKind:
-    """An optimizer as training needs to know it.
+    """An optimizer and its properties.
 
     Attributes:
-        build: (parameter groups, config, whether a fused kernel is wanted) -> optimizer.
+        build: (parameter groups, config, whether to use a fused kernel) -> optimizer.
         state_keys: the tensors of a parameter's shape that it keeps per parameter.
-        weight_copies: those of them that start as a copy of the weights; the others start at 0.
-        elementwise: whether one element's update depends on that element alone; only such an optimizer can step on
-            shards (ZeRO, FSDP2), which cut parameters.
-        has_fused: whether `fused` means anything to it.
+        weight_copies: the state tensors that are initialised with the weights; the others start at 0.
+        elementwise: whether the update of an element depends on that element only, as required for sharded parameters
+            (ZeRO, FSDP2).
+        has_fused: whether it has a fused kernel.
         step_in_group: it counts its steps per group, not per parameter.
     """
 
@@ -83,7 +83,7 @@ LAMB = OptimizerKind(build=_lamb, state_keys=("exp_avg", "exp_avg_sq"), elementw
 
 
 def optimizer_kind(config: OptimizerConfig) -> OptimizerKind:
-    """The kind that optimizer.name chooses, with the average of the weights where the config asks for one.
+    """The kind that optimizer.name selects, with weight averaging if the config sets it.
 
     Raises:
         UserError: an unknown name.
@@ -96,12 +96,12 @@ def optimizer_kind(config: OptimizerConfig) -> OptimizerKind:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of a model that is already on its device; parameters that do not train are left out.
+    """The optimizer of a model that is already on its device; skips parameters that are not trained.
 
-    optimizer.fused: "auto" takes the fused kernel where PyTorch has one for the optimizer and the parameters' device.
+    optimizer.fused: "auto" uses the fused kernel if PyTorch has one for the optimizer and the device.
 
     Raises:
-        UserError: fused was asked for where there is none, or a wrong name or group.
+        UserError: fused is "on" without a fused kernel, or a name or group is invalid.
     """
     kind = optimizer_kind(config)
     device = next(model.parameters()).device.type

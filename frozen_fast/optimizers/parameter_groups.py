@@ -20,14 +20,14 @@ OLDER_KEYS = {
     "text_learning_rate_scale": ("text_model.*",),
     "position_learning_rate_scale": ("video_model.cls_token", "video_model.pos_embed", "video_model.temporal_embed"),
 }
-"""Keys for whole towers, and the patterns that say the same under optimizer.groups."""
+"""Deprecated keys for whole towers, and the equivalent patterns of optimizer.groups."""
 
 _POSITIONS = ("cls_token", "pos_embed", "temporal_embed", "position_embeddings", "token_type_embeddings")
 
 
 @dataclass(frozen=True)
 class ParameterSettings:
-    """What optimizer.groups says of one parameter."""
+    """Settings of one parameter."""
 
     learning_rate_scale: float
     weight_decay: float
@@ -35,12 +35,12 @@ class ParameterSettings:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies by default: not to biases and norms (one axis) nor to embeddings of position."""
+    """Whether weight decay applies by default: not to biases, norms (one axis) and position embeddings."""
     return parameter.ndim > 1 and not any(part in name for part in _POSITIONS)
 
 
 def groups_in_order(config: OptimizerConfig) -> list[OptimizerGroupConfig]:
-    """optimizer.groups, after what the two older keys for whole towers stand for."""
+    """The groups of the two deprecated keys, then optimizer.groups."""
     older = [
         OptimizerGroupConfig(match=match, learning_rate_scale=getattr(config, key))
         for key, matches in OLDER_KEYS.items()
@@ -53,7 +53,7 @@ def groups_in_order(config: OptimizerConfig) -> list[OptimizerGroupConfig]:
 def settings_by_name(
     named: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig
 ) -> dict[str, ParameterSettings]:
-    """The settings of every parameter; of several patterns that match a name, the last one that says a value decides.
+    """The settings of every parameter; the last matching pattern with a value decides.
 
     Raises:
         UserError: a pattern that matches no parameter.
@@ -84,7 +84,7 @@ def freeze_groups(model: nn.Module, config: OptimizerConfig) -> None:
     """Freeze the parameters that optimizer.groups freezes, before a strategy wraps the model; warns of older keys.
 
     Raises:
-        UserError: nothing is left to train, or a pattern matches nothing.
+        UserError: every parameter is frozen, or a pattern matches nothing.
     """
     for key, matches in OLDER_KEYS.items():
         scale = getattr(config, key)

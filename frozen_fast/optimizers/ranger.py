@@ -1,4 +1,4 @@
-"""Ranger: rectified Adam whose weights are pulled towards slow ones every few steps (Lookahead).
+"""Ranger: RAdam with Lookahead.
 
 Sources: Liu et al. 2020, "On the Variance of the Adaptive Learning Rate and Beyond"; Zhang et al. 2019, "Lookahead
 Optimizer". The released expert models are trained with it, at betas (0.95, 0.999) and epsilon 1e-5.
@@ -17,7 +17,7 @@ LOOKAHEAD_STEPS = 6
 
 
 class Ranger(torch.optim.RAdam):
-    """RAdam with decoupled weight decay and Lookahead; the slow weights start as the first step finds the weights."""
+    """RAdam with decoupled weight decay and Lookahead; the slow weights start as a copy of the weights."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Ranger(torch.optim.RAdam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """A step of RAdam; at every sixth, the slow weights go half the way to the weights, and become them."""
+        """A step of RAdam; every sixth step moves the slow weights halfway to the weights and copies them back."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, and how it reaches the parameter groups."""
+"""Learning rate schedules as functions of the step."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimizerConfig, e
 
 
 def set_learning_rate(groups: Sequence[dict[str, Any]], learning_rate: float) -> None:
-    """Give every parameter group its scaled learning rate."""
+    """Set the scaled learning rate of every parameter group."""
     for group in groups:
         group["lr"] = learning_rate * group["scale"]
 
 
 def divergence_advice(config: OptimizerConfig) -> str:
-    """Which keys to change when a loss or a weight is not finite."""
+    """Advice on config keys if a loss or a weight is not finite."""
     return (
         f"lower optimizer.learning_rate ({config.learning_rate:g}), lengthen optimizer.warmup_steps "
         f"({config.warmup_steps}) or set optimizer.gradient_clip_norm ({config.gradient_clip_norm:g})"

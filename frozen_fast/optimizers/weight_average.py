@@ -1,7 +1,7 @@
-"""Exponential moving average of the weights, kept as one more tensor of the optimizer's state.
+"""Exponential moving average of the weights, stored in the optimizer's state.
 
-There it is sharded, gathered, expanded with the frame embeddings, written to checkpoints and read from them like the
-optimizer's own running averages.
+It is therefore sharded, gathered, expanded with the frame embeddings and checkpointed like the optimizer's running
+averages.
 """
 
 from __future__ import annotations

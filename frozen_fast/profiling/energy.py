@@ -1,4 +1,4 @@
-"""Energy of an NVIDIA device through NVML, the library that comes with the driver; measured or not known."""
+"""Energy of an NVIDIA device, measured with NVML (part of the driver)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class EnergyMeter:
-    """Joules that one device has used since the meter was built.
+    """Energy in joules that a device has used since the meter was created.
 
     Attributes:
         uuid: NVML's name of the device, "GPU-...": two processes on one device share its counter.
@@ -32,11 +32,11 @@ class EnergyMeter:
         self._began = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
 
     def joules(self) -> float | None:
-        """Energy since the start; None once the counter cannot be read any more."""
+        """Energy since the start; None if the counter can no longer be read."""
         try:
             return (pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._began) / 1000.0
         except pynvml.NVMLError as error:
-            log.warning("energy is not measured any more: %s", error)
+            log.warning("energy is no longer measured: %s", error)
             return None
 
 
@@ -44,7 +44,7 @@ def energy_meter(device: torch.device) -> tuple[EnergyMeter | None, str]:
     """A meter of a device's energy.
 
     Returns:
-        (meter, what it reads), or (None, why energy is not known here).
+        (meter, its source), or (None, why energy is not measured).
     """
     if device.type != "cuda":
         return None, f"no energy counter is read for {device.type}"

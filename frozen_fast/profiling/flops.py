@@ -1,7 +1,8 @@
 """FLOPs of a dual encoder's training step from those of its towers.
 
-A multiply-add counts as 2. Matrix products only: norms, activations, softmax and optimizer are left out, as in the
-usual definition of MFU. Training costs 3 x forward (the backward pass has two products for each of the forward's);
+A multiply-add counts as 2. Only matrix products count, as in the usual
+definition of MFU: no norms, activations, softmax or optimizer. Training costs
+3 x forward (the backward pass has two products for each of the forward's);
 recomputation is never counted.
 
 Axis letters: E width of the common space.

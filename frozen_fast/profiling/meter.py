@@ -1,10 +1,9 @@
-"""Where the wall time of a stage goes, and what it costs in GPU-hours.
+"""Wall time of a stage by category, and its GPU-hours.
 
 A stage's wall time is split into training, stall (the device waits for the next batch), warmup (first steps:
 compilation, autotuning, filling the loader; their stall included), evaluation, checkpoint, and other (the rest, by
 subtraction, so that the parts add up to the wall time). The device is synchronised only at the ends of windows and of
-sections: inside a window a GPU runs behind the host and a step's `seconds` say when the host was done with it, so only
-their sum over a window is exact.
+sections: inside a window a step's `seconds` are the host's, and only their sum over a window is exact.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The paper's Table 4 as printed: what training time is compared with."""
+"""The paper's Table 4, for comparison with training times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HARDWARE_NOTE = "The paper's Table 4 does not state its hardware, so hours are n
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRow:
-    """One printed row: frames as "1=>4", text-to-video on MSR-VTT 1k-A after finetuning, pretraining hours."""
+    """One row: frames as "1=>4", text-to-video on MSR-VTT 1k-A after finetuning, pretraining hours."""
 
     pretraining_frames: str
     finetuning_frames: int
@@ -36,7 +36,7 @@ class PaperTable:
     rows: tuple[PaperRow, ...]
 
     def row(self, pretraining_frames: str) -> PaperRow:
-        """The row of a curriculum, with the most finetuning frames where there are several.
+        """The row of a curriculum, with the largest number of finetuning frames if there are several.
 
         Raises:
             UserError: no such row.
@@ -47,7 +47,7 @@ class PaperTable:
         return max(rows, key=lambda row: row.finetuning_frames)
 
     def hours_per_million_clips(self, frames: int) -> float | None:
-        """The paper's own speed at a constant number of frames; None where no row has it."""
+        """The paper's own speed at a constant number of frames; None if no row has it."""
         for row in self.rows:
             if row.pretraining_frames == str(frames):
                 return row.ptt_hours / self.clips * 1e6

@@ -1,4 +1,4 @@
-"""The speed a device can reach: from its datasheet by name and type, or measured here. Never guessed."""
+"""Peak speed of a device, from its datasheet or measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TERA = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePeak:
-    """A device's peak and where the figure comes from."""
+    """A device's peak and its source."""
 
     device: str
     dtype: str
@@ -109,7 +109,7 @@ def measure_peak(
         device: where to measure.
         dtype: bf16, fp16 or fp32.
         size: side of the matrices; none: 8192 on CUDA, 1024 elsewhere.
-        repeats: timed runs; the fastest counts.
+        repeats: timed runs; the fastest is used.
 
     Returns:
         The peak, with what was measured as its source. The copy's bytes are those read plus those written.

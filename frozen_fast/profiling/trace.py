@@ -64,11 +64,11 @@ class StageTrace:
         rows, total = most_expensive(profiler.key_averages(), on_cuda=self._device.type == "cuda")
         table = {"stage": self._stage, "what": what, "steps": self._traced, "total_milliseconds": total, "rows": rows}
         write_json(self._folder / f"stage_{self._stage}.kernels.json", table)
-        log.info("traced stage %d: %s", self._stage, path)
+        log.info("wrote a trace of stage %d: %s", self._stage, path)
 
 
 def most_expensive(averages: Iterable[Any], *, on_cuda: bool) -> tuple[list[dict[str, Any]], float]:
-    """What took most time by itself, and what everything together took.
+    """The kernels with the most time of their own, and the total time.
 
     Args:
         averages: entries of torch.profiler's key_averages().

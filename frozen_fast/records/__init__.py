@@ -1,1 +1,1 @@
-"""What a run writes: run folder, checkpoint files, environment."""
+"""Files of a run: run folder, checkpoints, environment."""

@@ -1,8 +1,8 @@
-"""The files of one checkpoint: written whole or not at all, verified before they are read.
+"""The files of a checkpoint: written atomically, verified before reading.
 
 A checkpoint is a folder step_00000123 with model.safetensors, config.json and tokenizer files (what
 DualEncoder.from_pretrained reads), training_state.pt (the optimizer's state by parameter name), manifest.json (size
-and SHA-256 of each of these files) and state.json (where the run stands, the checksum of manifest.json, and its own).
+and SHA-256 of each of these files) and state.json (the run's position, the checksum of manifest.json, and its own).
 It is written under another name, flushed to disk, read back and renamed.
 """
 
@@ -38,29 +38,29 @@ _FORMAT_WITHOUT_CHECKSUMS = 1
 
 
 class CheckpointWriteError(UserError):
-    """A checkpoint could not be written; earlier ones are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands; the JSON part of a checkpoint.
+    """State of a run: the JSON part of a checkpoint.
 
     Attributes:
         step: optimizer steps done.
-        stage: index of the stage that step lies in.
+        stage: index of the stage of this step.
         steps_in_stage: optimizer steps done in that stage.
         stage_complete: the stage has no step left (its evaluation may still be to come).
         position: how far each source has been read (frozen_fast.data.plan.samplers.DataPosition as a dict).
         meter: totals of the stage so far (StageMeter.state()).
-        bad_clips: clips read and not read in training so far (BadClipLedger.to_json()).
+        bad_clips: counts of readable and bad clips in training so far (BadClipLedger.to_json()).
         learned_frames: rows of the temporal embedding that hold learned values.
-        world_size: number of processes that wrote it; another number may continue.
+        world_size: number of processes that wrote it; a run may resume with another number.
         config: the run's config in plain values.
         sources: name -> fingerprint of a training source's clips, so that a changed collection is noticed.
         evaluated: the evaluation that was due after this step is done and in metrics.json.
         best: {"step", "metric", "value"} of the best evaluation so far under evaluation.keep_best; None: none.
-        rollbacks: how often the run has gone back to a checkpoint after a loss that was not finite; each time the
-            order of the data changes.
+        rollbacks: number of times that the run returned to a checkpoint after a non-finite loss; each time changes
+            the order of the data.
     """
 
     step: int
@@ -91,7 +91,7 @@ def save_checkpoint(
 
     Args:
         folder: the run's checkpoints folder.
-        state: where the run stands.
+        state: state of the run.
         write_model: writes model.safetensors, config.json and the tokenizer into a folder.
         optimizer: tensors by parameter name and key.
 
@@ -99,8 +99,8 @@ def save_checkpoint(
         The new checkpoint.
 
     Raises:
-        CheckpointWriteError: it cannot be written (a full disk, say), or the disk returns other bytes than were
-            written; earlier checkpoints are as they were.
+        CheckpointWriteError: it cannot be written (such as a full disk), or its files differ when read back;
+            earlier checkpoints are unchanged.
     """
     final = folder / checkpoint_name(state.step)
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
@@ -125,7 +125,7 @@ def save_checkpoint(
 
 
 def write_state(checkpoint: Path, state: RunState) -> None:
-    """Write a checkpoint's state.json, whole or not at all; an evaluation after the step changes it."""
+    """Write a checkpoint's state.json atomically; an evaluation after the step updates it."""
     values = {"format": _FORMAT, **asdict(state), "manifest_sha256": file_digest(checkpoint / MANIFEST)}
     write_atomically(checkpoint / _STATE, seal(values))
 
@@ -134,7 +134,7 @@ def verify(checkpoint: Path) -> RunState:
     """Compare every file of a checkpoint with its checksum.
 
     Returns:
-        Where the run stood.
+        The state of the run.
 
     Raises:
         UserError: naming the first file that is missing or damaged.
@@ -156,7 +156,7 @@ def read_state(checkpoint: Path) -> RunState:
     """Read state.json.
 
     Raises:
-        UserError: it is missing, damaged or of another format, or manifest.json is not the one it names.
+        UserError: it is missing, damaged or of another format, or manifest.json does not match.
     """
     try:
         data = (checkpoint / _STATE).read_bytes()
@@ -197,7 +197,7 @@ def _typed_state(values: dict[str, Any]) -> RunState:
 
 
 def read_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], OptimizerState]:
-    """Read (weights by name, optimizer state by parameter name and key) onto the CPU, running no code from the files.
+    """Read (weights by name, optimizer state by parameter name and key) onto the CPU; executes no code from the files.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -209,7 +209,7 @@ def read_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], OptimizerState]:
     except Exception as error:  # safetensors, zip and unpickling errors share no base class
         why = " ".join(str(error).split())
         if "weights_only" in why:  # PyTorch's own message recommends to load the file without this protection
-            why = "training_state.pt holds other things than tensors"
+            why = "training_state.pt contains other objects than tensors"
         raise UserError(f"checkpoint {checkpoint}: cannot be read ({why})") from None
 
 

@@ -1,8 +1,7 @@
-"""The checkpoints of a run: which ones are kept, which one is the best, which one a run resumes from.
+"""The checkpoints folder of a run: retention, the best checkpoint, and the one to resume from.
 
-Older checkpoints go only after a new one is complete. A symbolic link `best` names the checkpoint that
-evaluation.keep_best has chosen; that one stays. A damaged checkpoint that a run passes over is renamed to
-damaged_step_00000123 and stays until somebody deletes it.
+Older checkpoints are deleted only after a new one is complete. The symbolic link `best` names the best checkpoint by
+evaluation.keep_best, which is kept. A damaged checkpoint is renamed to damaged_step_00000123 and never deleted.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _DAMAGED = "damaged_"
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay when a new one is complete, beside the best.
+    """Which checkpoints are kept after a new one is complete, in addition to the best.
 
     Attributes:
         newest: number of newest checkpoints to keep.
@@ -40,14 +39,14 @@ class Retention:
     stage_ends: bool = False
 
     def keeps(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint that is none of the newest stays."""
+        """Return whether to keep a checkpoint that is not one of the newest."""
         if self.every_steps and int(checkpoint.name.removeprefix("step_")) % self.every_steps == 0:
             return True
         if not self.stage_ends:
             return False
         try:
             return read_state(checkpoint).stage_complete
-        except UserError:  # damaged: it is not this function's to delete
+        except UserError:  # damaged: keep it
             return True
 
 
@@ -57,11 +56,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, retention: Retention) -> None:
-    """Delete the checkpoints that need not stay."""
+    """Delete the checkpoints that are not kept."""
     best = best_checkpoint(folder)
     for old in checkpoints(folder)[retention.newest :]:
         if old != best and not retention.keeps(old):
-            # Under another name first: a kill in between leaves a leftover, not half a checkpoint.
+            # Rename first, so that a kill never leaves an incomplete checkpoint under its name.
             aside = old.with_name(f".{old.name}.{os.getpid()}.old.tmp")
             old.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
@@ -69,11 +68,11 @@ def prune(folder: Path, retention: Retention) -> None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a checkpoints folder holds.
+    """Content of a checkpoints folder.
 
     Attributes:
-        usable: the newest checkpoint whose files match their checksums; None: there is none.
-        damaged: newer ones that cannot be used (all of them where none can) -> why.
+        usable: the newest checkpoint whose files match their checksums; None: none.
+        damaged: newer ones that cannot be used (all of them if none is usable) -> reason.
     """
 
     usable: Path | None
@@ -94,10 +93,10 @@ def survey(folder: Path) -> Survey:
 
 
 def set_aside(damaged: Mapping[Path, str]) -> list[str]:
-    """Rename checkpoints that cannot be used to damaged_step_..., so that none is taken for a good one.
+    """Rename checkpoints that cannot be used to damaged_step_..., so that they are not loaded.
 
     Returns:
-        One line for each, what is wrong and its new name; also logged.
+        One line for each with the damage and the new name; also logged.
     """
     lines = []
     for path, why in damaged.items():
@@ -107,18 +106,18 @@ def set_aside(damaged: Mapping[Path, str]) -> list[str]:
             number += 1
             aside = path.with_name(f"{_DAMAGED}{path.name}_{number}")
         path.rename(aside)
-        lines.append(f"{why}; kept as {aside.name}, an older checkpoint is used")
+        lines.append(f"{why}; renamed to {aside.name}; using an older checkpoint")
         log.warning(lines[-1])
     return lines
 
 
 def set_aside_before(folder: Path) -> list[Path]:
-    """Return the damaged checkpoints that earlier starts have put aside."""
+    """Return the damaged checkpoints that earlier starts have renamed."""
     return sorted(folder.glob(f"{_DAMAGED}step_*"))
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a kill during writing or deleting left behind; call it while no other process writes here."""
+    """Delete the leftovers of a kill; call it while no other process writes to the folder."""
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
     for path in [*folder.glob(f".{BEST}.*.tmp"), *folder.glob("step_*/.*.tmp")]:
@@ -126,7 +125,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def link_best(folder: Path, step: int) -> None:
-    """Let `best` name the checkpoint of a step, from one moment to the next.
+    """Set the link `best` to the checkpoint of a step, atomically.
 
     Raises:
         UserError: the file system has no symbolic links.
@@ -151,12 +150,12 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def restore_best(folder: Path, best: Mapping[str, Any] | None) -> None:
-    """Let `best` name what a checkpoint knew of it: a kill may have come before the link, or steps are cut off."""
+    """Restore the link `best` from a checkpoint's state, after a kill or after dropping steps."""
     if best is not None and (folder / checkpoint_name(best["step"])).is_dir():
         link_best(folder, best["step"])
         return
     if best is not None:
-        log.warning("the best checkpoint, step %d, is gone; the next better one takes its place", best["step"])
+        log.warning("the best checkpoint, step %d, is missing; the next evaluation sets a new best", best["step"])
     (folder / BEST).unlink(missing_ok=True)
 
 

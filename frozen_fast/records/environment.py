@@ -1,4 +1,4 @@
-"""What a run ran on: versions, devices, the commit, the command. Written to environment.json."""
+"""The environment of a run (environment.json): versions, devices, commit and command."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def git_state() -> tuple[str | None, bool | None]:
 
 
 def device_description(device: torch.device) -> str:
-    """The device's name as its maker writes it."""
+    """The device's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_name()
@@ -71,7 +71,7 @@ def cpu_name() -> str:
 def describe(
     *, devices: list[str], world_size: int, distributed_type: str, precision: str, precision_reason: str
 ) -> dict[str, Any]:
-    """The content of environment.json as known at the start; backends are added once they have been chosen."""
+    """The content of environment.json as known at the start; the selected backends are added later."""
     commit, dirty = git_state()
     return {
         "versions": package_versions(),

@@ -1,7 +1,7 @@
-"""What a run leaves behind: one folder, whose files are listed in docs/architecture.md.
+"""The run folder; docs/architecture.md lists its files.
 
-Only rank 0 writes. A resumed run continues in the same files: rows written after its checkpoint are cut off first, so
-that no step is there twice. What a full or failing disk refuses is kept in memory and written later.
+Only rank 0 writes. A resumed run continues in the same files: rows written after its checkpoint are removed first, so
+that each step has one row. Rows that cannot be written to a full or failing disk are kept in memory and written later.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class RunFolder:
         self._status_guard = threading.Lock()
 
     def holds_a_run(self) -> bool:
-        """Whether a run has got as far as its first step here."""
+        """Whether the folder contains a run with at least one step."""
         return (self.steps.exists() and self.steps.stat().st_size > 0) or any(self.checkpoints.glob("*step_*"))
 
     def create(self) -> None:
-        """Make the folder.
+        """Create the folder.
 
         Raises:
-            UserError: it cannot be made or written to.
+            UserError: it cannot be created or written to.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -67,14 +67,14 @@ class RunFolder:
             ) from None
 
     def refuse_to_overwrite(self) -> None:
-        """Raise if a new run would write into an earlier one.
+        """Raise if the folder already contains a run.
 
         Raises:
-            UserError: the folder holds a run.
+            UserError: the folder contains a run.
         """
         if self.holds_a_run():
             raise UserError(
-                f"run_folder: got {str(self.path)!r}, which already holds a run; "
+                f"run_folder: got {str(self.path)!r}, which already contains a run; "
                 "allowed: --resume auto to continue it, or another run_folder"
             )
 
@@ -90,7 +90,7 @@ class RunFolder:
         message: str = "",
         checkpoint: int | None = None,
     ) -> None:
-        """Say how the run stands.
+        """Write status.json.
 
         Args:
             state: running, done, stopped or failed.
@@ -98,10 +98,10 @@ class RunFolder:
             stage: index of the stage.
             exit_code: of the process; None while it runs.
             message: why it stopped or failed.
-            checkpoint: step of the newest checkpoint; None: as written before.
+            checkpoint: step of the newest checkpoint; None: unchanged.
 
         Raises:
-            OSError: not even the old file can be written over.
+            OSError: the old file cannot be overwritten either.
         """
         now = time.time()
         with self._status_guard:
@@ -112,21 +112,21 @@ class RunFolder:
             self._put_status()
 
     def note_checkpoint(self, step: int) -> None:
-        """Say in status.json that the checkpoint of a step is on disk."""
+        """Record the newest checkpoint in status.json."""
         with self._status_guard:
             if self._status:
                 self._status["checkpoint"] = step
                 self._put_status()
 
     def beat(self) -> None:
-        """Renew the heartbeat of status.json: a reader can tell a dead run from one that is between two messages."""
+        """Update the heartbeat of status.json, which distinguishes a running process from a dead one."""
         with self._status_guard:
             if self._status:
                 self._status["heartbeat"] = time.time()
                 self._put_status()
 
     def last_status(self) -> Row:
-        """What an earlier process wrote into status.json; empty where there is nothing that can be read."""
+        """The status.json of an earlier process; empty if it cannot be read."""
         try:
             status = json.loads(self.status.read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -140,7 +140,7 @@ class RunFolder:
         except OSError:
             overwrite(self.status, text)
 
-    # What a run appends and replaces
+    # Appended and replaced files
 
     def update_environment(self, **changes: Any) -> None:
         """Replace some keys of environment.json."""
@@ -156,7 +156,7 @@ class RunFolder:
         self._append(self.bad_clips, rows)
 
     def append_event(self, kind: str, message: str, **details: Any) -> None:
-        """Append a row to events.jsonl: what happened to the run that is neither a step nor an evaluation."""
+        """Append a row to events.jsonl: warnings and repairs."""
         self._append(self.events, [{"time": time.time(), "kind": kind, "message": message, **details}])
 
     def evaluations(self) -> list[Row]:
@@ -177,7 +177,7 @@ class RunFolder:
         self._put(self.stages, sorted([*rows, row], key=lambda other: other["stage"]))
 
     def write_pending(self) -> list[Path]:
-        """Write what the disk has refused before; returns the files that it still refuses."""
+        """Retry failed writes; return the files that still cannot be written."""
         for path in list(self._unwritten_rows):
             self._append(path, [])
         for path, value in list(self._unwritten_values.items()):
@@ -203,7 +203,7 @@ class RunFolder:
             self._tell(path, error)
 
     def _value(self, path: Path, kind: type) -> Any:
-        """A JSON file's content as written last, maybe only in memory; an empty one of its kind where it is missing."""
+        """A JSON file's last content, including pending writes; empty if the file is missing."""
         if path in self._unwritten_values:
             return self._unwritten_values[path]
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else kind()
@@ -216,17 +216,17 @@ class RunFolder:
     # Resuming
 
     def repair(self) -> list[str]:
-        """Make the files of an earlier process readable; what is damaged is copied aside first.
+        """Repair the files of an earlier process; copies damaged files first.
 
         Returns:
-            One line for each file with damage: what was left out, and the copy's name; also logged.
+            One line for each file with damage: what was removed, and the copy's name; also logged.
         """
         lines = []
         for path, kind in ((self.environment, dict), (self.stages, list), (self.metrics, dict)):
             if path.exists() and not _is_sound(path, kind):
                 aside = _aside(path)
                 path.rename(aside)
-                lines.append(f"{path.name} cannot be read: kept as {aside.name}, a new one is begun")
+                lines.append(f"{path.name} cannot be read: renamed to {aside.name}, starting a new one")
         for path, key in ((self.steps, "step"), (self.bad_clips, "step"), (self.events, "kind")):
             rows, problems = read_rows(path)
             sound = [row for row in rows if isinstance(row.get(key), int if key == "step" else str)]
@@ -235,25 +235,25 @@ class RunFolder:
                 aside = _aside(path)
                 os.link(path, aside)
                 write_atomically(path, "".join(json.dumps(row) + "\n" for row in sound))
-                lines.append(f"{path.name}: {left_out} line(s) cannot be read and are left out; kept as {aside.name}")
+                lines.append(f"{path.name}: {left_out} unreadable line(s) removed; the original is {aside.name}")
         for line in lines:
             log.warning(line)
         return lines
 
     def cut_back(self, step: int, stage: int, *, stage_complete: bool, evaluated: bool = False) -> None:
-        """Drop what was written after a checkpoint at the end of `step` in `stage`.
+        """Drop rows written after the checkpoint of `step` in `stage`.
 
         Args:
             step: the checkpoint's optimizer step; 0: back to an empty run.
             stage: the stage it lies in.
-            stage_complete: the checkpoint closes its stage, so that the stage's evaluation and row may stay.
-            evaluated: an evaluation inside the stage, after this step, was done before the checkpoint's last word.
+            stage_complete: the checkpoint ends its stage, so the stage's evaluation and row are kept.
+            evaluated: the checkpoint's state includes the evaluation after this step.
         """
         last = stage if stage_complete else stage - 1
         finished = [row for row in self.stage_rows() if row["stage"] <= last]
         kept_here = any(row["stage"] == stage for row in finished) if stage_complete else evaluated
         _rewrite(self.steps, lambda row: row["step"] <= step)
-        # Clips that nothing replaced are those of an evaluation.
+        # Bad clips without a replacement come from an evaluation.
         _rewrite(
             self.bad_clips,
             lambda row: (

@@ -1,6 +1,6 @@
-"""One writer per run folder: a lock that names its holder, and a heartbeat that tells a live run from a dead one.
+"""Lock of a run folder (one writer), with its holder and a heartbeat.
 
-The lock is an flock on run.lock, which the system releases when its holder dies, however it dies. Its content names
+The lock is an flock on run.lock, which the system releases when the process ends for any reason. Its content names
 the holder. Machines that share a folder may not share locks, so a holder on another machine counts as alive while it
 renews the time of run.lock.
 """
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 15.0
 DEAD_AFTER_SECONDS = 120.0
-"""A run whose last heartbeat is older than this is dead, as far as another machine can tell."""
+"""A run on another machine counts as dead if its last heartbeat is older than this."""
 
 
 class RunLock:
@@ -39,7 +39,7 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the folder, which must exist, and begin the heartbeat.
+        """Lock the folder, which must exist, and start the heartbeat.
 
         Raises:
             UserError: another run holds it; names host, process and since when.
@@ -57,7 +57,9 @@ class RunLock:
             os.close(descriptor)
             raise
         if holder is not None:
-            log.warning("the run that held %s has died without a word (%s)", self._folder.path, _describe(holder))
+            log.warning(
+                "the run that locked %s died without releasing the lock (%s)", self._folder.path, _describe(holder)
+            )
         self._descriptor = descriptor
         with contextlib.suppress(OSError):  # a full disk: the flock itself holds
             mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
@@ -67,7 +69,7 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Give the folder back; harmless when called again."""
+        """Release the lock. Can be called more than once."""
         if self._descriptor is None:
             return
         self._ended.set()
@@ -80,13 +82,13 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a disk that fails for a while; the next beat tries again
+            with contextlib.suppress(OSError):  # a temporary disk error; the next beat retries
                 os.utime(self._folder.lock)
                 self._folder.beat()
 
 
 def is_alive(folder: RunFolder) -> bool:
-    """Whether a process is writing to a run folder just now."""
+    """Whether a process currently writes to a run folder."""
     try:
         descriptor = os.open(folder.lock, os.O_RDONLY)
     except OSError:
@@ -99,7 +101,7 @@ def is_alive(folder: RunFolder) -> bool:
 
 
 def _flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Whether the lock was free; a file system without locks answers yes, and the holder's word decides alone."""
+    """Whether the lock was free; True on a file system without locks, where run.lock's content decides."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
@@ -108,7 +110,7 @@ def _flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def _holder(path: Path) -> dict[str, Any] | None:
-    """What run.lock says of its holder; None where it names none."""
+    """The holder in run.lock; None if there is none."""
     try:
         holder = json.loads(path.read_bytes() or b"null")
     except (OSError, ValueError):
@@ -117,7 +119,7 @@ def _holder(path: Path) -> dict[str, Any] | None:
 
 
 def _is_alive_elsewhere(path: Path, holder: dict[str, Any] | None) -> bool:
-    """Whether a holder that does not show in the flock is alive: on another machine, or without locks."""
+    """Whether a holder without an flock is alive: on another machine, or without file locks."""
     if holder is None:
         return False
     if holder.get("host") == socket.gethostname():
@@ -128,7 +130,7 @@ def _is_alive_elsewhere(path: Path, holder: dict[str, Any] | None) -> bool:
 
 
 def _process_start(pid: int) -> str | None:
-    """What identifies a process beside its number: its start in clock ticks since boot; None: no such process."""
+    """A process's start in clock ticks since boot, which identifies it together with its id; None: no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

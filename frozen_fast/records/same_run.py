@@ -1,4 +1,4 @@
-"""Whether a config may continue a run: which keys may differ from the checkpoint's."""
+"""Checks whether a config may resume a run: the keys that may differ from the checkpoint's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from frozen_fast.errors import UserError
 
-# Keys that may differ between a run and its continuation: where and how fast it runs, not what it computes.
+# Keys that may differ between a run and its continuation: they change where and how fast it runs, not its result.
 _MAY_CHANGE = (
     "name",
     "run_folder",
@@ -38,10 +38,10 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
         current: the present config in plain values.
 
     Returns:
-        What differs and may: "key: old -> new".
+        The allowed differences: "key: old -> new".
 
     Raises:
-        UserError: naming the keys that would make another run of it.
+        UserError: naming the keys that must not differ.
     """
     old, new = dict(_flat(saved)), dict(_flat(current))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
@@ -50,7 +50,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
         shown = "; ".join(f"{key} was {old.get(key)!r}, got {new.get(key)!r}" for key in harmful[:4])
         more = f" and {len(harmful) - 4} more" if len(harmful) > 4 else ""
         raise UserError(
-            f"--resume: the config differs from the run's: {shown}{more}; "
+            f"--resume: the config differs from that of the run: {shown}{more}; "
             "allowed: the same values, or another run_folder"
         )
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]

@@ -1,6 +1,6 @@
-"""Accelerate's experiment trackers, each set up so that a resumed training continues the run that it has there.
+"""Accelerate's experiment trackers, each set up so that a resumed training continues its run in the tracker.
 
-Addresses and keys come from the environment, as each service documents.
+Addresses and keys come from the environment, as documented by each service.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers for experiment trackers (the table extensions.trackers); rank 0 only."""
+"""Logging to experiment trackers (the table extensions.trackers), on rank 0 only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What a tracker needs to open a run.
+    """Arguments for opening a run in a tracker.
 
     Attributes:
         project: the project or experiment that lists it.
@@ -47,7 +47,7 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class TrackerSetUp:
-    """What a function of the table extensions.trackers returns.
+    """Return value of a function in the table extensions.trackers.
 
     Attributes:
         tracker: not started yet.
@@ -63,7 +63,7 @@ class TrackerSetUp:
 
 
 class Trackers:
-    """The trackers of a run, started; a tracker that fails later is left out with a warning."""
+    """The trackers of a run, started; a tracker that fails later is dropped with a warning."""
 
     def __init__(self, started: Mapping[str, TrackerSetUp] | None = None) -> None:
         self._started = dict(started or {})
@@ -72,7 +72,7 @@ class Trackers:
     def start(
         cls, settings: TrackingConfig, *, name: str, config: Any, folder: Path, step: int | None = None
     ) -> Trackers:
-        """Open a run at every tracker of the config, or continue the one that the folder knows.
+        """Open a run in every tracker of the config, or continue the run recorded in the folder.
 
         The ids of the runs are kept in FOLDER/trackers.json.
 
@@ -120,14 +120,14 @@ class Trackers:
         return cls(started)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Send values at a step (an optimizer step of a run, a trial of a sweep); None values are left out."""
+        """Send values at a step (an optimizer step of a run, a trial of a sweep); None values are skipped."""
         for kind, set_up in list(self._started.items()):
             kinds = (int, float, str) if set_up.takes_text else (int, float)
             sent = {set_up.name_of(name): value for name, value in values.items() if isinstance(value, kinds)}
             try:
                 set_up.tracker.log(sent, step=step)
             except Exception as error:  # a service that fails must not end a training
-                log.warning("tracker %s gets no more numbers: %s", kind, reason(error))
+                log.warning("tracker %s failed and is no longer used: %s", kind, reason(error))
                 del self._started[kind]
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ def _known_ids(folder: Path) -> dict[str, str]:
         try:
             return {str(kind): str(run_id) for kind, run_id in json.loads(path.read_text(encoding="utf-8")).items()}
         except (ValueError, AttributeError):
-            log.warning("%s cannot be read: new runs are opened at the trackers", path)
+            log.warning("%s cannot be read: opening new runs in the trackers", path)
     return {"wandb": earlier.read_text(encoding="utf-8").strip()} if earlier.is_file() else {}
 
 

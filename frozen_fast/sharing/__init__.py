@@ -1,1 +1,1 @@
-"""A trained model for others: model card, upload to the Hugging Face Hub, export to ONNX and torch.export."""
+"""Sharing a trained model: model card, upload to the Hugging Face Hub, export to ONNX and torch.export."""

@@ -1,4 +1,4 @@
-"""A Hub folder from a checkpoint, and its upload."""
+"""Writes a Hub folder from a checkpoint and uploads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_hub_folder(checkpoint: Path, output: Path, *, name: str, licence: str) -> Path:
-    """Copy what a reader of the model needs, without the optimizer's state, and write the model card.
+    """Copy the model's files, without the optimizer's state, and write the model card.
 
     Args:
         checkpoint: a frozen_fast checkpoint folder.
@@ -26,7 +26,7 @@ def write_hub_folder(checkpoint: Path, output: Path, *, name: str, licence: str)
         licence: of the weights.
 
     Raises:
-        UserError: the checkpoint lacks a file, the name is no ORG/NAME, or the folder holds something.
+        UserError: the checkpoint lacks a file, the name is not ORG/NAME, or the folder is not empty.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"--repo: got {name!r}; allowed: ORG/NAME")
@@ -34,10 +34,10 @@ def write_hub_folder(checkpoint: Path, output: Path, *, name: str, licence: str)
     if missing:
         raise UserError(
             f"--checkpoint: got {str(checkpoint)!r}, which lacks {missing[0]}; allowed: a frozen_fast folder "
-            "(`frozen-fast convert-checkpoint` makes one of a released file)"
+            "(`frozen-fast convert-checkpoint` converts a released file)"
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output: got {str(output)!r}, which holds something; allowed: a new or empty folder")
+        raise UserError(f"--output: got {str(output)!r}, which is not empty; allowed: a new or empty folder")
     card = model_card(checkpoint, name, licence)
     output.mkdir(parents=True, exist_ok=True)
     for file in (*MODEL_FILES, *OPTIONAL_FILES):
@@ -51,7 +51,7 @@ def upload(folder: Path, name: str, *, private: bool) -> str:
     """Upload a folder to the Hub under the user's own login.
 
     Returns:
-        The commit's address.
+        URL of the commit.
 
     Raises:
         UserError: not logged in, offline, or refused.

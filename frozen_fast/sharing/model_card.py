@@ -1,4 +1,4 @@
-"""A model card (README.md of a Hub folder) from what a run's folder says: data, training, results, licence."""
+"""A model card (README.md of a Hub folder) from a run folder: data, training, results, licence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def model_card(checkpoint: Path, name: str, licence: str) -> str:
-    """Write the card's text; what no run says is said to be unknown.
+    """Return the card's text; information without a run is "unknown".
 
     Args:
         checkpoint: a checkpoint folder.

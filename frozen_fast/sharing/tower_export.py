@@ -1,4 +1,4 @@
-"""Both towers of a dual encoder as ONNX or torch.export programs that need neither this library nor PyTorch's.
+"""Exports both towers of a dual encoder as ONNX or torch.export programs, which run without this library.
 
 Axis letters: B batch, T frames, R resolution, L text tokens, D width.
 """
@@ -56,13 +56,13 @@ class TextProgram(nn.Module):
 def export_towers(
     checkpoint: str | Path, output: Path, *, frames: int | None = None, expansion: str = "zero", format: str = "onnx"
 ) -> list[Path]:
-    """Write a video and a text program; the batch is free, the number of frames fixed.
+    """Write a video and a text program; the batch size is dynamic, the number of frames fixed.
 
     Args:
         checkpoint: a folder, a released file, or ORG/NAME on the Hub.
         output: folder; also gets the tokenizer and export.json (resolution, frames, mean and std of the pixels).
         frames: T; None: as many as the checkpoint learned.
-        expansion: how temporal embeddings of more frames are made.
+        expansion: expansion of the temporal embeddings to more frames.
         format: "onnx" or "torch" (torch.export's .pt2).
 
     Returns:
@@ -94,7 +94,9 @@ def export_towers(
         for program, path in zip(programs, paths, strict=True):
             _save(program, path, format)
     except ImportError as error:
-        raise UserError(f"--format: got onnx, but {error.name} is missing; pip install 'frozen-fast[export]'") from None
+        raise UserError(
+            f"--format: got onnx, but {error.name} is missing; install it: pip install -e '.[export]'"
+        ) from None
     except RuntimeError as error:  # torch.export's and the ONNX exporter's errors
         raise UserError(f"checkpoint: got {checkpoint}, which cannot be exported ({reason(error)})") from error
     if model.tokenizer is not None:

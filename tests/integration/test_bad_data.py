@@ -85,7 +85,7 @@ def test_evaluation_refuses_a_bad_clip_and_can_be_told_to_leave_it_out(data: dic
         "evaluation": {"every": "end", "sources": [{"name": "held_out", "path": str(data["videos"])}]},
     }
     config = tiny_config(data, tmp_path / "run", **sections)
-    with pytest.raises(UserError, match="cannot be read: .*allowed: data.decode.on_bad_clip=skip leaves it out"):
+    with pytest.raises(UserError, match="cannot be read: .*allowed: data.decode.on_bad_clip=skip excludes it"):
         train(config)
     assert survey(tmp_path / "run" / "checkpoints").usable is not None
     decode = {"backend": "pyav", "threads": 1, "on_bad_clip": "skip", "max_bad_share": 0.5}

@@ -131,8 +131,8 @@ def test_damaged_result_files_are_told_and_the_run_continues(
         file.write(b"\0" * 500 + b'\n{"step": 9, "sta')
     assert train(experiment(data, copy), resume="auto") == 0
     told = capsys.readouterr().err
-    assert "metrics.json cannot be read: kept as metrics.damaged_1.json" in told
-    assert "steps.jsonl: 2 line(s) cannot be read" in told
+    assert "metrics.json cannot be read: renamed to metrics.damaged_1.json" in told
+    assert "steps.jsonl: 2 unreadable line(s) removed" in told
     assert losses(copy) == losses(straight)
     assert_same_weights(copy, straight)
 

@@ -153,7 +153,7 @@ def test_the_last_checkpoint_is_a_model_and_only_the_newest_are_kept(finished: P
 
 def test_a_second_start_in_the_same_folder_is_refused_and_changes_nothing(finished: Path) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="already holds a run; allowed: --resume auto to continue it"):
+    with pytest.raises(UserError, match="already contains a run; allowed: --resume auto to continue it"):
         train(load_config(finished / "config.yaml"))
     with pytest.raises(UserError, match="^--resume: the config differs .* seed was 1, got 2"):
         train(load_config(finished / "config.yaml", ["seed=2"]), resume="auto")

@@ -152,4 +152,4 @@ def test_seeds_are_run_one_after_the_other_and_averaged(store: Path, tmp_path: P
     written = (tmp_path / "run" / "seeds.md").read_text(encoding="utf-8")
     assert "Collaborative Experts, MSVD" in written and (tmp_path / "run" / "seeds.html").is_file()
     assert main(["train", "--config", str(tmp_path / "experiment.yaml"), "--seeds", "1,1"]) == 2
-    assert "--seeds: got '1,1'; allowed: different whole numbers" in capfd.readouterr().err
+    assert "--seeds: got '1,1'; allowed: distinct whole numbers" in capfd.readouterr().err

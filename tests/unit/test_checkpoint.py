@@ -253,5 +253,5 @@ def test_settings_of_speed_and_place_may_change(section: str, change: dict) -> N
     ],
 )
 def test_settings_of_meaning_may_not(change: dict, key: str) -> None:
-    with pytest.raises(UserError, match=f"^--resume: the config differs from the run's: .*{key}"):
+    with pytest.raises(UserError, match=f"^--resume: the config differs from that of the run: .*{key}"):
         check_same_run(BASE, {**BASE, **change})

@@ -40,7 +40,7 @@ CANNOT = {
         ("dali", name): "reads mjpeg, vp8, vp9 and not"
         for name in ("h264_b", "vfr_h264", "rotated_h264", "edit_list_h264", "mpeg4")
     },
-    **{(backend, "mpeg4"): "does not tell its frames' times" for backend in ("torchcodec", "decord")},
+    **{(backend, "mpeg4"): "has no frame times" for backend in ("torchcodec", "decord")},
     **{("decord", name): "hides frames" for name in ("vp8_hidden", "edit_list_h264", "edit_list_vp9")},
     ("torchcodec", "vp8_hidden"): "counts 20 frames, the file has 19",
 }

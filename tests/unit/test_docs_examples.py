@@ -22,4 +22,4 @@ def test_the_worked_example_of_the_evaluation_page() -> None:
             checked += 1
         else:
             exec(code, scope)
-    assert checked == 2
+    assert checked == 3

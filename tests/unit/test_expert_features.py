@@ -78,7 +78,7 @@ def test_a_pickle_that_names_anything_else_is_refused(content: dict, tmp_path: P
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.pickle"
     path.write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match="is no pickle of features .*which is refused"):
+    with pytest.raises(UserError, match="is not a pickle of features .*which is refused"):
         open_feature_pickle(path)
     assert not (tmp_path / "owned").exists()
 
@@ -87,7 +87,7 @@ def test_a_cut_pickle_is_refused(tmp_path: Path) -> None:
     data = pickle.dumps({"a": np.arange(1000.0)})
     for length in (0, 10, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.pickle").write_bytes(data[:length])
-        with pytest.raises(UserError, match="is no pickle of features"):
+        with pytest.raises(UserError, match="is not a pickle of features"):
             open_feature_pickle(tmp_path / "cut.pickle")
 
 
@@ -118,7 +118,7 @@ def test_the_store_holds_what_the_pickles_held(released) -> None:
 def test_files_are_found_by_the_layouts_rule(released) -> None:
     root = released[3]
     assert find_expert(root, "scene.densenet161.0").parent.name == "aggregated_scene_25fps_256px_stride1_offset0"
-    with pytest.raises(UserError, match="expert: i3d.i3d.0 is at none of .*allowed: --file i3d.i3d.0=FILE"):
+    with pytest.raises(UserError, match="expert: i3d.i3d.0 matches none of .*allowed: --file i3d.i3d.0=FILE"):
         find_expert(root, "i3d.i3d.0")
     with pytest.raises(UserError, match="expert: got 'flo'"):
         find_expert(root, "flo")
@@ -234,7 +234,7 @@ def test_the_command_converts_and_names_what_is_wrong(released, tmp_path: Path, 
     assert main([*arguments, "--file", "face=nowhere"]) == 2
     assert "--file: got 'face=nowhere'; allowed: NAME=FILE" in capsys.readouterr().err
     assert main([*arguments, "--expert", "i3d.i3d.0"]) == 2
-    assert "i3d.i3d.0 is at none of" in capsys.readouterr().err
+    assert "i3d.i3d.0 matches none of" in capsys.readouterr().err
 
 
 MEMORY_SCRIPT = """

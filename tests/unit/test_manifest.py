@@ -115,7 +115,7 @@ def test_a_misspelt_split_is_counted_and_told(tmp_path: Path, caplog: pytest.Log
     rows = [GOOD | {"id": str(number), "split": name} for number, name in enumerate(names)]
     source = read(write(tmp_path, rows))
     assert len(source.clips) == 1 and source.drops == {"split 'trian' (did you mean 'train'?)": 2}
-    assert "2 rows left out: split 'trian' (did you mean 'train'?) (1, 3)" in caplog.text
+    assert "dropped 2 rows: split 'trian' (did you mean 'train'?) (1, 3)" in caplog.text
     assert read(write(tmp_path, rows), split="test").drops == {}
 
 

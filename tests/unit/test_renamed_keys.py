@@ -39,8 +39,8 @@ def test_old_keys_are_read_with_a_warning_each(tmp_path: Path, caplog: pytest.Lo
     assert (config.tracking.project, config.tracking.run_name) == ("p", "n")
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(messages) == 7
-    assert f"data.sources[1].cut ({path} line 3) is an old name, use data.sources[1].split_version" in messages
-    assert f"wandb.mode ({path} line 6) is an old name, use tracking.trackers and tracking.wandb_mode" in messages
+    assert f"data.sources[1].cut ({path} line 3) was renamed, use data.sources[1].split_version" in messages
+    assert f"wandb.mode ({path} line 6) was renamed, use tracking.trackers and tracking.wandb_mode" in messages
 
 
 def test_old_keys_in_overrides() -> None:
@@ -84,8 +84,8 @@ def test_old_values_are_read_with_a_warning(old: str, caplog: pytest.LogCaptureF
     assert config_from_mapping({}, [f"model.video.attention={old}"]).model.video.attention == "cpu_c"
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        f"model.video.attention={old} is an old name, use model.video.attention=cpu_c",
-        f"model.video.attention={old} (command line) is an old name, use model.video.attention=cpu_c",
+        f"model.video.attention={old} was renamed, use model.video.attention=cpu_c",
+        f"model.video.attention={old} (command line) was renamed, use model.video.attention=cpu_c",
     ]
     caplog.clear()
     assert config_from_mapping({"model": {"video": {"attention": "sdpa"}}}).model.video.attention == "sdpa"

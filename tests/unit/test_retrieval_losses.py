@@ -124,5 +124,5 @@ def test_the_config_chooses_the_loss(name: str, kind: type[RetrievalLoss]) -> No
 def test_unknown_losses_and_uneven_features_are_refused() -> None:
     with pytest.raises(UserError, match=r"loss.name: got 'infonc' \(did you mean 'infonce'\?\)"):
         build_loss(config_from_mapping({"loss": {"name": "infonc"}}).loss)
-    with pytest.raises(UserError, match="loss: got features of shapes .*one number of rows"):
+    with pytest.raises(UserError, match="loss: got features of shapes .*the same number of rows"):
         gathered_loss(two_similarities, LOSSES["infonce"], {"a": torch.ones(2, 4)}, {"a": torch.ones(3, 4)})

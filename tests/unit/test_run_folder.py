@@ -49,7 +49,7 @@ def test_an_empty_folder_is_no_run_and_a_step_makes_one(tmp_path: Path) -> None:
     folder.create()
     folder.refuse_to_overwrite()
     folder.append_steps([{"step": 1}])
-    with pytest.raises(UserError, match="already holds a run; allowed: --resume auto"):
+    with pytest.raises(UserError, match="already contains a run; allowed: --resume auto"):
         folder.refuse_to_overwrite()
 
 
@@ -118,9 +118,9 @@ def test_status_names_the_step_and_the_exit_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("metrics.json", b"{", "metrics.json cannot be read: kept as metrics.damaged_1.json"),
+        ("metrics.json", b"{", "metrics.json cannot be read: renamed to metrics.damaged_1.json"),
         ("metrics.json", b'{"evaluations": [{"metrics": {}}]}', "metrics.json cannot be read"),
-        ("stages.json", b"[1, 2]", "stages.json cannot be read: kept as stages.damaged_1.json"),
+        ("stages.json", b"[1, 2]", "stages.json cannot be read: renamed to stages.damaged_1.json"),
         ("stages.json", b"\xff\xfe\x00", "stages.json cannot be read"),
         ("environment.json", b"[" * 100_000, "environment.json cannot be read"),
         ("steps.jsonl", b'{"step": 1, "stage": 0}\n\0\0\0\0\n{"step": "x"}\n', "steps.jsonl: 2 line"),

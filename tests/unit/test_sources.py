@@ -62,7 +62,7 @@ def test_webvid_counts_each_row_that_it_leaves_out(tmp_path: Path, caplog: pytes
     assert source.drops == {"no page_dir": 2, "file not on disk": 3, "duplicate id": 2, "no videoid": 1}
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 4
-    assert any("source web: 3 rows left out: file not on disk" in message for message in messages)
+    assert any("source web: dropped 3 rows: file not on disk" in message for message in messages)
 
 
 def test_a_row_without_caption_is_counted(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_source_whose_clips_are_all_left_out_is_an_error(tmp_path: Path) -> No
     for path in tmp_path.rglob("*.mp4"):
         path.unlink()
     assert len(ids) == 3
-    with pytest.raises(UserError, match=r"data.sources\[0\]: no clip is left of .*file not on disk: 3"):
+    with pytest.raises(UserError, match=r"data.sources\[0\]: no clip remains of .*file not on disk: 3"):
         read("webvid", tmp_path, split_version="2M")
 
 

@@ -135,7 +135,7 @@ def test_a_tracker_that_fails_is_left_out(
     first, second = recorders
     assert first.rows == [] and second.rows == [({"loss": 1.0}, 1), ({"loss": 2.0}, 2)]
     assert [record.getMessage() for record in caplog.records] == [
-        "tracker recorder gets no more numbers: ConnectionError: gone"
+        "tracker recorder failed and is no longer used: ConnectionError: gone"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Clips to frames: one protocol, four backends, and errors that name the clip and the cause."""
+"""Decoding of clips: one protocol, four backends, and errors that name the clip and the cause."""
 
 from frozen_fast.data.decode.backends import BACKENDS, build_decoder, unavailable_backends
 from frozen_fast.data.decode.probe import probe

@@ -1,4 +1,4 @@
-"""Send each clip to the fastest backend that reads its codec on this device."""
+"""The `auto` backend: decodes each clip with the fastest backend for its codec and device."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _say_once(message: str) -> None:
 
 
 class AutoDecoder:
-    """The `auto` backend; each clip's `Decoded.backend` says who read it.
+    """The `auto` backend; `Decoded.backend` names the backend of each clip.
 
-    On a GPU: DALI for the codecs and pictures that it reads there; a clip that it cannot decode (a profile that
-    the chip lacks, say) is tried once more with PyAV before it counts as bad. On a CPU, and for everything else:
-    the first installed of the CPU's order. Backends are looked for in that order (DALI takes seconds to import);
-    one that would have been chosen and is missing is said once.
+    On a GPU: DALI for the codecs and pictures that it reads there; a clip that it cannot decode (such as an
+    unsupported profile) is tried once with PyAV before it counts as bad. On a CPU, and for everything else:
+    the first installed of the CPU's order. Backends are imported in that order (DALI takes seconds to import);
+    a missing one that would have been selected is logged once.
     """
 
     name = "auto"
@@ -51,15 +51,15 @@ class AutoDecoder:
         def usable(backend: str) -> bool:
             reason = missing(backend)
             if reason is not None:
-                _say_once(f"data.decode.backend=auto leaves {backend} out: {reason}")
+                _say_once(f"data.decode.backend=auto does not use {backend}: {reason}")
             return reason is None
 
         self._uses_dali = device.type == "cuda" and usable("dali")
-        self._on_cpu = next((name for name in _CPU_ORDER if usable(name)), "pyav")  # reads pictures anyway
+        self._on_cpu = next((name for name in _CPU_ORDER if usable(name)), "pyav")  # reads pictures too
         self._made: dict[str, Decoder] = {}
 
     def _backend_for(self, request: DecodeRequest) -> str:
-        """The backend's name; clips that cannot be probed go anywhere, the decoder says what is wrong."""
+        """The backend's name; clips that cannot be probed get any backend, which reports the error."""
         if request.kind == "image":
             return "dali" if self._uses_dali else "pyav"
         try:
@@ -76,7 +76,7 @@ class AutoDecoder:
         return self._made[backend].decode(requests)
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
-        """Decode a batch, in order; a bad clip becomes a ClipError in its place."""
+        """Decode a batch, in order; a bad clip gives a ClipError in its place."""
         places: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             places.setdefault(self._backend_for(request), []).append(place)

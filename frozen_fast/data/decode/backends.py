@@ -1,4 +1,4 @@
-"""Choose and build a decoder."""
+"""Selects and builds decoders."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from frozen_fast.data.decode.types import Decoder
 from frozen_fast.errors import UserError
 
 BACKENDS = tuple(name for name in decoders.names() if name != "auto")
-"""The decoders that a clip can be given to, plugins included."""
+"""The decoders that auto selects from, including plugins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
-    """What a decoder is built from.
+    """Arguments for building a decoder.
 
     Attributes:
-        device: where the frames are wanted.
+        device: device of the frames.
         resolution: side of the frames, pixels.
         mean: normalisation mean, RGB in [0, 1].
         std: normalisation standard deviation.
@@ -44,16 +44,16 @@ class DecoderSettings:
     max_pixels: int
 
     def transform(self) -> ViewTransform:
-        """From decoded frames to what the model gets."""
+        """The transform from decoded frames to the model's input."""
         return ViewTransform(self.resolution, self.mean, self.std, self.device)
 
 
 @dataclass(frozen=True)
 class DecoderKind:
-    """What an entry of the table extensions.decoders names.
+    """An entry of the table extensions.decoders.
 
     Attributes:
-        missing: why the decoder cannot be used here, or None.
+        missing: returns why the decoder cannot be used, or None.
         build: builds it; called in the thread or process that uses it.
     """
 
@@ -108,7 +108,7 @@ PYAV = DecoderKind(av_missing, lambda settings: _threaded("pyav", pyav.read_fram
 
 @lru_cache
 def _missing(backend: str) -> str | None:
-    """Why a backend cannot be used here, or None; PyAV is needed by all, since it finds the frames."""
+    """Why a backend cannot be used, or None. All need PyAV, which indexes the frames."""
     kind: DecoderKind = decoders.load(backend)
     return av_missing() or kind.missing()
 
@@ -132,8 +132,8 @@ def build_decoder(
     """Build a decoder; call it in the thread or process that will use it.
 
     Args:
-        backend: a name of extensions.decoders; auto: each clip goes to the fastest that reads its codec.
-        device: where the frames are wanted.
+        backend: a name of extensions.decoders; auto: the fastest that supports a clip's codec.
+        device: device of the frames.
         resolution: side of the frames, pixels.
         mean: normalisation mean, RGB in [0, 1].
         std: normalisation standard deviation.

@@ -1,6 +1,6 @@
-"""Is a file's outer structure whole? Reads element headers only, so that a cut or damaged file is named as such.
+"""Checks a video file's container structure from its element headers, to detect truncated and damaged files.
 
-FFmpeg's demuxers read what they can of a cut file and say nothing; a clip would silently be shorter than it is.
+FFmpeg's demuxers read a truncated file without an error, so its clip would silently be too short.
 Sources: Matroska (RFC 9559, RFC 8794 for EBML) and the ISO base media file format (ISO 14496-12).
 """
 
@@ -32,7 +32,7 @@ _MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"s
 
 
 def container_name(path: str) -> str | None:
-    """Name the container by a file's first bytes, None where they are of no video container."""
+    """Return the container's name by a file's first bytes, None for other files."""
     with open(path, "rb") as file:
         start = file.read(16)
     if start[:4] == b"RIFF" and start[8:12] == b"AVI ":
@@ -43,13 +43,13 @@ def container_name(path: str) -> str | None:
 
 
 def structure_fault(path: str) -> Fault | None:
-    """Find where a Matroska/WebM, MP4/MOV or AVI file ends too early or stops making sense.
+    """Find a truncation or an invalid element in a Matroska/WebM, MP4/MOV or AVI file.
 
     Args:
         path: a regular file that is not empty.
 
     Returns:
-        The fault, or None (also for containers that this does not know).
+        The fault, or None (also for other containers).
     """
     name = container_name(path)
     check = {"Matroska": _matroska_fault, "MP4": _mp4_fault, "AVI": _avi_fault}.get(name or "")
@@ -134,7 +134,7 @@ def _nonsense(offset: int, limit: int, size: int) -> Fault:
 
 def _overrun(offset: int, limit: int, size: int) -> Fault:
     cause: Cause = "truncated" if limit == size else "decode_failed"
-    return Fault(cause, f"the Matroska element at byte {offset} runs past the end of what holds it")
+    return Fault(cause, f"the Matroska element at byte {offset} ends after its parent element")
 
 
 def _mp4_fault(descriptor: int, size: int) -> Fault | None:
@@ -168,9 +168,9 @@ def _avi_fault(descriptor: int, size: int) -> Fault | None:
 
 
 def avi_dropped_frames(path: str) -> int:
-    """Count the frames of an AVI's video that hold nothing: entries of size 0 in its index (the frame before stays).
+    """Count an AVI's dropped frames: entries of size 0 in its index, which repeat the previous frame.
 
-    Recorders write them for frames that came too late; FFmpeg's demuxer leaves them out.
+    Recorders write them for late frames; FFmpeg's demuxer skips them.
     """
     with open(path, "rb") as file:
         file.seek(12)

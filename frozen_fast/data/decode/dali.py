@@ -1,8 +1,7 @@
 """DALI: decode, crop, resize, flip and normalise in one pipeline on the training device.
 
-Each clip goes in with its own list of frame numbers. Two of DALI's habits are dealt with here: it decodes a file
-from its start to the last frame asked for (see excerpt.py), and where frames cannot be decoded it may hand out
-black ones, which are checked against PyAV before they are believed.
+Each clip has its own list of frame numbers. DALI decodes a file from its start to the last requested frame (see
+excerpt.py), and may return black frames if decoding fails, so black frames are checked with PyAV.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ _BLACK = 2  # of 255: no pixel of a frame is brighter
 
 
 def _reason(error: RuntimeError) -> str:
-    """The line of DALI's report, some twenty lines long, that says what happened."""
+    """The line of DALI's long error report with the cause."""
     text = " ".join(str(error).split())
     return text.rpartition("encountered: ")[2].partition(" C++ context")[0][:300]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request made ready for the pipeline; sizes and boxes in stored pixels."""
+    """A request prepared for the pipeline; sizes and boxes in stored pixels."""
 
     request: DecodeRequest
     graph: GraphKind
@@ -72,7 +71,7 @@ class DaliDecoder:
         pictures: ThreadedDecoder,
         others: Sequence[str] = (),
     ) -> None:
-        """Hold the settings; `others` are the backends that can be used in place of this one, for messages."""
+        """Store the settings; `others` are alternative backends, for messages."""
         self._others = others
         self._device = device
         self._resolution = resolution
@@ -86,10 +85,10 @@ class DaliDecoder:
         self._pool = DaemonPool(threads, "dali-read")
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
-        """Decode a batch, in order; a bad clip becomes a ClipError in its place.
+        """Decode a batch, in order; a bad clip gives a ClipError in its place.
 
         Raises:
-            UserError: a clip's codec is one that DALI does not read on this device.
+            UserError: DALI does not support a clip's codec on this device.
         """
         if self._process != os.getpid():  # pipelines do not survive a fork
             self._pipelines, self._process = {}, os.getpid()
@@ -154,7 +153,7 @@ class DaliDecoder:
         )
 
     def _batches(self, outcomes: Sequence[Job | Decoded | ClipError]) -> Iterator[list[int]]:
-        """Places of jobs that go through one pipeline run: one graph, bounded memory."""
+        """Indices of jobs for each pipeline run: one graph, bounded memory."""
         limit = _BATCH_BYTES[self._device.type]
         groups: dict[GraphKind, list[int]] = {}
         filled: dict[GraphKind, int] = {}
@@ -170,7 +169,7 @@ class DaliDecoder:
         yield from (group for group in groups.values() if group)
 
     def _run(self, jobs: list[Job]) -> list[Decoded | ClipError]:
-        """One pipeline run; where it fails, each clip by itself, so that only the bad one is lost."""
+        """Run the pipeline; if it fails, run it for each clip, so that only the bad clip fails."""
         try:
             frames, peaks = self._run_pipeline(jobs, 1 if len(jobs) == 1 else _BATCH_CLIPS)
         except RuntimeError as error:
@@ -209,11 +208,11 @@ class DaliDecoder:
                 mirror=[np.array(job.flip and not job.rotation_degrees, np.int32) for job in jobs],
             )
         except RuntimeError:
-            del self._pipelines[slot]  # a pipeline that failed once does not run again
+            del self._pipelines[slot]  # a pipeline cannot run again after a failure
             raise
 
     def _finish(self, job: Job, frames_TCHW: Tensor, peak_T: np.ndarray) -> Decoded | ClipError:
-        """Turn a rotated clip upright, and believe black frames only where another decoder sees them too."""
+        """Rotate a clip upright, and accept black frames only if PyAV decodes them too."""
         if (peak_T <= 0).any():
             problem = self._doubt(job, np.flatnonzero(peak_T <= 0))
             if problem is not None:
@@ -224,7 +223,7 @@ class DaliDecoder:
         return Decoded(frames_TCHW, self.name)
 
     def _doubt(self, job: Job, positions: np.ndarray) -> ClipError | None:
-        """Decode frames that came out all black with PyAV; the error where they are not black, or cannot be."""
+        """Decode black frames again with PyAV; return an error if they are not black or cannot be decoded."""
         path = os.fspath(job.request.path)
         if job.request.kind == "image":
             return None  # a black picture; a broken one raises
@@ -235,7 +234,7 @@ class DaliDecoder:
         except ClipError as error:
             return error
         if seen.reshape(len(numbers), -1).max(axis=1).max() > _BLACK:
-            return ClipError("decode_failed", "DALI gives black frames where there are pictures", path)
+            return ClipError("decode_failed", "DALI returns black frames for frames that are not black", path)
         return None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The DALI graphs: encoded clip in, normalised frames out."""
+"""The DALI graphs, from encoded clips to normalised frames."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _INPUTS = {
 
 
 def missing() -> str | None:
-    """Why DALI cannot be used here, or None."""
+    """Why DALI cannot be used, or None."""
     try:
         import nvidia.dali.fn  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
@@ -109,7 +109,7 @@ def run_pipeline(
         pipeline: from build_pipeline.
         graph: of the same pipeline.
         device: likewise.
-        copies: on a GPU, what copies out of DALI's buffers, one for each pipeline; none on a CPU.
+        copies: on a GPU, a CopyStream for each pipeline; None on a CPU.
         inputs: per clip: `encoded` [bytes] uint8, `frames` [T] int32, `size` [2] float32 (height, width of the first
             resize), `start` and `shape` [2] int32 (the crop), `mirror` scalar int32.
 
@@ -117,7 +117,7 @@ def run_pipeline(
         Per clip: float32 frames [T, 3, R, R] on the device, and each decoded frame's largest value [T].
 
     Raises:
-        RuntimeError: DALI could not decode one of the clips; the pipeline is of no further use.
+        RuntimeError: DALI could not decode one of the clips; the pipeline cannot be used again.
     """
     if copies is not None:
         copies.wait()  # the run below writes into the buffers that they read
@@ -134,9 +134,9 @@ def run_pipeline(
 
 
 class CopyStream:
-    """Copies DALI's output into tensors on a CUDA stream of its own, beside what the GPU computes.
+    """Copies DALI's output to tensors on a separate CUDA stream, in parallel with computation.
 
-    DALI's next run overwrites its buffers, whatever still reads them: `wait` comes before it.
+    DALI's next run overwrites its buffers, so call `wait` first.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -145,13 +145,13 @@ class CopyStream:
         self._done: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        """Return when the copies that were started last are done."""
+        """Wait for the last copies."""
         if self._done is not None:
             self._done.synchronize()
             self._done = None
 
     def copy(self, outputs: list[Any]) -> list[Tensor]:
-        """Start copying tensors of DALI; what is queued on the caller's stream from now on finds them copied."""
+        """Start copying DALI's tensors; work queued later on the caller's stream waits for the copies."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         compute = torch.cuda.current_stream(self._device)

@@ -1,4 +1,4 @@
-"""Read frames with decord, which turns rotated clips upright by itself."""
+"""Decodes frames with decord, which applies rotation tags itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from frozen_fast.data.decode.types import ClipError
 
 
 def missing() -> str | None:
-    """Why decord cannot be used here, or None."""
+    """Why decord cannot be used, or None."""
     try:
         import decord  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
@@ -23,7 +23,7 @@ def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_p
     """Read frames by number: uint8 [N, H, W, 3], upright.
 
     Raises:
-        ClipError: decode_failed; also where decord sees other frames than the packets say.
+        ClipError: decode_failed; also if decord's frames differ from the packets.
     """
     import decord
 

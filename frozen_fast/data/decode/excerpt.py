@@ -1,7 +1,7 @@
-"""Cut the packets that a few frames need out of a long file, without decoding, into a small file in memory.
+"""Copies the packets that a few frames need to a small file in memory, without decoding.
 
-DALI decodes a file from its start to the last frame asked for. In an excerpt only the groups of pictures that
-hold wanted frames are left, each from its key frame to the last wanted frame.
+DALI decodes a file from its start to the last frame asked for. An excerpt contains only the groups of
+pictures with wanted frames, each from its key frame to the last wanted frame.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LARGE_FILE_BYTES = 32 * 1024 * 1024
 
 
 class Excerpt(NamedTuple):
-    """An encoded file in memory and where the wanted frames are in it."""
+    """An encoded file in memory and the indices of the wanted frames in it."""
 
     encoded: np.ndarray  # [bytes] uint8
     frame_indices: np.ndarray  # [N] int32
@@ -40,7 +40,7 @@ def packet_runs(index: ClipIndex, frame_indices: Sequence[int]) -> list[tuple[in
 
 
 def whole_file(path: str, num_frames: int, frame_indices: Sequence[int]) -> Excerpt:
-    """The file as it is."""
+    """The unchanged file."""
     return Excerpt(np.fromfile(path, np.uint8), np.array(frame_indices, np.int32), num_frames)
 
 
@@ -54,7 +54,7 @@ def excerpt(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixel
         max_pixels: as for the other readers.
 
     Raises:
-        ClipError: decode_failed where the packets cannot be found again.
+        ClipError: decode_failed if the packets cannot be found again.
     """
     import av
 
@@ -85,10 +85,9 @@ def excerpt(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixel
 
 
 def cheapest(path: str, index: ClipIndex, frame_indices: Sequence[int], max_pixels: int, saving: int) -> Excerpt:
-    """The file as it is, or an excerpt where that spares the decoder `saving` frames, or where it must be one.
+    """The unchanged file, or an excerpt if it saves decoding at least `saving` frames or is required.
 
-    It must be one where the file's packets are not its frames (edit lists), and where it is too large to be held
-    in memory whole.
+    It is required if the file's packets are not its frames (edit lists), or if the file is too large for memory.
     """
     if not index.plain or os.path.getsize(path) > _LARGE_FILE_BYTES:
         return excerpt(path, index, frame_indices, max_pixels)

@@ -1,8 +1,8 @@
-"""FFmpeg's shared libraries for torchcodec, out of the PyAV wheel, on machines without the system's ffmpeg.
+"""Provides the FFmpeg libraries of the PyAV wheel to torchcodec, on machines without the ffmpeg package.
 
-`python -m frozen_fast.data.decode.ffmpeg_libraries [FOLDER]` makes a folder of links to the libraries that the
-installed `av` wheel carries, under the names that torchcodec looks for, and prints it. Start Python with
-LD_LIBRARY_PATH set to it: the loader reads that variable once, so a running process cannot do this for itself.
+`python -m frozen_fast.data.decode.ffmpeg_libraries [FOLDER]` creates a folder of links to the libraries in the
+installed `av` wheel, with the names that torchcodec looks for, and prints it. Start Python with
+LD_LIBRARY_PATH set to it: the loader reads that variable at the start of a process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def link_ffmpeg_libraries(folder: Path) -> Path:
     own names, so that no library of the system is shadowed.
 
     Raises:
-        UserError: there is no `av` wheel with libraries of its own here.
+        UserError: there is no `av` wheel with FFmpeg libraries.
     """
     spec = importlib.util.find_spec("av")
     libraries = Path(spec.origin).parent.parent / "av.libs" if spec is not None and spec.origin else None

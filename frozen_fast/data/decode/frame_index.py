@@ -1,4 +1,4 @@
-"""Where the frames of a video file are: read from its packets, without decoding them where that is exact."""
+"""Frame index of a video file, from its packets without decoding if that is exact."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ClipIndex:
     """The packets of a file's video stream.
 
     Attributes:
-        info: what a caller sees.
+        info: frame count, rate and size.
         stored_height: pixels as stored, before the rotation tag.
         stored_width: likewise.
         frame_pts: [num_frames] int64, ascending: each frame's time in the stream's unit.
@@ -43,7 +43,7 @@ class ClipIndex:
         packet_is_key: [num_packets] bool: decoding can start here.
         packet_yields: [num_packets] bool: decoding it gives a picture, which an edit list may still hide.
         seekable: every frame has a time of its own, so that it can be found from the nearest key frame.
-            False: frames are found by counting from the start.
+            False: frames are counted from the start.
         plain: the frames are exactly the file's packets: nothing hidden, nothing cut away by an edit list.
     """
 
@@ -66,7 +66,7 @@ class ClipIndex:
 
 
 def av_missing() -> str | None:
-    """Why PyAV, which finds the frames of every video whatever decodes them, cannot be used here, or None."""
+    """Why PyAV, which indexes the frames for every backend, cannot be used, or None."""
     try:
         import av  # noqa: F401
     except (ImportError, OSError) as error:
@@ -86,7 +86,9 @@ def opened(
     """
     reason = av_missing()
     if reason is not None:
-        raise UserError(f"data.decode: got {path}, but {reason}; allowed without it: pictures (pip install av)")
+        raise UserError(
+            f"data.decode: got {path}, but {reason}; allowed: pictures only, or videos after pip install av"
+        )
     import av
     from av.stream import Disposition
     from av.video.stream import VideoStream
@@ -144,7 +146,7 @@ def read_index(path: str, *, max_pixels: int) -> ClipIndex:
     """Index a video file that exists and is not empty.
 
     Raises:
-        ClipError: with any of the causes but missing, directory, empty and timeout.
+        ClipError: with any cause except missing, directory, empty and timeout.
     """
     try:
         packets = _demux(path, max_pixels)
@@ -225,7 +227,7 @@ def _frame_times(path: str, packets: _Packets, max_pixels: int) -> tuple[np.ndar
 
 
 def _check_whole(path: str, packets: _Packets, max_pixels: int) -> None:
-    """Refuse a file whose structure ends early, or whose header promises more frames than it has packets."""
+    """Raise for a truncated file, or one with fewer packets than frames in its header."""
     fault = structure_fault(path)
     if fault is not None:
         raise ClipError(fault.cause, fault.message, path)
@@ -237,7 +239,7 @@ def _check_whole(path: str, packets: _Packets, max_pixels: int) -> None:
     if packets.header_frames > count and packets.container_format == "avi":
         count += avi_dropped_frames(path)
     if packets.header_frames > count:
-        message = f"the header claims {packets.header_frames} frames, the file holds {count}"
+        message = f"the header claims {packets.header_frames} frames, the file has {count}"
         raise ClipError("truncated", message, path)
 
 
@@ -281,7 +283,7 @@ def _vp9_is_shown(frame: bytes) -> bool:
 
 
 def _count_by_decoding(path: str, max_pixels: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a whole stream whose packets do not tell its frames: (times in its unit, seconds from the first)."""
+    """Decode a stream whose packets are not frames: (times in its unit, seconds from the first)."""
     times: list[float] = []
     with opened(path, max_pixels=max_pixels) as (container, stream):
         for frame in container.decode(stream):

@@ -1,8 +1,8 @@
-"""Still pictures: header checks, and deliberate rules for every pixel mode.
+"""Still pictures: header checks, and conversion of every pixel mode to RGB.
 
-A picture is turned upright by its EXIF orientation. Transparency is laid over white, as a web page shows it.
-Palettes, grey and CMYK become RGB; 16-bit and floating grey is scaled to 8 bits by its type's range. Of an
-animation the first frame is taken.
+A picture is rotated by its EXIF orientation. Transparent pixels are blended with white. Palettes, grey and CMYK are
+converted to RGB; 16-bit and floating-point grey is scaled to 8 bits by the range of its type. The first frame of an
+animation is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _opened(path: str, max_pixels: int) -> Image.Image:
     """Open a picture's header; its pixels are not decoded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs; here they are refused
+            warnings.simplefilter("ignore")  # Pillow only warns of decompression bombs
             picture = Image.open(path)
     except Image.DecompressionBombError as error:
         raise ClipError("too_large", f"more than the allowed {max_pixels} pixels", path) from error
@@ -41,7 +41,7 @@ def _opened(path: str, max_pixels: int) -> Image.Image:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none or the tag cannot be read."""
+    """The EXIF orientation, 1 if the tag is missing or unreadable."""
     try:
         return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
     except (*_BAD_PICTURE, TypeError):
@@ -62,7 +62,7 @@ def read_picture_info(path: str, *, max_pixels: int) -> VideoInfo:
 
 
 def is_plain_jpeg(path: str, *, max_pixels: int) -> bool:
-    """Whether any JPEG decoder gives the same picture: three components or grey, and a proper end."""
+    """Whether every JPEG decoder returns the same picture: three components or grey, and an end marker."""
     with _opened(path, max_pixels) as picture:
         if picture.format != "JPEG" or picture.mode not in ("RGB", "L"):
             return False

@@ -1,4 +1,4 @@
-"""What is in a file: the checks before any decoder sees it, and a small cache of the answers."""
+"""Checks a file before decoding and reads its frame count, size and rate; results are cached."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _lock = Lock()
 def probe(path: str | Path, kind: Kind, *, max_pixels: int) -> VideoInfo:
     """Find a clip's frames, size, rate and rotation.
 
-    Only packets are read (and the first frame decoded) where packets tell the number of frames exactly: H.264,
-    HEVC, AV1, VP8, VP9 and Motion JPEG in MP4/MOV, Matroska/WebM and AVI. Anything else is decoded once to be
-    counted. The last thousand answers are kept, by path, size and time of change.
+    Reads packets only (and decodes the first frame) if they give the exact number of frames: H.264,
+    HEVC, AV1, VP8, VP9 and Motion JPEG in MP4/MOV, Matroska/WebM and AVI. Other files are decoded once to count
+    frames. The last thousand results are cached by path, size and modification time.
 
     Args:
         path: the file.
@@ -31,7 +31,7 @@ def probe(path: str | Path, kind: Kind, *, max_pixels: int) -> VideoInfo:
         max_pixels: a frame with more pixels is refused before it is decoded.
 
     Raises:
-        ClipError: the file cannot be a clip; its cause says why.
+        ClipError: the file is not a usable clip.
     """
     found = _lookup(path, kind, max_pixels)
     return found.info if isinstance(found, ClipIndex) else found
@@ -88,7 +88,7 @@ def _read(path: str, kind: Kind, max_pixels: int) -> VideoInfo | ClipIndex:
 
 
 def _regular_file(path: str) -> os.stat_result:
-    """The file's status, or a ClipError for what is no regular file with content."""
+    """Return the file's status; raise ClipError if it is not a non-empty regular file."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:

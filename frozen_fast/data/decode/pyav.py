@@ -1,4 +1,4 @@
-"""Read frames with PyAV: from the nearest key frame, every codec that FFmpeg knows."""
+"""Decodes frames with PyAV from the nearest key frame, for every codec of FFmpeg."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_p
         uint8 [N, H, W, 3] RGB, upright.
 
     Raises:
-        ClipError: decode_failed where a frame is missing, damaged or of another size.
+        ClipError: decode_failed if a frame is missing, damaged or of another size.
     """
     with opened(path, max_pixels=max_pixels) as (container, stream):
         from av.video.reformatter import VideoReformatter

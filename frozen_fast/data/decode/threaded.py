@@ -1,4 +1,4 @@
-"""A decoder made of a function that reads frames: a thread per clip, then torchvision's transforms."""
+"""A decoder from a function that reads frames: one thread per clip, then torchvision's transforms."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FrameReader = Callable[[str, ClipIndex, Sequence[int], int], np.ndarray]
 
 
 def check_frame_indices(request: DecodeRequest, num_frames: int) -> None:
-    """Refuse frame numbers that the clip does not have; decoders answer those with black frames.
+    """Check that the clip has the frame numbers; some decoders return black frames otherwise.
 
     Raises:
-        ValueError: the caller's mistake, not the clip's.
+        ValueError: a frame number is out of range.
     """
     wanted = request.frame_indices
     if not wanted or min(wanted) < 0 or max(wanted) >= num_frames:
@@ -32,12 +32,12 @@ def check_frame_indices(request: DecodeRequest, num_frames: int) -> None:
 
 def untimed(backend: str, path: str) -> ClipError:
     """The error of a backend that finds frames by time, for a file whose packets tell none."""
-    message = f"the file does not tell its frames' times, which {backend} needs; decode.backend pyav or auto reads it"
+    message = f"the file has no frame times, which {backend} needs; data.decode.backend=pyav or auto reads it"
     return ClipError("decode_failed", message, path)
 
 
 class ThreadedDecoder:
-    """Decodes each request in a thread of a pool; files are opened for a request and closed after it."""
+    """Decodes each request in a thread of a pool; each request opens and closes its file."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class ThreadedDecoder:
         self._pool = DaemonPool(threads, f"decode-{name}")
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
-        """Decode a batch, in order; a bad clip becomes a ClipError in its place."""
+        """Decode a batch, in order; a bad clip gives a ClipError in its place."""
         return self._pool.map(self.decode_one, requests)
 
     def decode_one(self, request: DecodeRequest) -> Decoded | ClipError:

@@ -1,7 +1,6 @@
-"""Work in daemon threads, which never keep a finished program alive.
+"""Thread pool of daemon threads, which do not block the end of a program.
 
-Python's own thread pools are waited for when the interpreter ends, so a read that never returns would keep a run that
-has failed alive for good, its exit code untold; daemon threads are left behind.
+The interpreter waits for Python's own thread pools at exit, so a read that never returns would keep a failed run alive.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ T = TypeVar("T")
 
 
 class _Raised:
-    """An exception on its way to the thread that asked."""
+    """An exception to raise in the calling thread."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
 class DaemonPool:
-    """A few threads that wait for work until close(); they start with the first work, also after a fork."""
+    """A pool of daemon threads; they start with the first task, also after a fork."""
 
     def __init__(self, threads: int, name: str) -> None:
         """Plan a pool of threads of a given number and name."""
@@ -54,7 +53,7 @@ class DaemonPool:
         return results
 
     def close(self) -> None:
-        """Let the threads end when they are done; waits for none, and harmless when called again."""
+        """End the threads after their tasks, without waiting. Can be called more than once."""
         if self._process == os.getpid():
             for _ in range(self._threads):
                 self._tasks.put(None)
@@ -70,7 +69,7 @@ class DaemonPool:
 
 
 def _work(tasks: queue.SimpleQueue[Any]) -> None:
-    """What a thread does: one task after the other, until it is told to end."""
+    """Run tasks until the pool closes."""
     while (task := tasks.get()) is not None:
         function, item, number, done = task
         try:

@@ -1,4 +1,4 @@
-"""Read frames with torchcodec, exact seeking. It needs FFmpeg's shared libraries on the machine."""
+"""Decodes frames with torchcodec in exact seek mode. It needs FFmpeg's shared libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TIME_TOLERANCE_SECONDS = 2e-3  # Matroska holds milliseconds
 
 
 def missing() -> str | None:
-    """Why torchcodec cannot be used here, or None; found out by reading a frame.
+    """Why torchcodec cannot be used, or None; tested by decoding a frame.
 
     torchcodec 0.10 loads FFmpeg's libraries when it is imported, torchcodec 0.17 when something is decoded.
     """
@@ -28,7 +28,7 @@ def missing() -> str | None:
         return f"torchcodec is not installed ({error})"
     except (RuntimeError, OSError):  # a long report, one paragraph per FFmpeg version
         return (
-            "torchcodec finds no FFmpeg shared libraries of a version it takes: install the system's ffmpeg package, "
+            "torchcodec finds no FFmpeg shared libraries of a supported version: install the system's ffmpeg package, "
             "or set LD_LIBRARY_PATH to what `python -m frozen_fast.data.decode.ffmpeg_libraries` prints"
         )
     return None
@@ -51,7 +51,7 @@ def read_frames(path: str, index: ClipIndex, frame_indices: Sequence[int], max_p
     """Read frames by number: uint8 [N, H, W, 3], upright.
 
     Raises:
-        ClipError: decode_failed; also where torchcodec sees other frames than the packets say.
+        ClipError: decode_failed; also if torchcodec's frames differ from the packets.
     """
     from torchcodec.decoders import VideoDecoder
 

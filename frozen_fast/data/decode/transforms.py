@@ -1,4 +1,4 @@
-"""From decoded frames to the model's input, with torchvision: crop, resize, flip, normalise.
+"""Transforms decoded frames to the model's input with torchvision: crop, resize, flip, normalise.
 
 Axis letters: T frames, C channels (RGB), H and W pixels, R the resolution.
 """

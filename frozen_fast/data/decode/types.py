@@ -1,4 +1,4 @@
-"""What decoding takes and gives: requests, views, decoded frames, and the one error of a bad clip.
+"""Types of decoding: requests, views, decoded frames, and ClipError.
 
 Axis letters: T frames, C channels (RGB), H and W pixels.
 """
@@ -20,14 +20,14 @@ Cause = Literal[
 
 
 class ClipError(Exception):
-    """A clip that cannot be read; it is the clip's fault, so a caller may replace the clip and go on.
+    """A clip that cannot be read. A caller may replace the clip and continue.
 
     Attributes:
-        cause: missing, directory, empty (zero bytes), not_a_video (nor an image where one was asked for),
+        cause: missing, directory, empty (zero bytes), not_a_video (or not an image, if one was requested),
             no_frames (audio only), too_large (more pixels than allowed), truncated (fewer bytes or frames than the
             file claims), decode_failed, timeout.
         message: one line for a log, without the path.
-        path: the file, as it was asked for; empty where it is not known.
+        path: the file; empty if it is not known.
     """
 
     def __init__(self, cause: Cause, message: str, path: str | Path = "") -> None:
@@ -42,12 +42,12 @@ class ClipError(Exception):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds, found without decoding it where that is exact.
+    """Properties of a video or picture file.
 
     Attributes:
-        num_frames: frames that decode, counted (a header's claim is not trusted).
+        num_frames: number of frames that can be decoded, counted, not taken from the header.
         frames_per_second: mean rate over the presentation times; 1.0 for an image or a single frame without a rate.
-        width: pixels as delivered by every backend, that is upright: after the rotation tag.
+        width: pixels after applying the rotation tag, as every backend returns them.
         height: likewise.
         codec: FFmpeg's name of the codec, such as "vp9", "h264", "mjpeg"; "image" for a picture.
         rotation_degrees: clockwise turn (0, 90, 180, 270) that makes the stored frames upright; already in
@@ -64,7 +64,7 @@ class VideoInfo:
     presentation_seconds: np.ndarray = field(default_factory=lambda: np.zeros(1), compare=False, repr=False)
 
     def frame_range(self, start_seconds: float | None, end_seconds: float | None) -> tuple[int, int]:
-        """The frames on screen between two times, from real presentation times (variable rates are right).
+        """The range of frames between two times, from the presentation times (also for variable rates).
 
         Args:
             start_seconds: seconds after the first frame; None: the clip's beginning.
@@ -102,14 +102,14 @@ class TrainView:
 class TestView:
     """Short side to `resize`, centre crop of `resize` x `resize`, then resize to the resolution."""
 
-    __test__ = False  # not a test class, whatever pytest thinks of the name
+    __test__ = False  # not a test class, despite its name
 
     resize: int
 
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """One clip to decode: which frames (any order, repeats allowed) and which view of them."""
+    """One clip to decode: frame indices (any order, repeats allowed) and a view."""
 
     path: str | Path
     kind: Kind
@@ -123,7 +123,7 @@ class Decoded:
 
     Attributes:
         frames_TCHW: float32, normalised, [T, 3, resolution, resolution] on the decoder's device.
-        backend: which backend did it ("dali", "torchcodec", "decord", "pyav"; for pictures "dali" or "pil").
+        backend: the backend that decoded it ("dali", "torchcodec", "decord", "pyav"; for pictures "dali" or "pil").
     """
 
     frames_TCHW: Tensor
@@ -131,14 +131,14 @@ class Decoded:
 
 
 class Decoder(Protocol):
-    """Turns requests into frames. One object per process and thread; make it after a fork, not before."""
+    """Decodes requests. Create one object per process and thread, after a fork."""
 
     name: str
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
-        """Decode a batch, in order; a bad clip becomes a ClipError in its place and harms no other clip."""
+        """Decode a batch, in order; a bad clip gives a ClipError in its place and does not affect other clips."""
         ...
 
     def close(self) -> None:
-        """Free what the decoder holds; it may not be used afterwards."""
+        """Release the decoder's resources; it cannot be used afterwards."""
         ...

@@ -1,10 +1,10 @@
-"""The released structured-symlinks layout to a feature store, one array at a time.
+"""Converts the released structured-symlinks layout to a feature store, one array at a time.
 
 ROOT/aggregated_<type>_<fps>fps_<px>px_stride<s>_offset<o>[_inner_stride<i>]/<model>-<aggregation>.pickle
 ROOT/aggregated_audio*/, aggregated_face*/, aggregated_ocr*/, aggregated_speech*/*.pickle
 ROOT/aggregated_text_feats/<name>.pkl            {video: [tokens x width per caption]}
 ROOT/raw-captions*.pkl                           {video: [[word, ..], ..]}
-ROOT/<list>.txt                                  video ids, one a line
+ROOT/<list>.txt                                  video ids, one per line
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLAIN_EXPERTS: dict[str, tuple[str, ...]] = {
     "antoine-rgb": ("antoine/resnet_features.pickle",),
     "flow": ("antoine/flow_features.pickle",),
 }
-"""Experts without a type.model.number name -> where their pickles are, the first match counts."""
+"""Experts without a type.model.number name -> where their pickles are, the first match is used."""
 
 SET_EXPERTS = ("audio", "ocr", "speech")
 TEXT_FOLDER = "aggregated_text_feats"
@@ -47,12 +47,12 @@ OTHER_NAMES = "dict_youtube_mapping.pkl"
 """Video id -> the name that some pickles use for it."""
 
 ONE_CAPTION_FILES = {"val_list_jsfusion": "jsfusion_val_caption_idx.pkl"}
-"""Split list -> the file that names the one caption of each of its videos that counts."""
+"""Split list -> the file that selects one caption for each of its videos."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote."""
+    """Result of a conversion."""
 
     videos: int
     experts: tuple[StoredFeature, ...]
@@ -72,10 +72,10 @@ def convert_features(
 
     Args:
         root: the structured-symlinks folder.
-        store: written here.
+        store: output folder.
         experts: names, such as imagenet.senet154.0 and ocr.
-        texts: names of text features, the first decides which videos the store holds.
-        files: expert or text name -> its pickle, where the layout's rule does not find it.
+        texts: names of text features; the store contains the videos of the first.
+        files: expert or text name -> its pickle, if the layout's rule does not find it.
 
     Raises:
         UserError: a file is missing, ambiguous or damaged, or features differ in width.
@@ -98,10 +98,10 @@ def convert_features(
 
 
 def find_expert(root: Path, name: str) -> Path:
-    """Where the layout keeps an expert's pickle.
+    """Find an expert's pickle in the layout.
 
     Raises:
-        UserError: nowhere, or at several places.
+        UserError: there is none, or more than one.
     """
     parts = name.split(".")
     if name in PLAIN_EXPERTS:
@@ -116,14 +116,14 @@ def find_expert(root: Path, name: str) -> Path:
             raise UserError(f"expert: {name} is at {some([str(path) for path in found])}; allowed: --file {name}=FILE")
         if found:
             return found[0]
-    raise UserError(f"expert: {name} is at none of {', '.join(patterns)} under {root}; allowed: --file {name}=FILE")
+    raise UserError(f"expert: {name} matches none of {', '.join(patterns)} in {root}; allowed: --file {name}=FILE")
 
 
 def find_text(root: Path, name: str) -> list[Path]:
-    """Where the layout keeps a text feature's pickles: one file, or one for each split.
+    """Find a text feature's pickles in the layout: one file, or one for each split.
 
     Raises:
-        UserError: nowhere.
+        UserError: there is none.
     """
     folder = root / TEXT_FOLDER
     special = [*sorted(folder.glob("w2v_*_openAIGPT.pickle"))] if name == "openai" else []
@@ -243,7 +243,7 @@ def _one_width(arrays: Iterator[ArrayInFile] | Sequence[ArrayInFile], what: Path
 
 
 def _splits(root: Path, videos: set[str]) -> list[Split]:
-    """Every .txt of the root as a split; videos without text features are left out, with their number."""
+    """Read every .txt of the root as a split; videos without text features are dropped and counted."""
     splits = []
     for path in sorted(root.glob("*.txt")):
         listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

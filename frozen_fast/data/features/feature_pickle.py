@@ -1,8 +1,8 @@
-"""Reading a released pickle of features without running anything that it names, and without loading its arrays.
+"""Reads released pickles of features without executing code from them, and loads arrays on demand.
 
 The files hold {video: array}, {video: [array per caption]} or NaN for a missing video. The reader walks the pickle's
-opcodes; an array's bytes are skipped and read later, from their place in the file. Names outside a fixed table are
-refused: nothing is imported and nothing called.
+opcodes; an array's bytes are skipped and read later from the file. Names outside a fixed table are errors, so
+nothing is imported or called.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _DataType:
 
 
 class ArrayInFile:
-    """An array of a feature pickle, read when asked for.
+    """An array of a feature pickle, read on demand.
 
     Attributes:
         shape: its shape.
@@ -103,12 +103,12 @@ class ArrayInFile:
 
 
 def _reconstruct(*_: Any) -> ArrayInFile:
-    """Stands in for numpy's array constructor; __setstate__ follows."""
+    """Replacement for numpy's array constructor; __setstate__ follows."""
     return ArrayInFile()
 
 
 def _from_buffer(data: Any, kind: Any, shape: Any, order: str) -> ArrayInFile:
-    """Stands in for numpy's constructor of protocol 5."""
+    """Replacement for numpy's constructor of protocol 5."""
     array = ArrayInFile()
     array._hold(kind, shape, data)
     array._fortran = order == "F"
@@ -116,7 +116,7 @@ def _from_buffer(data: Any, kind: Any, shape: Any, order: str) -> ArrayInFile:
 
 
 def _scalar(kind: Any, data: Any) -> Any:
-    """Stands in for numpy's scalar constructor."""
+    """Replacement for numpy's scalar constructor."""
     if not isinstance(kind, _DataType) or "O" in kind.code:
         raise pickle.UnpicklingError("a numpy value of an unknown type")
     data = data.encode("latin-1") if isinstance(data, str) else data
@@ -124,14 +124,14 @@ def _scalar(kind: Any, data: Any) -> Any:
 
 
 def _encode(text: Any, encoding: str = "latin1") -> Any:
-    """Stands in for _codecs.encode, which protocol 2 uses for bytes."""
+    """Replacement for _codecs.encode, which protocol 2 uses for bytes."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"encoding {encoding!r}")
     return text._replace(is_text=True) if isinstance(text, LazyBytes) else text.encode("latin-1")
 
 
 def _no_bytes() -> bytes:
-    """Stands in for bytes, which protocol 2 calls for an empty string of bytes."""
+    """Replacement for bytes, which protocol 2 calls for an empty string of bytes."""
     return b""
 
 
@@ -301,7 +301,7 @@ def open_feature_pickle(path: Path) -> dict[str, Any]:
     """The entries of a feature pickle; arrays are ArrayInFile.
 
     Raises:
-        UserError: no such file, no dict, or a pickle of something else.
+        UserError: the file does not exist or is not a pickle of such a dict.
     """
     try:
         with path.open("rb") as file:
@@ -312,12 +312,12 @@ def open_feature_pickle(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged pickle raises almost anything
-        raise UserError(f"{path}: is no pickle of features ({reason(error)})") from None
+        raise UserError(f"{path}: is not a pickle of features ({reason(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: got a {type(value).__name__}; allowed: a dict of video to features")
     return {str(key): entry for key, entry in value.items()}
 
 
 def is_missing(entry: Any) -> bool:
-    """Whether an entry says that the video lacks the feature: None or a NaN number."""
+    """Whether an entry marks a missing feature: None or NaN."""
     return entry is None or (isinstance(entry, float) and entry != entry)

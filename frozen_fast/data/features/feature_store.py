@@ -1,4 +1,4 @@
-"""The feature store: one safetensors file per expert and per text feature, memory-mapped, and who is in which split.
+"""The feature store: one safetensors file per expert and per text feature, memory-mapped, and the splits.
 
     STORE/store.json            format, videos, experts and texts with their widths
     STORE/videos.jsonl          {"id", "captions": [str]} per video, in row order
@@ -7,7 +7,7 @@
     STORE/text/NAME.safetensors      vectors [R, width] float32, ends [captions + 1] int64, video_ends [V + 1] int64
 
 Video v's vectors of an expert are rows ends[v] to ends[v + 1]; one row each for an expert of one vector per video. A
-missing video has available 0 and no rows. Reading maps the file: memory is what the pages in use take.
+missing video has available 0 and no rows. Files are memory-mapped, so only pages in use take memory.
 
 Axis letters: V videos of the store, R rows of a file.
 """
@@ -57,7 +57,7 @@ class StoredFeature:
 
 @dataclass(frozen=True)
 class Split:
-    """The videos of one split, in order; captions: index of the one caption that counts, None: all."""
+    """The videos of one split, in order; captions: index of its caption, None: all."""
 
     name: str
     videos: tuple[str, ...]
@@ -68,7 +68,7 @@ class FeatureStore:
     """A store on disk, opened for reading; picklable, since files are mapped on first use.
 
     Attributes:
-        folder: where it is.
+        folder: its folder.
         experts, texts: name -> StoredFeature.
     """
 
@@ -120,7 +120,7 @@ class FeatureStore:
         """An expert's arrays, mapped.
 
         Raises:
-            UserError: the store lacks it.
+            UserError: the store does not contain it.
         """
         if name not in self.experts:
             raise unknown_name("expert", name, self.experts)
@@ -130,17 +130,17 @@ class FeatureStore:
         """A text feature's arrays, mapped.
 
         Raises:
-            UserError: the store lacks it.
+            UserError: the store does not contain it.
         """
         if name not in self.texts:
             raise unknown_name("model.experts.text", name, self.texts)
         return self._mapped(self.folder / "text" / f"{name}.safetensors")
 
     def text_name(self, name: str) -> str:
-        """The name itself, or that of the only text feature where it is empty.
+        """The name, or that of the only text feature if it is empty.
 
         Raises:
-            UserError: several to choose from.
+            UserError: the name is empty and there are several.
         """
         if name:
             return name
@@ -186,7 +186,7 @@ Rows = Callable[[], Iterator[np.ndarray]]
 
 
 def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], rows: int, width: int, stream: Rows) -> None:
-    """Write a safetensors file whose "vectors" [rows, width] come one array after the other.
+    """Write a safetensors file whose "vectors" [rows, width] are streamed.
 
     Args:
         path: the file; its folder is made.
@@ -260,7 +260,7 @@ def write_store(
     texts: Sequence[StoredFeature],
     splits: Sequence[Split],
 ) -> None:
-    """Write what ties the files together; store.json comes last, so that a store without it is not whole."""
+    """Write the store's description; store.json is written last, so a store without it is incomplete."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{VIDEOS_FILE}.{os.getpid()}.tmp"
     with temporary.open("w", encoding="utf-8") as file:

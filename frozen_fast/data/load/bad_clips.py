@@ -1,4 +1,4 @@
-"""Clips that could not be read: who they were, how many, and when there are too many."""
+"""Counts of unreadable clips, and the limit on their share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BadClip:
         path: its file.
         cause: one of frozen_fast.data.decode.Cause.
         message: one line.
-        replaced_by: id of the clip that took its place; None in evaluation, where nothing does.
+        replaced_by: id of the clip that replaced it; None in evaluation, which replaces no clips.
     """
 
     source: str
@@ -36,22 +36,22 @@ class BadClip:
 
 
 class BadClipLedger:
-    """Counts and names the bad clips of a run.
+    """Counts the bad clips of a run and writes bad_clips.jsonl.
 
     With several ranks, gather every rank's bad clips first (frozen_fast.common.ranks.gather_objects) and record them
-    on all ranks, with a path on rank 0 only; then every rank comes to the same verdict.
+    on all ranks, with a path on rank 0 only. All ranks then have the same counts.
 
     Attributes:
-        clips: clips read well so far.
+        clips: number of readable clips so far.
         causes: cause -> number of bad clips.
     """
 
     def __init__(self, path: Path | None, max_share: float, *, minimum_clips: int = MINIMUM_CLIPS) -> None:
-        """Begin to count.
+        """Start with zero counts.
 
         Args:
             path: bad_clips.jsonl of the run folder; None: write nothing.
-            max_share: the largest share of bad clips among all that were tried.
+            max_share: largest allowed share of bad clips among all clips.
             minimum_clips: number of clips to read before the share is checked.
         """
         self.clips = 0
@@ -68,12 +68,12 @@ class BadClipLedger:
 
     @property
     def share(self) -> float:
-        """Bad clips among all that were tried; 0 at the start."""
+        """Share of bad clips among all clips so far; 0 at the start."""
         tried = self.clips + self.bad
         return self.bad / tried if tried else 0.0
 
     def record(self, step: int, clips: int, bad_clips: Sequence[BadClip]) -> None:
-        """Add one step: how many clips were read well, and which were not."""
+        """Add one step: the number of readable clips, and the bad clips."""
         self.clips += clips
         for bad in bad_clips:
             self.causes[bad.cause] += 1
@@ -82,12 +82,12 @@ class BadClipLedger:
                 append_json_line(self._path, {"step": step, **asdict(bad)})
 
     def check(self, *, final: bool = False) -> None:
-        """Raise a UserError past the allowed share, once enough clips were tried or the run is over."""
+        """Raise a UserError if the share exceeds the limit, once minimum_clips were read or the run is over."""
         tried = self.clips + self.bad
         if (final or tried >= self._minimum_clips) and self.share > self._max_share:
             causes = ", ".join(f"{cause}: {count}" for cause, count in self.causes.most_common())
             raise UserError(
-                f"data.decode.max_bad_share: {self.bad} of {tried} clips could not be read, {100 * self.share:.1f} % "
+                f"data.decode.max_bad_share: {self.bad} of {tried} clips are unreadable, {100 * self.share:.1f} % "
                 f"({causes}{self._last}); allowed: {100 * self._max_share:g} %"
             )
 
@@ -96,5 +96,5 @@ class BadClipLedger:
         return {"clips": self.clips, "causes": dict(self.causes)}
 
     def resume(self, counts: Mapping[str, Any]) -> None:
-        """Take up a checkpoint's counts, as to_json gave them."""
+        """Restore a checkpoint's counts, as returned by to_json."""
         self.clips, self.causes = int(counts["clips"]), Counter(counts["causes"])

@@ -41,13 +41,13 @@ _PROBED_AT_ONCE = 16
 
 @dataclass
 class EvaluationBatch:
-    """Some windows; those of one clip may span batches.
+    """A batch of windows; the windows of one clip may span batches.
 
     Attributes:
         windows: float32, normalised [N, T, 3, H, W], N at most the batch size; with padded short clips a dict of
             "video" and "frame_mask" [N, T].
         clip_indices: the clip of each window, as an index into source.clips.
-        clip_windows: for each window, how many windows its clip has.
+        clip_windows: for each window, the number of windows of its clip.
     """
 
     windows: Tensor | dict[str, Tensor]
@@ -55,13 +55,13 @@ class EvaluationBatch:
     clip_windows: list[int]
 
     def pin_memory(self) -> EvaluationBatch:
-        """Itself in page-locked memory."""
+        """Return a copy in page-locked memory."""
         if isinstance(self.windows, dict):
             return replace(self, windows={name: pinned(tensor) for name, tensor in self.windows.items()})
         return replace(self, windows=pinned(self.windows))
 
     def to(self, device: torch.device) -> EvaluationBatch:
-        """Itself on a device; copies from page-locked memory do not wait."""
+        """Return a copy on a device; copies from page-locked memory are asynchronous."""
         if isinstance(self.windows, dict):
             moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.windows.items()}
             return replace(self, windows=moved)
@@ -70,7 +70,7 @@ class EvaluationBatch:
 
 @dataclass(frozen=True)
 class _Dropped:
-    """Travels between batches: a clip that cannot be read."""
+    """An unreadable clip, passed along with the batches."""
 
     index: int
     bad_clip: BadClip
@@ -98,7 +98,7 @@ class _Piece:
 
 
 class _Window(NamedTuple):
-    """One decoded window; clip is an index into source.clips, clip_windows how many windows the clip has."""
+    """One decoded window; clip is an index into source.clips, clip_windows the number of windows of the clip."""
 
     clip: int
     clip_windows: int
@@ -107,7 +107,7 @@ class _Window(NamedTuple):
 
 @dataclass(frozen=True)
 class _WindowReader:
-    """Reads windows of clips in whichever thread or process runs it."""
+    """Reads windows of clips; runs in a thread or a worker process."""
 
     source: Source
     decoder_factory: Callable[[], Decoder]
@@ -128,7 +128,7 @@ class _WindowReader:
         return self.read(indices[worker::workers])
 
     def read(self, indices: Sequence[int]) -> Generator[EvaluationBatch | _Dropped, None, None]:
-        """Batches of at most batch_size windows, and the clips that cannot be read."""
+        """Yield batches of at most batch_size windows, and unreadable clips."""
         decoder = self.decoder_factory()
         ready: deque[_Window] = deque()
         try:
@@ -209,7 +209,7 @@ class _WindowReader:
     def _dropped(self, index: int, clip: Clip, error: ClipError) -> _Dropped:
         if self.policy == "error":
             why = unreadable(self.source.name, clip, error)
-            raise UserError(f"{why}; allowed: data.decode.on_bad_clip=skip leaves it out")
+            raise UserError(f"{why}; allowed: data.decode.on_bad_clip=skip excludes it")
         return _Dropped(index, BadClip(self.source.name, clip.id, clip.path, error.cause, error.message))
 
 
@@ -217,8 +217,8 @@ class EvaluationLoader:
     """The test windows of this rank's clips: those of index rank, rank + world_size, and so on.
 
     Attributes:
-        dropped: clip index -> what was wrong, for this rank's clips so far under policy "skip". A clip may fail
-            after some of its windows were delivered, so leave dropped clips out when all batches are in.
+        dropped: clip index -> reason, for this rank's unreadable clips so far with policy "skip". A clip may fail
+            after some of its windows were delivered, so exclude dropped clips after the last batch.
     """
 
     def __init__(
@@ -238,23 +238,23 @@ class EvaluationLoader:
         device: torch.device | str = "cpu",
         prober: Prober = probe,
     ) -> None:
-        """Set up a loader; nothing starts before batches() is called.
+        """Set up a loader; batches() starts reading.
 
         Args:
-            source: what to read.
-            decoder_factory: makes a decoder; picklable where decode.workers is above 0.
+            source: the source.
+            decoder_factory: creates a decoder; must be picklable if decode.workers is above 0.
             decode: as for training; on_bad_clip "auto" means "error" here.
             frames: frames of a window (pictures: 1).
             stride_seconds: distance of windows inside a segment; 0: one window in the middle.
             max_windows: largest number of windows per clip, 0: all.
             batch_size: windows of a batch.
             resize: short side before the centre crop.
-            sampling: which frames of a clip; None: windows over T equal segments. Its fixed_rate gives one window a
-                clip, whatever stride_seconds says.
+            sampling: which frames of a clip; None: windows over T equal segments. fixed_rate gives one window per
+                clip and ignores stride_seconds.
             rank: this process.
             world_size: number of processes.
             device: where batches are delivered.
-            prober: finds out what a file holds.
+            prober: reads a file's frame count and size.
         """
         if batch_size < 1:
             raise UserError(f"evaluation.batch_size: got {batch_size}; allowed: from 1")
@@ -282,7 +282,7 @@ class EvaluationLoader:
         )
 
     def batches(self) -> Iterator[EvaluationBatch]:
-        """All windows of this rank's clips; with decode.workers above 0 the clips' order differs from the source's.
+        """Yield all windows of this rank's clips; with decode.workers above 0 the order differs from the source's.
 
         Raises:
             UserError: from the iterator, as for TrainingLoader.batches.
@@ -324,7 +324,7 @@ class EvaluationLoader:
             prefetcher.close()
 
     def close(self) -> None:
-        """Stop reading ahead; harmless when called again."""
+        """Stop prefetching. Can be called more than once."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None

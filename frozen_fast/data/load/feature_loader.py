@@ -37,11 +37,11 @@ Caption = tuple[str, int | None]
 
 
 class ExpertFormat(NamedTuple):
-    """What a model reads of an expert.
+    """The features of an expert that a model reads.
 
     Attributes:
         width: of one vector; 0: any.
-        vectors: most vectors of a video that are read, padded by zeros to that many; 0: one vector per video.
+        vectors: largest number of vectors per video, padded with zeros; 0: one vector per video.
     """
 
     width: int
@@ -50,14 +50,14 @@ class ExpertFormat(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureFormat:
-    """What a model reads of a store.
+    """The features of a store that a model reads.
 
     Attributes:
         experts: by name.
-        text: name of the text features; empty: the only ones.
+        text: name of the text features; empty: the store has only one.
         text_width: of a token; 0: any.
-        text_tokens: tokens that a caption is cut or padded to.
-        other_texts: more text features of the same captions, for teachers; a batch holds them as "tokens/NAME".
+        text_tokens: captions are truncated or padded to this many tokens.
+        other_texts: additional text features of the same captions, for teachers; in a batch "tokens/NAME".
         caption_masks: video -> the indices of the captions that training may draw; None: all.
     """
 
@@ -78,7 +78,7 @@ class FeatureReader:
     store: FeatureStore = field(init=False)
 
     def __post_init__(self) -> None:
-        """Open the store and check that it holds what the model reads."""
+        """Open the store and check that it has the features that the model reads."""
         self.store = FeatureStore(self.source.clips[0].path)
         for name, (width, vectors) in self.format.experts.items():
             self.store.expert(name)
@@ -104,13 +104,13 @@ class FeatureReader:
 
     @cached_property
     def chosen(self) -> dict[str, int]:
-        """Video -> the one caption that its split says counts, for the videos that have such a choice."""
+        """Video -> its evaluation caption, for videos whose split selects one."""
         split = self.store.split(self.source.clips[0].split)
         pairs = zip(split.videos, split.captions, strict=True)
         return {video: index for video, index in pairs if index is not None}
 
     def videos(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """Expert features of some of the source's videos: [B, D], or [B, N, D] padded by zeros; NaN where missing."""
+        """Expert features of some of the source's videos: [B, D], or [B, N, D] padded with zeros; NaN if missing."""
         ids = [self.source.clips[index].id for index in indices]
         rows = np.array([self.store.rows[video] for video in ids])
         found = {}
@@ -146,7 +146,7 @@ class FeatureReader:
         return found
 
     def draw(self, index: int, rng: np.random.Generator) -> Caption:
-        """The caption of one training step: drawn evenly, the first, or all, as the source's rule says."""
+        """The caption of one training step by the source's rule: drawn uniformly, the first, or all."""
         clip = self.source.clips[index]
         mode = self.source.caption_rule.mode
         if mode in ("paragraph", "all"):
@@ -160,7 +160,7 @@ class FeatureReader:
         return clip.id, int(allowed[0] if mode == "first" else allowed[int(rng.integers(len(allowed)))])
 
     def queries(self, video_of_query: Sequence[int], protocol: str) -> list[Caption]:
-        """The captions behind an evaluation's queries, which come video after video in the captions' order."""
+        """The captions of an evaluation's queries, ordered by video and caption."""
         seen: Counter[int] = Counter()
         found: list[Caption] = []
         for index in video_of_query:
@@ -174,7 +174,7 @@ class FeatureReader:
 
 
 class FeatureTrainingLoader:
-    """Planned batches in, batches of features on the device out, read ahead in a thread."""
+    """Turns planned batches into batches of features on the device; a thread prefetches them."""
 
     def __init__(
         self,
@@ -190,14 +190,14 @@ class FeatureTrainingLoader:
 
         Args:
             sources: by name.
-            format: what is read of them.
+            format: the features to read.
             caption_masks: source name -> denoising masks (read_caption_masks).
             device: where batches are delivered.
-            prefetch_batches: read ahead.
+            prefetch_batches: number of batches to prefetch.
             timeout_seconds: a batch that takes longer is an error.
 
         Raises:
-            UserError: a store lacks what the model reads.
+            UserError: a store lacks a feature that the model reads.
         """
         masks = {name: read_caption_masks(path) for name, path in (caption_masks or {}).items()}
         self._readers = {
@@ -234,7 +234,7 @@ class FeatureTrainingLoader:
         )
 
     def batches(self, specs: Iterable[BatchSpec]) -> Iterator[Batch]:
-        """The batches of some specs, in their order; a call ends the one before."""
+        """Yield the batches of the specs in order; a new call ends the previous one."""
         self.close()
         pin = self._device.type == "cuda"
         self._prefetcher = ThreadPrefetcher(
@@ -255,11 +255,11 @@ class FeatureTrainingLoader:
             yield batch.pin_memory() if pin else batch
 
     def state(self) -> str:
-        """What is awaited, in one line; for a run that hangs."""
+        """State of the loader in one line, for reports of hangs."""
         return "features are read from a mapped file, in this process"
 
     def close(self) -> None:
-        """Stop reading ahead; harmless when called again."""
+        """Stop prefetching. Can be called more than once."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
@@ -267,7 +267,7 @@ class FeatureTrainingLoader:
 
 @dataclass(frozen=True)
 class FeatureWindows:
-    """Some videos of an evaluation, as the model reads them; clip_indices: indices into source.clips."""
+    """A batch of videos of an evaluation; clip_indices: indices into source.clips."""
 
     windows: dict[str, Tensor]
     clip_indices: list[int]
@@ -277,7 +277,7 @@ class FeatureEvaluationLoader:
     """The features of this rank's videos, those of index rank, rank + world_size and so on; one window each.
 
     Attributes:
-        dropped: always empty: a store has no video that cannot be read.
+        dropped: always empty: a store has no unreadable videos.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class FeatureEvaluationLoader:
         """Open the source's store; batch_size: videos of a batch.
 
         Raises:
-            UserError: the store lacks what the model reads.
+            UserError: the store lacks a feature that the model reads.
         """
         self.dropped: dict[int, BadClip] = {}
         self.clip_indices = range(rank, len(source), world_size)
@@ -308,7 +308,7 @@ class FeatureEvaluationLoader:
             yield FeatureWindows(video, indices)
 
     def query_inputs(self, video_of_query: Sequence[int], protocol: str) -> QueryInputs:
-        """What gives the model's text input for some of an evaluation's queries.
+        """Return a function for the model's text input of an evaluation's queries.
 
         Args:
             video_of_query: the index in the source of each query's video.
@@ -321,7 +321,7 @@ class FeatureEvaluationLoader:
         return lambda queries: self._reader.tokens([captions[query] for query in queries])
 
     def close(self) -> None:
-        """Nothing is open ahead of its use."""
+        """Do nothing: this loader does not prefetch."""
 
 
 def read_caption_masks(path: str | Path) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Decoders and evaluation loaders for the frames that a model takes: what training's evaluation and search share."""
+"""Decoders and evaluation loaders for a model's frames, shared by evaluation and search."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from frozen_fast.data.load.reading import build_decoder
 from frozen_fast.data.sources import Source
 
 RESIZE_RESOLUTION = 224
-"""The resolution that evaluation.resize is given for."""
+"""The resolution to which evaluation.resize refers."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class FrameFormat:
 
 
 def decoder_factory(decode: DecodeConfig, frames: FrameFormat, device: torch.device) -> Callable[[], Decoder]:
-    """What makes a decoder in the thread or process that will use it; picklable.
+    """Return a picklable function that creates a decoder in the thread or process that uses it.
 
-    Loader processes decode on the CPU; the background thread decodes on the model's device where the backend can.
+    Loader processes decode on the CPU; the background thread decodes on the model's device if the backend supports it.
     """
     settings = load_settings(decode, device)
     return partial(
@@ -64,13 +64,13 @@ def build_evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> EvaluationLoader:
-    """The loader of one source's test windows.
+    """Build the loader of one source's test windows.
 
     Args:
-        source: what to read.
+        source: the source.
         format: the frames that the model takes.
-        evaluation: stride_seconds, max_windows, batch_size and resize count.
-        decode: how clips become frames.
+        evaluation: stride_seconds, max_windows, batch_size and resize are used.
+        decode: the data.decode section.
         device: where batches are delivered.
         frames: frames of a window.
         sampling: which frames of a clip; None: windows over T equal segments.

@@ -1,4 +1,4 @@
-"""How much is read at a time: what data.decode says, and per device what it leaves open."""
+"""Loader settings: data.decode, with defaults by device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LoadSettings:
 
 
 def load_settings(decode: DecodeConfig, device: torch.device, *, cores: int | None = None) -> LoadSettings:
-    """Fill in what data.decode leaves open.
+    """Fill in the defaults of data.decode.
 
     On a CPU the model needs the cores: one background thread with two decoding threads, two batches ahead. On a GPU
     a thread of the training process would share its interpreter lock with the thread that launches the kernels, so
@@ -38,7 +38,7 @@ def load_settings(decode: DecodeConfig, device: torch.device, *, cores: int | No
     Args:
         decode: the config's section.
         device: the model's.
-        cores: that this rank may use; None: those of this process divided by the ranks of this machine.
+        cores: number of cores for this rank; None: the cores of this process divided by the ranks of this machine.
     """
     workers, threads, ahead = decode.workers, decode.threads, decode.prefetch_batches
     if cores is None:

@@ -1,4 +1,4 @@
-"""Work done ahead of the consumer, in a thread or in processes; errors come through, and nothing hangs."""
+"""Prefetching in a thread or in worker processes, with errors passed on and time-outs."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ _WORKER_START_SECONDS = 60.0
 
 
 class Prefetcher(Protocol[T_co]):
-    """An iterator that works ahead, and stops when told."""
+    """An iterator that prefetches its items."""
 
     def __iter__(self) -> Iterator[T_co]: ...
 
     def __next__(self) -> T_co: ...
 
     def close(self) -> None:
-        """Stop the work; harmless when called again."""
+        """Stop prefetching. Can be called more than once."""
         ...
 
 
 def timed_out(what: str, timeout_seconds: float) -> UserError:
     """The error of a consumer that waited too long."""
     return UserError(
-        f"data.decode.read_timeout_seconds: waited for {what} longer than {timeout_seconds:g} s; allowed: storage that "
-        "answers in this time, or a larger value"
+        f"data.decode.read_timeout_seconds: waited for {what} longer than {timeout_seconds:g} s; allowed: faster "
+        "storage, or a larger value"
     )
 
 
 class LoaderEndedError(UserError):
-    """A loader process ended before its work: a crash, no memory, or a signal to the whole process group."""
+    """A loader process ended early: a crash, no memory, or a signal to the whole process group."""
 
 
 def _loader_ended(what: str, error: Exception) -> LoaderEndedError:
     why = (str(error) or type(error).__name__).splitlines()[0]
     return LoaderEndedError(
-        f"data.decode.workers: a loader process ended while {what} was awaited (a crash in a decoder, or memory ran "
-        f"out: {why}); allowed: fewer workers, or another backend"
+        f"data.decode.workers: a loader process ended while reading {what} (a crash in a decoder, or no memory left: "
+        f"{why}); allowed: fewer workers, or another backend"
     )
 
 
 class _Failure:
-    """An exception on its way to the consumer."""
+    """An exception to raise in the consumer."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
     @classmethod
     def of_worker(cls, error: BaseException) -> _Failure:
-        """As an exception that can leave its process."""
+        """Return a failure with an exception that can be pickled."""
         try:
             pickle.loads(pickle.dumps(error))
             return cls(error)
@@ -90,9 +90,9 @@ class ThreadPrefetcher(Generic[T]):
 
         Args:
             make: called in the thread; its generator is closed there too.
-            depth: items waiting at most, at least 1.
+            depth: largest number of prefetched items, at least 1.
             timeout_seconds: a consumer that waits longer gets a UserError.
-            describe: names what is being waited for.
+            describe: describes the next item, for messages.
         """
         self._make = make
         self._timeout_seconds = timeout_seconds
@@ -145,7 +145,7 @@ class ThreadPrefetcher(Generic[T]):
         return item
 
     def close(self) -> None:
-        """Stop the thread; one that is stuck in a read is left behind after two seconds (it is a daemon)."""
+        """Stop the thread; after two seconds, abandon one that is blocked in a read (it is a daemon)."""
         self._finished = True
         if not self._stop.is_set():
             self._stop.set()
@@ -153,7 +153,7 @@ class ThreadPrefetcher(Generic[T]):
 
 
 class _MapTask(Dataset[Any]):
-    """Runs in a worker: makes its function once, then calls it for each item."""
+    """Runs in a worker: creates its function once and calls it for each item."""
 
     def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
         self._make = make
@@ -169,7 +169,7 @@ class _MapTask(Dataset[Any]):
 
 
 class _StreamTask(IterableDataset[Any]):
-    """Runs in a worker: yields what a generator gives for this worker's number."""
+    """Runs in a worker: yields the items of this worker's generator."""
 
     def __init__(self, make: Callable[[int, int], Iterable[Any]]) -> None:
         self._make = make
@@ -186,7 +186,7 @@ class _StreamTask(IterableDataset[Any]):
 
 
 class _Pump:
-    """Calls next() in a thread: a process that stops inside a message blocks its reader without a time-out."""
+    """Calls next() in a thread: a process that stops while sending blocks its reader without a time-out."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -202,7 +202,7 @@ class _Pump:
         return item
 
     def close(self) -> None:
-        """Let the thread end."""
+        """End the thread."""
         self._requests.put(False)
 
     def _run(self, iterator: Iterator[Any]) -> None:
@@ -214,9 +214,9 @@ class _Pump:
 
 
 class WorkerPrefetcher(Generic[T]):
-    """Runs work in `workers` processes through torch's DataLoader; what they give keeps a fixed order.
+    """Runs work in `workers` processes with torch's DataLoader; the order of results is fixed.
 
-    The first item of each worker may take a minute more than the time-out: the process starts in it.
+    The first item of each worker may take a minute longer than the time-out, because the process starts first.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class WorkerPrefetcher(Generic[T]):
             except queue.Empty:
                 self._timed_out = True
                 raise timed_out(self._describe(), self._timeout_seconds) from None
-            except (OSError, EOFError) as error:  # the connection over which tensors come
+            except (OSError, EOFError) as error:  # the connection that transfers the tensors
                 raise _loader_ended(self._describe(), error) from None
             except RuntimeError as error:
                 message = str(error)
@@ -289,7 +289,7 @@ class WorkerPrefetcher(Generic[T]):
                     raise timed_out(self._describe(), self._timeout_seconds) from None
 
     def worker_states(self) -> list[str]:
-        """Each process's number and state as the system tells it (R running, S sleeping, D disk, T stopped)."""
+        """Each process's id and state in /proc (R running, S sleeping, D disk, T stopped)."""
         states = []
         for worker in getattr(self._iterator, "_workers", ()):
             try:
@@ -300,10 +300,10 @@ class WorkerPrefetcher(Generic[T]):
         return states
 
     def close(self) -> None:
-        """Stop the processes; one that does not answer is killed.
+        """Stop the processes, and kill those that do not respond.
 
         torch's own shutdown sends SIGTERM, which a process that is stopped (SIGSTOP) or waits for a dead disk never
-        handles: the join at the end of this process would then last for ever.
+        handles: the join at the end of this process would then never return.
         """
         workers = list(getattr(self._iterator, "_workers", ()))
         if self._timed_out:
@@ -361,9 +361,9 @@ def stream_from_workers(
 
 
 def process_context() -> multiprocessing.context.BaseContext:
-    """How worker processes start: never by a fork of this process, whose decoders and threads do not survive one.
+    """The start method of worker processes: not fork, because decoders and threads do not survive it.
 
-    A fork server imports what workers need once, so that the workers of later stages start in no time.
+    A fork server imports the workers' modules once, so that the workers of later stages start quickly.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Clips of every form: files go to the video and picture decoders, packed clips to their shards."""
+"""Reads clips of both kinds: files with a decoder, packed clips from their shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from frozen_fast.data.shards.shard_index import packed_info
 
 
 def probe(path: str | Path, kind: Kind, *, max_pixels: int) -> VideoInfo:
-    """What a clip holds: of a file as decode.probe says, of a packed clip (`shard-00000.tar#17`) as its index says.
+    """Frame count, size and rate of a file (decode.probe) or of a packed clip such as `shard-00000.tar#17` (its index).
 
     Raises:
         ClipError: the clip cannot be read; its cause says why.
@@ -31,7 +31,7 @@ def probe(path: str | Path, kind: Kind, *, max_pixels: int) -> VideoInfo:
 
 
 class ClipDecoder:
-    """Sends packed clips to their reader and all others to the decoder of files, which is made when one comes."""
+    """Decodes packed clips from their shards and other clips with a file decoder, which is created on first use."""
 
     def __init__(self, name: str, make_files: Callable[[], Decoder], packed: Decoder) -> None:
         self.name = name
@@ -40,7 +40,7 @@ class ClipDecoder:
         self._packed = packed
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
-        """Decode a batch, in order; a bad clip becomes a ClipError in its place."""
+        """Decode a batch, in order; a bad clip gives a ClipError in its place."""
         places: dict[bool, list[int]] = {False: [], True: []}
         for place, request in enumerate(requests):
             places[parse_address(os.fspath(request.path)) is not None].append(place)
@@ -76,8 +76,8 @@ def build_decoder(
     """Build a decoder of files and of packed clips; call it in the thread or process that will use it.
 
     Args:
-        backend: for files, as decode.build_decoder takes it; packed clips are always read by "jpeg".
-        device: where the frames are wanted.
+        backend: backend for files, as in decode.build_decoder; packed clips always use "jpeg".
+        device: device of the frames.
         resolution: side of the frames, pixels.
         mean: normalisation mean, RGB in [0, 1].
         std: normalisation standard deviation.
@@ -102,5 +102,5 @@ def build_decoder(
     )
     if backend == "auto":
         return ClipDecoder(backend, make, packed)
-    named = make()  # one that is not installed is an error now, whatever the clips are
+    named = make()  # a backend that is not installed is an error even if every clip is packed
     return ClipDecoder(backend, lambda: named, packed)

@@ -1,4 +1,4 @@
-"""From planned batches to tensors: reading clips, replacing those that cannot be read, and doing it ahead.
+"""Turns planned batches into tensors: reads clips, replaces unreadable ones, and prefetches.
 
 Axis letters: B clips, T frames, C channels (RGB), H and W pixels, L text tokens.
 """
@@ -43,14 +43,14 @@ class Batch:
     Attributes:
         video: float32, normalised, [B, T, 3, resolution, resolution]; for a model that reads several tensors per clip,
             a dict of tensors with first axis B: with padded short clips "video", and "frame_mask" [B, T], 1 on frames.
-        text: the tokenizer's tensors, input_ids and attention_mask, [B, L] each.
-        captions: the captions as drawn.
-        clip_ids: the clips as read (a replacement carries its own id).
+        text: the tokenizer's output, input_ids and attention_mask, [B, L] each.
+        captions: the drawn captions.
+        clip_ids: ids of the clips; a replacement has its own id.
         source: name of the source.
-        frames: T; 1 for pictures, whatever the stage says.
-        bad_clips: clips that could not be read, with what replaced them.
+        frames: T; always 1 for pictures.
+        bad_clips: unreadable clips and their replacements.
         backends: decoder backend -> number of clips.
-        spec: what was asked for.
+        spec: the planned batch.
         caption_indices: of a feature store: which of its video's captions each is; None: all, end to end.
     """
 
@@ -66,11 +66,11 @@ class Batch:
     caption_indices: list[int | None] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
-        """Itself with CPU tensors in page-locked memory, so that copies to the device can overlap."""
+        """Return a copy in page-locked memory, so that copies to the device are asynchronous."""
         return replace(self, video=_map(pinned, self.video), text=_map(pinned, self.text))
 
     def to(self, device: torch.device) -> Batch:
-        """Itself on a device; copies from page-locked memory do not wait."""
+        """Return a copy on a device; copies from page-locked memory are asynchronous."""
         move = partial(torch.Tensor.to, device=device, non_blocking=True)
         return replace(self, video=_map(move, self.video), text=_map(move, self.text))
 
@@ -81,7 +81,7 @@ class Batch:
 
 
 def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A function of every tensor of a tensor or of a dict of tensors."""
+    """Apply a function to a tensor or to each tensor of a dict."""
     return {name: function(tensor) for name, tensor in value.items()} if isinstance(value, dict) else function(value)
 
 
@@ -95,7 +95,7 @@ def stacked(clips: Sequence[Tensor], num_frames: int | None) -> Tensor | dict[st
 
     Args:
         clips: of one size; of one T where num_frames is None.
-        num_frames: pad every clip with zeros to this number of frames, and tell which are real.
+        num_frames: pad every clip with zeros to this number of frames and return a frame mask.
 
     Returns:
         [B, T, 3, H, W], or {"video": that, "frame_mask": [B, num_frames], 1 on real frames}.
@@ -118,17 +118,17 @@ def fixed_rate(sampling: SamplingConfig | None) -> FixedRate | None:
 
 
 def resolve_policy(decode: DecodeConfig, *, training: bool) -> Policy:
-    """What happens to a clip that cannot be read: "auto" skips in training and is an error in evaluation."""
+    """The policy for unreadable clips: "auto" is "skip" in training and "error" in evaluation."""
     if decode.on_bad_clip == "auto":
         return "skip" if training else "error"
     return decode.on_bad_clip
 
 
 def probe_clip(clip: Clip, prober: Prober, max_pixels: int) -> tuple[VideoInfo, Sequence[int]]:
-    """What a clip's file holds, and the numbers of the clip's frames in it, ascending.
+    """Properties of a clip's file, and the indices of the clip's frames in it, in order.
 
     Raises:
-        ClipError: the file cannot be read, or the clip begins after its end.
+        ClipError: the file cannot be read, or the clip starts after the end of the file.
     """
     info = prober(clip.path, clip.kind, max_pixels=max_pixels)
     if clip.kind == "image":
@@ -145,7 +145,7 @@ def probe_clip(clip: Clip, prober: Prober, max_pixels: int) -> tuple[VideoInfo, 
 
 @dataclass
 class _Slot:
-    """One place of a batch on its way to a readable clip."""
+    """One position of a batch, until a readable clip fills it."""
 
     position: int
     clip: Clip
@@ -156,18 +156,18 @@ class _Slot:
 
 @dataclass
 class ClipReader:
-    """Reads the clips of a BatchSpec; every draw is a pure function of (seed, source, stream position, attempt).
+    """Reads the clips of a BatchSpec; every random draw depends only on (seed, source, stream position, attempt).
 
     Attributes:
         sources: by name.
         decoder: this thread's or process's own.
         tokenizer: captions to tensors.
         augmentation: crop and flip.
-        policy: what a clip that cannot be read does.
+        policy: skip or error, for unreadable clips.
         max_pixels: a larger frame is a bad clip.
         threads: files probed at the same time.
-        prober: finds out what a file holds.
-        rule: which frames; None: one of each of T equal segments.
+        prober: reads a file's frame count and size.
+        rule: the frame sampling; None: one frame of each of T equal segments.
     """
 
     sources: Mapping[str, Source]
@@ -184,7 +184,7 @@ class ClipReader:
         """Read a batch.
 
         Raises:
-            UserError: a clip cannot be read under policy "error", or 20 clips in a row cannot be replaced.
+            UserError: a clip is unreadable with policy "error", or 20 replacements in a row are unreadable.
         """
         source = self.sources[spec.source]
         frames = 1 if source.kind == "image" else spec.frames
@@ -215,7 +215,7 @@ class ClipReader:
     def _try(
         self, slots: Sequence[_Slot], source: Source, spec: BatchSpec, frames: int
     ) -> list[tuple[_Slot, ClipError]]:
-        """Read each slot's clip; returns the slots that failed, with why."""
+        """Read each slot's clip; returns the slots that failed, with the errors."""
         prepare = partial(self._prepare, source=source, seed=spec.seed, frames=frames)
         requests = map_in_threads(prepare, slots, self.threads)
         failed, ready, asked = [], [], []
@@ -257,7 +257,7 @@ class ClipReader:
         return DecodeRequest(clip.path, clip.kind, tuple(numbers[index] for index in chosen), view)
 
     def _replace(self, slot: _Slot, error: ClipError, source: Source, spec: BatchSpec) -> BadClip:
-        """Give a slot another clip of the source, or raise where the policy or the attempts say so."""
+        """Give a slot another clip of the source, or raise by the policy or after too many attempts."""
         bad = slot.clip
         if self.policy == "error":
             raise UserError(unreadable(source.name, bad, error))
@@ -265,7 +265,7 @@ class ClipReader:
         if slot.attempt >= MAX_ATTEMPTS:
             raise UserError(
                 f"{unreadable(source.name, bad, error)}; it was the {MAX_ATTEMPTS}th clip in a row for one place of "
-                "the batch; allowed: a source most of whose clips can be read"
+                "the batch; allowed: a source with mostly readable clips"
             )
         rng = keyed_rng(spec.seed, "replacement", source.name, slot.position, slot.attempt)
         index = int(rng.integers(len(source)))
@@ -278,7 +278,7 @@ class ClipReader:
         return BadClip(source.name, bad.id, bad.path, error.cause, error.message, slot.clip.id)
 
     def close(self) -> None:
-        """Free the decoder."""
+        """Close the decoder."""
         self.decoder.close()
 
 
@@ -289,7 +289,7 @@ def unreadable(source: str, clip: Clip, error: ClipError) -> str:
 
 @dataclass(frozen=True)
 class _ReaderFactory:
-    """Makes a ClipReader with its own decoder, in whichever thread or process calls it."""
+    """Creates a ClipReader with its own decoder in the thread or process that calls it."""
 
     sources: Mapping[str, Source]
     decoder_factory: Callable[[], Decoder]
@@ -318,7 +318,7 @@ class _ReaderFactory:
 
 
 class TrainingLoader:
-    """Planned batches in, batches on the device out, decoded ahead in a thread or in processes."""
+    """Turns planned batches into batches on the device; a thread or worker processes prefetch them."""
 
     def __init__(
         self,
@@ -332,18 +332,18 @@ class TrainingLoader:
         device: torch.device | str = "cpu",
         prober: Prober = probe,
     ) -> None:
-        """Set up a loader; nothing starts before batches() is called.
+        """Set up a loader; batches() starts reading.
 
         Args:
             sources: by name.
-            decoder_factory: makes a decoder for the training resolution; picklable where decode.workers is above 0.
-            tokenizer: list of captions to tensors; picklable likewise.
+            decoder_factory: creates a decoder for the training resolution; picklable if decode.workers is above 0.
+            tokenizer: maps a list of captions to tensors; must be picklable as well.
             augmentation: crop and flip.
             decode: workers 0 reads in a background thread (DALI decodes on the device there), more read in that many
-                processes; what it leaves open is settled by load_settings.
+                processes; load_settings fills in the defaults.
             sampling: which frames of a clip; None: one of each of T equal segments.
             device: where batches are delivered.
-            prober: finds out what a file holds.
+            prober: reads a file's frame count and size.
         """
         rule = fixed_rate(sampling)
         self._device = torch.device(device)
@@ -356,12 +356,12 @@ class TrainingLoader:
         self._describe: Callable[[], str] = lambda: "nothing"
 
     def batches(self, specs: Iterable[BatchSpec]) -> Iterator[Batch]:
-        """The batches of some specs, in their order; a call ends the one before.
+        """Yield the batches of the specs in order; a new call ends the previous one.
 
         Raises:
-            UserError: from the iterator, for a clip that policy "error" does not forgive, for a batch that takes
-                longer than decode.read_timeout_seconds, for a loader process that died. Any other exception of the
-                reading side is raised as it is.
+            UserError: from the iterator, for an unreadable clip with policy "error", a batch that takes longer than
+                decode.read_timeout_seconds, or a loader process that died. Other exceptions are raised
+                unchanged.
         """
         self.close()
         awaited: deque[BatchSpec] = deque()
@@ -406,12 +406,12 @@ class TrainingLoader:
             prefetcher.close()
 
     def state(self) -> str:
-        """What is awaited, and how the loader processes are, in one line."""
+        """The awaited batch and the state of the loader processes, in one line."""
         workers: list[str] = getattr(self._prefetcher, "worker_states", list)()
         return f"{self._describe()}; {', '.join(workers) or 'a background thread reads'}"
 
     def close(self) -> None:
-        """Stop reading ahead; harmless when called again."""
+        """Stop prefetching. Can be called more than once."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None

@@ -1,4 +1,4 @@
-"""Frames of a video or picture as tensors, and the transform from there to a model's input: for notebooks and scripts.
+"""Loads frames of a video or picture and transforms them to a model's input, for notebooks and scripts.
 
 Axis letters: T frames, H and W pixels, R a model's resolution.
 """
@@ -29,7 +29,7 @@ DEFAULT_RESIZE = 256
 
 
 def kind_of(path: str | Path) -> Kind:
-    """Whether a file is taken for a picture or a video, by its suffix."""
+    """Return "image" or "video", by the file's suffix."""
     return "image" if os.path.splitext(os.fspath(path))[1].lower() in IMAGE_SUFFIXES else "video"
 
 
@@ -41,17 +41,17 @@ def load_video(
     end_seconds: float | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """Read frames of a video, one from the middle of each of `frames` equal segments; a picture gives its one.
+    """Load frames of a video: the middle frame of each of `frames` equal segments. A picture has one frame.
 
     Args:
-        path: the file; a suffix of a picture format makes it a picture.
+        path: the file; its suffix decides whether it is a picture.
         frames: T; a video with fewer frames repeats them.
-        start_seconds: where the clip begins in the file; None: at the beginning.
-        end_seconds: where it ends; None: at the end.
+        start_seconds: start of the clip in the file; None: the beginning.
+        end_seconds: end of the clip; None: the end of the file.
         max_pixels: a larger frame is an error.
 
     Returns:
-        uint8 RGB, upright, [T, 3, H, W] (a picture: [1, 3, H, W]). transforms(model) makes a model's input of it.
+        uint8 RGB, upright, [T, 3, H, W] (a picture: [1, 3, H, W]). transforms(model) converts it to a model's input.
 
     Raises:
         UserError: the file cannot be read, or frames is below 1.
@@ -92,17 +92,17 @@ def format_of(model: TakesFrames) -> FrameFormat:
 
 
 def transforms(model: TakesFrames, *, resize: int = DEFAULT_RESIZE) -> TestTransform:
-    """What makes a model's input of load_video's frames: resize, centre crop, normalise, as evaluation does.
+    """Return the transform from load_video's frames to a model's input: resize, centre crop, normalise.
 
     Args:
-        model: says its resolution, mean and std.
+        model: provides resolution, mean and std.
         resize: short side before the centre crop, for a 224 model (evaluation.resize).
     """
     return TestTransform(format_of(model), resize=resize)
 
 
 class TestTransform:
-    """uint8 frames of any size to a model's input, as evaluation sees them: resize, centre crop, normalise."""
+    """Transforms uint8 frames of any size to a model's input: resize, centre crop, normalise."""
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
 

@@ -1,4 +1,4 @@
-"""From one clip to the few JPEG frames that stand for it. Runs in the packing processes."""
+"""Extracts JPEG frames from a clip; runs in the packing processes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _ALLOWED = {"frames_per_clip": (1, 100_000), "short_side": (16, 4096), "quality"
 
 @dataclass(frozen=True, kw_only=True)
 class PackSettings:
-    """What is kept of a clip.
+    """Settings of the frames that packing stores.
 
     Attributes:
-        frames_per_clip: stored frames, F: the middle frame of each of F equal segments. A training draw of T frames,
-            T a divisor of F, then takes exactly one of them from each of T equal segments of the clip.
+        frames_per_clip: stored frames, F: the middle frame of each of F equal segments. If T divides F, training with
+            T frames draws exactly one stored frame from each of T equal segments of the clip.
         short_side: a larger frame is shrunk to this short side, pixels; a smaller one keeps its size.
-        quality: of the JPEGs, as libjpeg counts it.
-        shard_bytes: a shard is closed before it would grow beyond this (a single clip may).
+        quality: of the JPEGs, of libjpeg.
+        shard_bytes: largest size of a shard (unless a single clip is larger).
     """
 
     frames_per_clip: int = 8
@@ -54,11 +54,11 @@ class PackSettings:
 
 @dataclass(frozen=True)
 class StoredFrames:
-    """The frames kept of one clip.
+    """The stored frames of one clip.
 
     Attributes:
         jpegs: the files.
-        numbers: which frames of the clip they are, from 0 at its beginning.
+        numbers: their frame numbers in the clip, from 0.
         seconds: when each appears, from the clip's first frame.
         height: pixels.
         width: pixels.
@@ -81,7 +81,7 @@ def frames_to_store(available: int, wanted: int) -> list[int]:
 
 
 def extract(clip: Clip, settings: PackSettings, max_pixels: int) -> StoredFrames | ClipError:
-    """Decode, shrink and compress a clip's frames; a clip that cannot be read is returned as its error."""
+    """Decode, shrink and compress a clip's frames; for an unreadable clip, return the error."""
     try:
         return _extracted(clip, settings, max_pixels)
     except ClipError as error:

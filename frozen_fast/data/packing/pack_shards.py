@@ -1,4 +1,4 @@
-"""Pack a source: a few JPEG frames of every clip into shards. A killed pack resumes; a finished one is reused."""
+"""Packs a source: writes JPEG frames of every clip to shards. A killed pack resumes; a finished one is reused."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from frozen_fast.data.sources import Clip, Source
 from frozen_fast.errors import UserError
 
 Progress = Callable[[int, int, int], None]
-"""Told after every clip: how many are done, of how many, how many of them bad."""
+"""Called after every clip with the number of clips done, in total, and bad."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackLimits:
-    """How packing runs; none of it changes what is packed.
+    """Limits of packing; they do not change the output.
 
     Attributes:
         workers: processes that decode; 0: this process.
         max_pixels: a larger frame is a bad clip.
-        max_bad_share: packing fails past this share of clips that cannot be read.
+        max_bad_share: packing fails if the share of unreadable clips exceeds this.
         timeout_seconds: a clip that takes longer to decode is bad.
     """
 
@@ -47,15 +47,15 @@ class PackLimits:
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What a packed folder holds.
+    """Content of a packed folder.
 
     Attributes:
         folder: the folder.
         clips: packed clips.
         frames: their frames.
-        bad_clips: clips that could not be read.
+        bad_clips: unreadable clips.
         bytes: of all shards.
-        reused: it was finished before.
+        reused: whether it was complete already.
     """
 
     folder: Path
@@ -69,11 +69,11 @@ class PackSummary:
 def pack_source(
     source: Source, folder: Path, settings: PackSettings, limits: PackLimits, progress: Progress | None = None
 ) -> PackSummary:
-    """Pack a source into a folder, or go on where an earlier call was stopped.
+    """Pack a source into a folder, or continue an earlier call.
 
     Raises:
-        UserError: the folder holds something else, was begun with other settings or another source, is being packed
-            by another process, or too many clips cannot be read.
+        UserError: the folder has other content, was started with other settings or another source, is used by another
+            process, or too many clips are unreadable.
     """
     if source.format == "shards":
         raise UserError(f"format: got shards, source {source.name!r} is packed already; allowed: a source of files")
@@ -143,7 +143,7 @@ def _ledger(source: Source, folder: Path, writer: ShardWriter, limits: PackLimit
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second pack out of the folder; the lock goes with the process."""
+    """Lock the folder; the lock is released when the process ends."""
     with (folder / layout.LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,7 +153,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _check_begun(folder: Path, settings: PackSettings, source: Source) -> None:
-    """Note what is packed and how, or compare with what was noted."""
+    """Write the source and the settings, or compare them with the stored ones."""
     wanted = {**settings.to_json(), "source": _fingerprint(source)}
     path = folder / layout.SETTINGS
     if not path.exists():
@@ -169,12 +169,12 @@ def _check_begun(folder: Path, settings: PackSettings, source: Source) -> None:
     for name, value in wanted.items():
         if begun.get(name) != value:
             field = "the source" if name == "source" else f"--{name.replace('_', '-')}"
-            begun_with = f"{begun.get(name)}, with which {str(folder)!r} was begun"
+            begun_with = f"{begun.get(name)}, with which {str(folder)!r} was started"
             raise UserError(f"{field}: got {value}; allowed: {begun_with}, or a new folder")
 
 
 def _fingerprint(source: Source) -> str:
-    """A hash of what is packed; not of where the files lie, which may move between two calls."""
+    """A hash of the clips without their paths, because files may move between two calls."""
     digest = hashlib.sha256()
     for clip in source.clips:
         digest.update(json.dumps(_identity(clip)).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Work on clips in processes, results in order; a clip that crashes or hangs a decoder is that clip's error."""
+"""Processes clips in worker processes, in order; a clip that crashes or hangs a decoder is a bad clip."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AHEAD = 4  # clips in flight per process
 
 
 def _start_worker() -> None:
-    """One thread of arithmetic per process, and an end with the parent: a killed pack leaves nothing behind."""
+    """Use one compute thread per process, and end with the parent process."""
     import torch
 
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
-    """End a pool's processes, the ones that hang included."""
+    """End a pool's processes, including ones that hang."""
     processes = list((getattr(pool, "_processes", None) or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
@@ -55,8 +55,8 @@ def map_clips(
 
     Args:
         function: picklable where workers is above 0.
-        clips: taken a few ahead.
-        workers: processes; 0: in this process, where a crash or a hang is the caller's.
+        clips: read a few ahead.
+        workers: processes; 0: in this process, without protection from crashes and hangs.
         timeout_seconds: a clip that takes longer is a ClipError, timeout.
     """
     if workers == 0:
@@ -88,7 +88,7 @@ def map_clips(
 
 
 def _alone(function: Callable[[Clip], R], clip: Clip, error: Exception, timeout_seconds: float) -> R | ClipError:
-    """A clip once more in a process of its own: was it this one that ended the pool, or a neighbour?"""
+    """Process a clip again in a separate process, to find out whether it ended the pool."""
     if isinstance(error, FutureTimeout):
         return _timeout(clip, timeout_seconds)
     pool = _pool(1)

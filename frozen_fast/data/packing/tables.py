@@ -1,4 +1,4 @@
-"""The index of a packed folder, made from the shards' journals when all clips are in."""
+"""The index of a packed folder, written from the shards' journals after the last clip."""
 
 from __future__ import annotations
 

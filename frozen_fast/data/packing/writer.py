@@ -1,7 +1,7 @@
-"""Shards as they are written: a tar and its journal, both growing clip by clip, so that a killed pack resumes.
+"""Writes shards: a tar file and its journal, appended clip by clip, so that a killed pack can resume.
 
-While a shard grows, both carry `.part`; both lose it when the shard is full, the journal last. After a kill the
-journal's whole lines whose frames are in the tar, byte for byte, are kept, and the rest is cut off.
+Both files have the suffix `.part` until the shard is full; the journal is renamed last. After a kill, the complete
+journal lines whose frames are in the tar are kept, and the rest is truncated.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class ShardWriter:
     """Appends clips to shards.
 
     Attributes:
-        done: clips of the source that were dealt with, bad ones included.
+        done: number of clips processed, including bad ones.
         packed: clips packed.
         frames: their frames.
     """
 
     def __init__(self, folder: Path, shard_bytes: int) -> None:
-        """Take up what the folder holds, after a kill too.
+        """Open the folder and continue with its content.
 
         Raises:
             UserError: a finished shard of the folder is missing or damaged.
@@ -80,7 +80,7 @@ class ShardWriter:
         self._note({**row, "end": offset})
 
     def add_bad(self, clip: Clip, error: ClipError) -> None:
-        """Note a clip that cannot be read."""
+        """Add an unreadable clip."""
         bad = {"path": clip.path, "cause": error.cause, "message": error.message}
         self._note({"id": clip.id, "bad": bad})
 
@@ -94,7 +94,7 @@ class ShardWriter:
         return [(self._folder / layout.shard_name(number)).stat().st_size for number in range(self._number)]
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(shard, row) of everything dealt with so far."""
+        """(shard, row) of every clip processed so far."""
         for number in range(self._number):
             for row in read_journal(self._folder / layout.journal_name(number)):
                 yield number, row
@@ -103,7 +103,7 @@ class ShardWriter:
             yield self._number, row
 
     def close(self) -> None:
-        """Close the open files; what was added stays."""
+        """Close the open files."""
         self._tar.close()
         self._journal.close()
 
@@ -124,7 +124,7 @@ class ShardWriter:
         return self._folder / f"{tar}{PART}", self._folder / f"{journal}{PART}"
 
     def _take_up(self) -> tuple[BinaryIO, BinaryIO]:
-        """Open the growing shard, cut back to what is whole."""
+        """Open the unfinished shard, truncated to its complete clips."""
         tar_path, journal_path = self._parts()
         finished_tar = self._folder / layout.shard_name(self._number)
         if finished_tar.exists() and not tar_path.exists():
@@ -192,7 +192,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def whole_rows(tar: Path, journal: Path) -> tuple[list[dict[str, Any]], int, int]:
-    """What of a growing shard survived: its rows, and how many bytes of the journal and of the tar they are."""
+    """The complete rows of an unfinished shard, and their bytes in the journal and in the tar."""
     rows: list[dict[str, Any]] = []
     journal_bytes = tar_bytes = 0
     with tar.open("rb") as file:
@@ -207,7 +207,7 @@ def whole_rows(tar: Path, journal: Path) -> tuple[list[dict[str, Any]], int, int
 
 
 def _is_in(file: BinaryIO, row: dict[str, Any]) -> bool:
-    """Whether the tar holds all that the row says, padding included."""
+    """Whether the tar contains all files of the row, including padding."""
     if "bad" in row:
         return True
     for offset, length, crc in zip(row["offsets"], row["lengths"], row["crc32"], strict=True):

@@ -1,1 +1,1 @@
-"""What a step reads: clips, frame indices and augmentation, as pure functions of the seed and the position."""
+"""Sampling of clips, frames and augmentation, as pure functions of the seed and the position."""

@@ -1,8 +1,8 @@
-"""Which frames of a clip are seen: pure functions of the number of frames and a generator.
+"""Frame sampling: pure functions of the number of frames and a generator.
 
-A clip of L frames is cut into T equal segments (their lengths differ by one frame at most where T does not divide
-L). Training draws one frame of each segment; evaluation takes the i-th frame of each segment, for
-i = 0, stride, 2 * stride and so on: "Frame sampling" in Bain et al., "Frozen in Time" (2021), section 3.1.
+A clip of L frames is divided into T segments whose lengths differ by at most one frame. Training draws one frame of
+each segment; evaluation takes the i-th frame of each segment, for i = 0, stride, 2 * stride and so on: "Frame sampling" in
+Bain et al., "Frozen in Time" (2021), section 3.1.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from frozen_fast.errors import UserError
 
 
 def train_frames(num_available: int, num_frames: int, rng: np.random.Generator) -> list[int]:
-    """One uniform draw inside each of num_frames equal segments.
+    """Draw one frame uniformly from each of num_frames equal segments.
 
     Every frame from 0 to num_available - 1 lies in a segment and can be drawn. A clip with fewer frames than
-    asked for repeats frames, each at least once and in order; nothing is random then.
+    asked for repeats frames in order, each at least once, without randomness.
 
     Args:
         num_available: frames of the clip, L, at least 1.
         num_frames: frames wanted, T, at least 1.
-        rng: advanced by T draws, whatever L is.
+        rng: advanced by T draws for any L.
 
     Returns:
-        T frame indices, not falling.
+        T frame indices in non-decreasing order.
     """
     _check(num_available, num_frames)
     draws = rng.random(num_frames)
@@ -68,16 +68,16 @@ def test_windows(num_available: int, num_frames: int, *, stride_frames: int, max
     return [[first + offset for first in starts[:-1]] for offset in offsets]
 
 
-test_windows.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of the name
+test_windows.__test__ = False  # type: ignore[attr-defined]  # not a test, despite its name
 
 
 @dataclass(frozen=True)
 class FixedRate:
-    """CLIP2Video's rule: frames at a fixed rate, thinned out evenly; a short clip gives fewer frames than asked for.
+    """CLIP2Video's sampling: evenly spaced frames of those at a fixed rate. A short clip gives fewer frames.
 
     Attributes:
         frames_per_second: rate of the list of frames (5 in the released code, which reads extracted pictures).
-        divisor: the list is thinned evenly to its length divided by this (2 on MSR-VTT, 1 on MSVD and VATEX).
+        divisor: keep 1 / divisor of the list, evenly spaced (2 on MSR-VTT, 1 on MSVD and VATEX).
     """
 
     frames_per_second: float
@@ -86,18 +86,18 @@ class FixedRate:
     def train(
         self, num_available: int, clip_frames_per_second: float, num_frames: int, rng: np.random.Generator
     ) -> list[int]:
-        """Evenly spaced frames, those between the first and the last moved by up to half their distance.
+        """Evenly spaced frames; frames between the first and the last are shifted by up to half their distance.
 
-        They are moved only where half the distance, in listed frames, is more than 2.
+        They are shifted only if half the distance, in listed frames, is more than 2.
 
         Args:
             num_available: frames of the clip, L, at least 1.
             clip_frames_per_second: rate of the clip's own frames.
             num_frames: most frames wanted, T, at least 1.
-            rng: advanced where frames are moved.
+            rng: advanced if frames are shifted.
 
         Returns:
-            At most T frame indices, not falling.
+            At most T frame indices in non-decreasing order.
         """
         listed = self._listed(num_available, clip_frames_per_second)
         places = _evenly(len(listed), num_frames)
@@ -107,12 +107,12 @@ class FixedRate:
         return [listed[place] for place in places.tolist()]
 
     def test(self, num_available: int, clip_frames_per_second: float, num_frames: int) -> list[int]:
-        """Evenly spaced frames: as `train`, nothing moved."""
+        """Evenly spaced frames: as `train`, without shifts."""
         listed = self._listed(num_available, clip_frames_per_second)
         return [listed[place] for place in _evenly(len(listed), num_frames).tolist()]
 
     def _listed(self, num_available: int, clip_frames_per_second: float) -> list[int]:
-        """The frames to choose from: at the fixed rate, thinned by the divisor, at least one."""
+        """The candidate frames: at the fixed rate, reduced by the divisor, at least one."""
         step = clip_frames_per_second / self.frames_per_second
         count = max(1, round(num_available / step))
         kept = np.linspace(0, count - 1, num=max(1, count // self.divisor), dtype=int)
@@ -125,7 +125,7 @@ def _evenly(available: int, wanted: int) -> np.ndarray:
 
 
 def stride_in_frames(stride_seconds: float, frames_per_second: float) -> int:
-    """A stride of seconds as frames, rounded to the nearest, at least 1; 0 stays 0 (one window in the middle)."""
+    """Convert a stride in seconds to frames, rounded, at least 1; 0 stays 0 (one window in the middle)."""
     if stride_seconds < 0:
         raise UserError(f"evaluation.stride_seconds: got {stride_seconds}; allowed: from 0")
     return max(1, int(stride_seconds * frames_per_second + 0.5)) if stride_seconds else 0

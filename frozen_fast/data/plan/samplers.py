@@ -1,7 +1,7 @@
-"""Which source and which clips a training step sees: pure functions of the seed, the step and the rank.
+"""Samplers of sources and clips: pure functions of the seed, the step and the rank.
 
 A source is an endless stream: one permutation of its clips per epoch of the source, joined. An optimizer step takes
-the next clips of one source's stream, so that (step, clips taken of each stream) says all there is to resume from.
+the next clips of one source's stream, so (step, clips taken from each stream) is the complete state for resuming.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ORDERS = ("round_robin", "weighted")
 
 @dataclass(frozen=True)
 class DataPosition:
-    """How far a run has read.
+    """Position of a run in its sources.
 
     Attributes:
         step: optimizer steps done.
@@ -41,7 +41,7 @@ class DataPosition:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataPosition:
-        """Back from a checkpoint."""
+        """Restore from a checkpoint."""
         return cls(int(value["step"]), {name: int(count) for name, count in value["consumed"].items()})
 
 
@@ -59,7 +59,7 @@ class BatchSpec:
         frames: frames per video clip of the stage.
         seed: the run's seed.
         last_pass_of_step: the optimizer steps after this pass.
-        after: where the run stands after this pass; save that of the last pass of a step.
+        after: position after this pass; checkpoints store that of a step's last pass.
     """
 
     step: int
@@ -74,7 +74,7 @@ class BatchSpec:
     after: DataPosition
 
     def describe(self) -> str:
-        """For messages: which batch this is."""
+        """Name of the batch for messages."""
         return f"the batch of step {self.step}, pass {self.pass_index}, source {self.source!r}"
 
 
@@ -107,14 +107,14 @@ def plan_steps(
         frames: frames per video clip.
         accumulation: forward passes per optimizer step, all from one source.
         num_steps: optimizer steps to plan.
-        start: where the run stands.
+        start: current position of the run.
         rank: this process.
         world_size: number of processes.
         pairs: source name -> indices of clips that come one after the other, [clips / 2, 2] (sources.twin_pairs);
             with an even batch size they share a batch. A source without an entry is shuffled clip by clip.
 
     Raises:
-        UserError: at once, for sizes, weights or batch sizes that do not fit.
+        UserError: immediately, for invalid sizes, weights or batch sizes.
     """
     _check_weights(source_sizes, weights, order)
     for name in source_sizes:
@@ -146,8 +146,8 @@ def plan_steps(
 def source_order(weights: Mapping[str, float], order: Order, seed: int, first_step: int) -> Iterator[str]:
     """The source of each optimizer step from first_step (0 is the run's first), endlessly.
 
-    round_robin puts the k-th turn of a source at the time (k + 1/2) / weight and orders turns by time, first come in
-    the config first; weighted draws each step by itself.
+    round_robin assigns the time (k + 1/2) / weight to the k-th step of a source and sorts the steps by time, ties in
+    the order of the config; weighted draws each step independently.
     """
     names = [name for name in weights if weights[name] > 0]
     if order == "weighted":
@@ -190,10 +190,10 @@ class SourceStream:
         return tuple(found)
 
     def batch_start(self, position: int, batch_size: int) -> int:
-        """Where the next batch begins: at position, or at the next epoch where it would repeat a clip otherwise.
+        """Start of the next batch: position, or the next epoch if the batch would otherwise contain a clip twice.
 
         A batch across two epochs is free of repeats while it takes at most a third of the source from either; one
-        that takes more begins with the new epoch, and the rest of the old one (other clips each time) is passed over.
+        that takes more starts with the new epoch, and the rest of the old one (other clips each time) is skipped.
         """
         left = self.size - position % self.size
         if batch_size <= left or batch_size > self.size:

@@ -1,4 +1,4 @@
-"""Random generators that depend on what is drawn, and on nothing else: not on rank, worker or order."""
+"""Random generators keyed by what they draw, independent of rank, worker and order."""
 
 from __future__ import annotations
 

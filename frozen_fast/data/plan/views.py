@@ -1,4 +1,4 @@
-"""Which part of a clip is seen: one random crop and flip in training. Pure functions of a generator."""
+"""Random crop and flip of a training clip: pure functions of a generator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw_train_view(
         width: upright source width, pixels.
         scale: smallest and largest share of the area.
         ratio: smallest and largest aspect ratio.
-        flip_probability: probability of a mirror image.
+        flip_probability: probability of a horizontal flip.
     """
     flip = bool(rng.random() < flip_probability)
     shares = rng.uniform(scale[0], scale[1], size=_CROP_ATTEMPTS)

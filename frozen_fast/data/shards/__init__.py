@@ -1,4 +1,4 @@
-"""Frames of clips, taken out once and kept as JPEG in tar shards with an index; import the modules by name.
+"""Pre-extracted frames: JPEG in tar shards with an index. Import the modules by name.
 
-Reading: layout, index, files, jpeg, decoder. Writing: extract, writer, tables, pack.
+frozen_fast.data.packing writes shards.
 """

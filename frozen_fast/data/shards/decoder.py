@@ -1,4 +1,4 @@
-"""Packed clips to the model's input: read the bytes of the wanted frames only, check them, decode, transform.
+"""Decodes packed clips: reads the bytes of the wanted frames, checks, decodes and transforms them.
 
 Axis letters: N distinct frames, T frames, H and W pixels, C channels (RGB).
 """
@@ -26,7 +26,7 @@ _NEAR_BYTES = 4096  # frames so close are read at once: a tar header and padding
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to read for one request.
+    """The reads of one request.
 
     Attributes:
         path: the clip's address, for errors.
@@ -49,7 +49,7 @@ class _Plan:
     view: TrainView | TestView
 
     def spans(self) -> list[tuple[int, int, list[int]]]:
-        """Reads as (offset, length, frames in it): neighbours go together."""
+        """Reads as (offset, length, frames in it); close frames are read together."""
         spans: list[tuple[int, int, list[int]]] = []
         for number, (offset, length) in enumerate(self.frames[["offset", "length"]].tolist()):
             end = offset + length
@@ -64,8 +64,8 @@ class _Plan:
 class PackedFrameDecoder:
     """A Decoder (frozen_fast.data.decode.types) for packed clips; `Decoded.backend` is "jpeg".
 
-    Every frame's bytes are compared with their CRC-32 in the index before they are decoded, because a JPEG decoder
-    paints damaged parts grey and says nothing.
+    Every frame's bytes are compared with their CRC-32 before decoding, because a JPEG decoder
+    fills damaged parts with grey without an error.
     """
 
     name = "jpeg"
@@ -77,7 +77,7 @@ class PackedFrameDecoder:
         self._files = ShardFiles()
 
     def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded | ClipError]:
-        """Decode a batch, in order; a bad clip becomes a ClipError in its place."""
+        """Decode a batch, in order; a bad clip gives a ClipError in its place."""
         plans = [self._planned(request) for request in requests]
         if len(plans) > 1:
             self._announce(plans)
@@ -104,7 +104,7 @@ class PackedFrameDecoder:
         return _Plan(path, where.file, size, height, width, np.array(frames[distinct]), order, request.view)
 
     def _announce(self, plans: Sequence[_Plan | ClipError]) -> None:
-        """Let the disk begin with all reads of the batch at once."""
+        """Announce all reads of the batch to the system."""
         for plan in plans:
             if isinstance(plan, _Plan):
                 try:
@@ -144,7 +144,7 @@ class PackedFrameDecoder:
     def _frame(plan: _Plan, number: int, data: memoryview) -> np.ndarray:
         if zlib.crc32(data) != int(plan.frames[number]["crc32"]):
             place = int(plan.frames[number]["offset"])
-            raise ClipError("decode_failed", f"damaged: the bytes at {place} are not what the index says", plan.path)
+            raise ClipError("decode_failed", f"damaged: the bytes at {place} do not match their checksum", plan.path)
         try:
             return jpeg.decode(data, plan.height, plan.width)
         except ValueError as error:

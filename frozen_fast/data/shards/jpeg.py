@@ -1,4 +1,4 @@
-"""JPEG to pixels and back: torchvision's decoder (libjpeg-turbo, outside the interpreter's lock), Pillow's encoder."""
+"""JPEG decoding with torchvision (libjpeg-turbo, releases the GIL) and encoding with Pillow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encode(frame_HWC: np.ndarray, quality: int) -> bytes:
 
 
 def size_of(data: memoryview) -> tuple[int, int] | None:
-    """A JPEG's (height, width) from its header, None where there is none: asked before anything is decoded."""
+    """A JPEG's (height, width) from its header, None without a header; nothing is decoded."""
     if bytes(data[:2]) != _START:
         return None
     place = 2
@@ -47,11 +47,11 @@ def decode(data: memoryview, height: int, width: int) -> np.ndarray:
 
     Args:
         data: the file's bytes, writable memory (torch asks for that).
-        height: what the index says.
+        height: height in the index.
         width: likewise.
 
     Raises:
-        ValueError: no whole JPEG of this size, or damaged.
+        ValueError: the data is not a complete JPEG of this size.
     """
     if size_of(data) != (height, width) or bytes(data[-2:]) != _END:
         raise ValueError(f"no whole JPEG of {width} x {height} pixels (its header says {size_of(data)})")

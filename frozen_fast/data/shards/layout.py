@@ -1,15 +1,15 @@
-"""How a folder of packed frames is laid out, and how a packed clip is addressed. Names and types only.
+"""Files of a folder of packed frames, and addresses of packed clips. Names and types only.
 
-    index.json         written last: what the folder holds; without it, packing is not finished
+    index.json         written last; without it, packing is not finished
     pack.json          the settings and the source, written first
     clips.jsonl        a manifest (docs/data.md): line i is packed clip i, its path is its address
     clips.npy          CLIP_TABLE, row i is packed clip i
-    frames.npy         FRAME_TABLE, the frames of all packed clips one after the other
-    shard-00000.tar    plain tar: 00000017.003.jpg is frame 3 of packed clip 17, 00000017.json says what it is
-    shard-00000.jsonl  what went into the shard, one line a clip of the source, bad clips included
+    frames.npy         FRAME_TABLE, the frames of all packed clips in order
+    shard-00000.tar    plain tar: 00000017.003.jpg is frame 3 of packed clip 17, 00000017.json describes the clip
+    shard-00000.jsonl  journal: one line per clip of the source, including bad clips
     bad_clips.jsonl    clips that could not be read
 
-Nothing in it is named by a clip's id, and nothing is read by a name that a file gives: shards are named by number.
+File names contain numbers, not clip ids, and no file is opened by a name that another file gives.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ADDRESS = re.compile(r"(?:(.*)/)?(shard-[0-9]{5,8}\.tar)#([0-9]{1,12})")
 
 
 class Address(NamedTuple):
-    """Where a packed clip lies: `folder/shard-00003.tar#17` is clip 17 of the folder, in shard 3."""
+    """Address of a packed clip: `folder/shard-00003.tar#17` is clip 17 of the folder, in shard 3."""
 
     folder: str
     shard: str
@@ -71,7 +71,7 @@ def shard_name(number: int) -> str:
 
 
 def journal_name(number: int) -> str:
-    """The file name of what went into a shard."""
+    """The file name of a shard's journal."""
     return f"shard-{number:05d}.jsonl"
 
 
@@ -81,7 +81,7 @@ def address(shard: int, row: int) -> str:
 
 
 def parse_address(path: str) -> Address | None:
-    """Take a packed clip's path apart; None for the path of a file."""
+    """Parse a packed clip's path; None for the path of a file."""
     if "#" not in path:
         return None
     found = _ADDRESS.fullmatch(path)

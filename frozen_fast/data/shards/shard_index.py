@@ -1,4 +1,4 @@
-"""A finished folder of packed frames: its checks, and what it says of each clip. Tables stay on disk, mapped."""
+"""Index of a finished folder of packed frames, with checks. Tables are memory-mapped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_SIDE = 65535  # of a JPEG, pixels
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a folder of packed frames holds.
+    """Content of a folder of packed frames.
 
     Attributes:
         folder: the folder.
@@ -49,8 +49,7 @@ class ShardIndex:
         """Open a finished folder.
 
         Raises:
-            UserError: it is not finished, a file is missing or not as long as the index says, or the index is not
-                in the form.
+            UserError: it is not finished, a file is missing or has the wrong length, or the index is malformed.
         """
         root = Path(folder)
         value = _read_index(root)
@@ -82,7 +81,7 @@ class ShardIndex:
         """A clip's row and its frames' rows.
 
         Raises:
-            ClipError: no such clip, it lies in another shard, or its row makes no sense.
+            ClipError: the clip does not exist, is in another shard, or its row is invalid.
         """
         path = f"{where.file}#{where.row}"
         if where.row >= len(self.clips):
@@ -94,11 +93,11 @@ class ShardIndex:
         sides = (int(row["height"]), int(row["width"]))
         frames = self.frames[first : first + count]
         if count < 1 or len(frames) != count or not all(0 < side <= _MOST_SIDE for side in sides):
-            raise ClipError("decode_failed", "damaged index: the clip's row makes no sense", path)
+            raise ClipError("decode_failed", "damaged index: the clip's row is invalid", path)
         return row, frames
 
     def info(self, where: Address, kind: str, *, max_pixels: int) -> VideoInfo:
-        """What a packed clip holds: the stored frames, and when each of them appears.
+        """Number, size and times of a packed clip's frames.
 
         Raises:
             ClipError: as for clip(), and for another kind or frames with too many pixels.
@@ -112,7 +111,7 @@ class ShardIndex:
             raise ClipError("too_large", f"frames of {width} x {height}; allowed: {max_pixels} pixels", path)
         times, rate = np.array(frames["seconds"]), float(row["frames_per_second"])
         if not (np.isfinite(times).all() and (np.diff(times) >= 0).all() and np.isfinite(rate) and rate > 0):
-            raise ClipError("decode_failed", "damaged index: the clip's times make no sense", path)
+            raise ClipError("decode_failed", "damaged index: the clip's times are invalid", path)
         return VideoInfo(
             num_frames=len(frames),
             frames_per_second=rate,
@@ -173,7 +172,7 @@ os.register_at_fork(after_in_child=_new_lock_after_fork)
 
 
 def open_index(folder: str | Path) -> ShardIndex:
-    """Open a folder anew, and remember it for this process's decoders."""
+    """Open a folder again, and cache it for this process's decoders."""
     index = ShardIndex.open(folder)
     with _lock:
         _open[os.fspath(folder)] = index
@@ -198,5 +197,5 @@ def index_of(where: Address) -> ShardIndex:
 
 
 def packed_info(where: Address, kind: str, *, max_pixels: int) -> VideoInfo:
-    """What probe says of a packed clip, from the index alone."""
+    """As probe, for a packed clip, from the index."""
     return index_of(where).info(where, kind, max_pixels=max_pixels)

@@ -1,4 +1,4 @@
-"""Open shards, and read parts of them: pread only, so that threads and forked processes share a descriptor safely."""
+"""Reads parts of shards with pread, so that threads and forked processes can share a descriptor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from threading import Lock
 from frozen_fast.data.decode.types import ClipError
 
 MOST_OPEN = 512
-"""Shards kept open by one decoder, where the system allows a process twice as many files."""
+"""Open shards per decoder; the limit of open files must be twice as high."""
 
 
 class _OpenFile:
-    """A descriptor and how many are reading from it."""
+    """A descriptor and its number of readers."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -24,7 +24,7 @@ class _OpenFile:
 
 
 class ShardFiles:
-    """Keeps the most recently used shards open; closing one waits for nobody: one in use is closed when it is free."""
+    """Keeps the most recently used shards open; a shard in use is closed after its reads."""
 
     def __init__(self, most_open: int = MOST_OPEN) -> None:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -58,7 +58,7 @@ class ShardFiles:
             os.close(self._files.pop(path).descriptor)
 
     def close(self) -> None:
-        """Close all that nobody is reading."""
+        """Close all shards that are not in use."""
         with self._lock:
             self._shrink(0)
 
@@ -82,7 +82,7 @@ def _opened(path: str, expected_bytes: int) -> int:
 
 
 def advise(descriptor: int, offset: int, length: int) -> None:
-    """Ask for bytes that will be read soon, so that a disk can fetch for many clips at a time; does not wait."""
+    """Ask for bytes that will be read soon, so that the disk can prefetch; does not wait."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
@@ -91,7 +91,7 @@ def read_exactly(descriptor: int, offset: int, length: int, path: str) -> memory
     """Bytes of a file, in memory that may be written to.
 
     Raises:
-        ClipError: truncated, where the file ends before; decode_failed, where the disk gives an error.
+        ClipError: truncated, if the file is too short; decode_failed, for a read error.
     """
     buffer = bytearray(length)
     view = memoryview(buffer)

@@ -1,4 +1,4 @@
-"""Collections of clips with captions, read from the layouts that users have on disk."""
+"""Sources: collections of clips with captions, read from data set layouts on disk."""
 
 from frozen_fast.data.sources.captions import CaptionRule
 from frozen_fast.data.sources.clip import Clip, PackedClips, Source

@@ -1,4 +1,4 @@
-"""ActivityNet Captions: {train,val}_ids.json, train.json, val_1.json; a video's sentences make its paragraph."""
+"""ActivityNet Captions: {train,val}_ids.json, train.json, val_1.json; a video's sentences are its paragraph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = {"train": ("train_ids.json", "train.json"), "val": ("val_ids.json", "val
 LIST_FOLDERS = (".", "structured-symlinks", "high-quality/structured-symlinks", "captions", "activitynet_data")
 VIDEO_FOLDERS = ("videos", "Activity_Videos", "Activity_Videos_Compress", "ActivityNet_Videos")
 ID_PREFIX = "v_"
-"""Ids in the annotation carry it; files do or do not, depending on the downloader."""
+"""Prefix of ids in the annotation; file names have it or not, depending on the downloader."""
 
 
 def read_activitynet(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:

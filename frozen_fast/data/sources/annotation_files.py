@@ -1,4 +1,4 @@
-"""What the readers share: metadata files with clear errors, fast existence checks, counted drops."""
+"""Shared helpers of the readers: metadata files, existence checks, counts of dropped rows."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ NO_CAPTION = "no caption"
 
 
 class MissingFileError(UserError):
-    """A folder or annotation file of a data set is not there; read_source adds where to get it."""
+    """A folder or annotation file of a data set is missing; read_source adds its origin to the message."""
 
 
 def require_folder(path: Path, key: str) -> Path:
-    """The path itself, or a MissingFileError naming the config key where it is no folder."""
+    """Return the path; raise MissingFileError with the config key if it is not a folder."""
     if not path.is_dir():
-        got = f"got {str(path)!r}, which is no folder"
+        got = f"got {str(path)!r}, which is not a folder"
         raise MissingFileError(f"{key}.path: {got}; allowed: the data set's root folder")
     return path
 
 
 def require_file(path: Path, key: str) -> Path:
-    """The path itself, or a MissingFileError naming the metadata file."""
+    """Return the path; raise MissingFileError if it is not a file."""
     if not path.is_file():
         missing = f"the metadata file {str(path)!r} does not exist"
-        raise MissingFileError(f"{key}.path: {missing}; allowed: a folder that holds it")
+        raise MissingFileError(f"{key}.path: {missing}; allowed: a folder that contains it")
     return path
 
 
 def folder_with(root: Path, folders: Iterable[str], holds: str, key: str) -> Path:
-    """The first of some folders below the root that holds a file or folder.
+    """Return the first of several folders below the root that contains a file or folder.
 
     Args:
         root: the data set's folder.
         folders: relative to it, "." is the root itself.
-        holds: name of what the folder must hold; "." asks for the folder alone.
+        holds: name of the file or folder that it must contain; ".": nothing.
         key: the source's config key.
 
     Raises:
@@ -61,11 +61,13 @@ def folder_with(root: Path, folders: Iterable[str], holds: str, key: str) -> Pat
         if (root / place).exists():
             return (root / place).parent if holds != "." else root / place
     wanted = ", ".join(str(place) for place in places)
-    raise MissingFileError(f"{key}.path: got {str(root)!r}, which holds none of: {wanted}; allowed: a folder that does")
+    raise MissingFileError(
+        f"{key}.path: got {str(root)!r}, which contains none of: {wanted}; allowed: a folder with one of them"
+    )
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file; other bytes are a UserError naming the file."""
+    """Read a UTF-8 text file; raise UserError with its name if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -75,7 +77,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file; anything else is a UserError naming the file and the place."""
+    """Read a JSON file; raise UserError with file and line if it is not JSON."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -131,7 +133,7 @@ def records(data: Any, field: str, columns: Iterable[str], path: Path) -> list[d
 
 
 class FolderListings:
-    """Does a file exist? One listing per folder instead of one call per file: millions of rows in seconds."""
+    """Checks whether files exist by listing each folder once, which is fast for millions of rows."""
 
     def __init__(self) -> None:
         self._names: dict[str, frozenset[str]] = {}
@@ -152,16 +154,16 @@ class FolderListings:
 
 
 def _file_of(clip: Clip) -> str:
-    """The file that holds the clip: of a packed one, its shard."""
+    """The file of the clip; for a packed clip, its shard."""
     where = parse_address(clip.path)
     return clip.path if where is None else where.file
 
 
 class ClipCollector:
-    """Takes candidate clips, keeps the good ones, counts the others by cause.
+    """Keeps usable clips and counts dropped rows by cause.
 
     Attributes:
-        drops: cause -> rows left out.
+        drops: cause -> number of dropped rows.
         listed: different clip ids that the annotation names, on disk or not.
         classes: a reader of an action recognition data set puts the names of its class list here.
     """
@@ -175,14 +177,14 @@ class ClipCollector:
         self._listings = FolderListings()
 
     def drop(self, cause: str, example: str) -> None:
-        """Count one row that is left out."""
+        """Count one dropped row."""
         self.drops[cause] += 1
         examples = self._examples.setdefault(cause, [])
         if len(examples) < _EXAMPLES_IN_LOG:
             examples.append(example)
 
     def keep(self, clip: Clip) -> bool:
-        """Whether the clip may stay: its id is new, it has a caption, and its file is there. Else it is counted."""
+        """Whether the clip is usable: its id is new, it has a caption, and its file exists. Otherwise count it."""
         if clip.id in self._seen:
             self.drop(DUPLICATE_ID, clip.id)
             return False
@@ -197,11 +199,11 @@ class ClipCollector:
         return False
 
     def log(self, name: str, kept: int) -> None:
-        """Say once what was left out."""
+        """Log the number of dropped rows."""
         for cause, count in self.drops.items():
             examples = ", ".join(self._examples[cause])
             logger.warning(
-                "source %s: %d rows left out: %s (%s%s); %d clips kept",
+                "source %s: dropped %d rows: %s (%s%s); %d clips kept",
                 name,
                 count,
                 cause,

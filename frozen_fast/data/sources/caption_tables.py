@@ -1,7 +1,7 @@
-"""Any image-text or video-text set through a table: csv, tsv (also gzipped) or parquet, one clip a row.
+"""Tables of images or videos with text: csv, tsv (also gzipped) or parquet, one clip per row.
 
-SBU, WIT and what img2dataset writes are read this way. `columns` of the source names the file's columns; without it
-they are called as the fields are. Relative paths start at the table's folder.
+For SBU, WIT and the output of img2dataset. `columns` of the source maps fields to the file's columns; by default they
+have the same names. Paths are relative to the table's folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def read_parquet(config: SourceConfig, key: str, collector: ClipCollector) -> It
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"{key}.format: got 'parquet' without pyarrow; allowed: after pip install pyarrow") from None
+        raise UserError(
+            f"{key}.format: got 'parquet' without the package pyarrow; install it: pip install -e '.[parquet]'"
+        ) from None
     path = Path(config.path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [_table_file(config, key)]
     if not files:
@@ -75,7 +77,7 @@ def _table_file(config: SourceConfig, key: str) -> Path:
 
 
 def _columns(config: SourceConfig, header: list[str], path: Path, key: str) -> dict[str, str]:
-    """Field -> column, for those that the file has.
+    """Field -> column, for the columns in the file.
 
     Raises:
         UserError: columns names an unknown field or a column that the file lacks, or a required field has none.
@@ -99,7 +101,7 @@ def _columns(config: SourceConfig, header: list[str], path: Path, key: str) -> d
 def _clips(
     rows: Iterator[Row], config: SourceConfig, path: Path, collector: ClipCollector, *, first_line: int
 ) -> Iterator[Clip]:
-    """Rows as clips; those of other splits are passed over, those without path are counted."""
+    """Convert rows to clips; skip rows of other splits, and count rows without a path."""
     for number, row in enumerate(rows, start=first_line):
         if "split" in row and config.split and str(row["split"] or "") != config.split:
             continue

@@ -1,4 +1,4 @@
-"""Which caption a clip is seen with: pure functions of the clip's captions and a generator."""
+"""Selection of a clip's caption: pure functions of the captions and a generator."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CaptionMode = Literal["random", "first", "paragraph", "all"]
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """How a source's captions are read.
+    """How captions of a source are selected.
 
     Attributes:
-        mode: random: training draws one, evaluation reads each. first: the first. paragraph: training joins a random
+        mode: random: training draws one, evaluation uses each. first: the first. paragraph: training joins a random
             number of them in their order (the paper's text augmentation for paragraph retrieval), evaluation
-            joins all. all: training joins all, evaluation reads each.
-        max_characters: a caption, or a joined paragraph, is cut to this number of characters; 0: never.
+            joins all. all: training joins all, evaluation uses each.
+        max_characters: a caption, or a joined paragraph, is truncated to this number of characters; 0: no limit.
     """
 
     mode: CaptionMode = "random"
@@ -38,7 +38,7 @@ class CaptionRule:
         return self._cut(" ".join(captions[index] for index in kept))
 
     def evaluation(self, captions: Sequence[str]) -> list[str]:
-        """The queries that a clip gives in evaluation."""
+        """The evaluation queries of a clip."""
         if self.mode == "first":
             return [self._cut(captions[0])]
         if self.mode == "paragraph":

@@ -1,4 +1,4 @@
-"""Conceptual Captions 3M: a table of thumbnailUrl and caption, pictures named by the CRC-32 of their address."""
+"""Conceptual Captions 3M: a table of thumbnailUrl and caption, pictures named by the CRC-32 of their URL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = {
 
 
 def read_cc3m(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
-    """Pictures of a CC3M folder; the file of a row is training|validation/<crc32 of its address>, no extension."""
+    """Pictures of a CC3M folder; the file of a row is training|validation/<crc32 of its URL>, no extension."""
     root = require_folder(Path(config.path), key)
     table, folder = SPLITS[config.split]
     for row in read_table(require_file(root / table, key), ("thumbnailUrl", "caption")):
@@ -40,5 +40,5 @@ CC3M = Layout(
     data_set="CC3M",
     read=read_cc3m,
     published={"": {"train": (), "val": ()}},  # how many pictures can still be downloaded differs from copy to copy
-    get_from="Conceptual Captions: addresses at ai.google.com/research/ConceptualCaptions, pictures by a downloader",
+    get_from="Conceptual Captions: URLs at ai.google.com/research/ConceptualCaptions; pictures with a downloader",
 )

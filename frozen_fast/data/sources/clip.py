@@ -1,4 +1,4 @@
-"""A clip, and a source: a collection of clips with captions that one reader made."""
+"""Clip and Source, a collection of clips with captions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Kind = Literal["video", "image"]
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One example: a stretch of a video file, or a picture, and what was said about it.
+    """One example: a part of a video file, or a picture, with its captions.
 
     Attributes:
         id: unique in its source.
         path: the file.
         captions: at least one.
         kind: "video" or "image".
-        start_seconds: where the clip begins in the file; None: at the beginning.
-        end_seconds: where it ends, exclusive; None: at the end.
-        split: as the data set names it, such as train, val, test; empty where it names none.
-        twin: id of a clip that one frame cannot tell apart from this one (its mirror in time), for evaluation.
+        start_seconds: start of the clip in the file; None: the beginning.
+        end_seconds: end of the clip, exclusive; None: the end of the file.
+        split: the data set's name of the split, such as train, val or test; empty without splits.
+        twin: id of a clip that a single frame cannot distinguish from this one (such as its reverse).
         label: class of an action recognition data set, as words ("brush hair"); None: the data set has no classes.
-        segments: parts of the file, (start, end) in seconds, in order and apart; the clip is these one after another.
+        segments: disjoint parts of the file, (start, end) in seconds, in order; the clip is their concatenation.
             Empty: the clip is start_seconds to end_seconds.
     """
 
@@ -45,10 +45,10 @@ class Clip:
 
 
 class PackedClips(Sequence[Clip]):
-    """Millions of clips in two tensors instead of tens of millions of Python objects.
+    """A list of clips stored in two tensors, for millions of clips.
 
-    A loader process gets the tensors through shared memory, so that a source is held once per rank and not
-    once per worker. An item is unpacked when asked for (some microseconds).
+    A loader process gets the tensors through shared memory, so a source is stored once per rank, not
+    once per worker. Items are unpacked on access, in some microseconds.
     """
 
     def __init__(self, clips: Iterable[Clip]) -> None:
@@ -64,7 +64,7 @@ class PackedClips(Sequence[Clip]):
         self._make_views()
 
     def _make_views(self) -> None:
-        """Plain views of the tensors' memory: reading a slice of them takes a tenth of the time."""
+        """Create views of the tensors' memory, which are ten times as fast to slice as tensors."""
         self._bytes_view, self._ends_view = self._bytes.numpy().data, self._ends.numpy().data
 
     def __getstate__(self) -> dict[str, torch.Tensor]:
@@ -107,12 +107,12 @@ class Source:
 
     Attributes:
         name: in configs, steps.jsonl and reports.
-        format: the layout on disk it was read from.
+        format: name of its layout.
         clips: in the order of the metadata; never empty.
-        kind: "image" where all clips are pictures: they have one frame in every stage. Otherwise "video": a batch
-            has the stage's frames, and a picture among the videos repeats its one.
-        caption_rule: how captions are chosen and cut.
-        drops: cause -> number of rows left out, for the report.
+        kind: "image" if all clips are pictures, which have one frame in every stage. Otherwise "video": a batch
+            has the stage's number of frames, and a picture repeats its frame.
+        caption_rule: how captions are selected and truncated.
+        drops: cause -> number of dropped rows.
         classes: class names in the order of the data set's own list, else sorted; empty without classes.
         published: number of clips that the data set's authors state for this split; None: not stated, or not checked.
     """

@@ -1,4 +1,4 @@
-"""What the table of layouts (frozen_fast.config.extensions.layouts) holds: one data set in one form on disk."""
+"""Layout: the interface of data set layouts (frozen_fast.config.extensions.layouts)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from frozen_fast.data.sources.clip import Clip
 from frozen_fast.errors import UserError, unknown_name
 
 Reader = Callable[[SourceConfig, str, ClipCollector], Iterator[Clip]]
-"""(source, its config key for messages, where rows that are left out are counted) -> clips in the annotation's order.
+"""(source, its config key for messages, collector of dropped rows) -> clips in the annotation's order.
 
-A clip that the annotation names and whose file or caption is missing is yielded all the same: read_source counts it.
+Also yields clips without a file or caption; read_source counts and drops them.
 """
 
 Published = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""Version (data.sources[].split_version) -> split -> numbers of clips that are published for it; empty: none is.
+"""Version (data.sources[].split_version) -> split -> published numbers of clips; empty: not published.
 
-A data set without versions has the version "". Two numbers where two sets of files are in use under one name.
+A data set without versions has the version "". Two numbers if two sets of files have the same name.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One data set in one form on disk.
+    """A data set in one form on disk.
 
     Attributes:
         data_set: its name, for messages.
         read: reads the annotation.
         published: versions, splits and their numbers of clips; None: the reader checks version and split itself.
-        get_from: where its files come from, told when one is missing.
+        get_from: origin of its files, for errors about missing files.
     """
 
     data_set: str
@@ -40,7 +40,7 @@ class Layout:
     get_from: str = ""
 
     def check_choice(self, source: SourceConfig, key: str) -> None:
-        """Refuse a version or a split that the data set does not have.
+        """Check that the data set has the version and the split.
 
         Raises:
             UserError: naming the key, the value and what is allowed.
@@ -55,5 +55,5 @@ class Layout:
             raise unknown_name(f"{key}.split", source.split, versions[source.split_version])
 
     def expected(self, source: SourceConfig) -> tuple[int, ...]:
-        """The published numbers of clips of the chosen version and split; empty where none is."""
+        """The published numbers of clips of the version and split; empty if not published."""
         return () if self.published is None else self.published[source.split_version][source.split]

@@ -1,7 +1,7 @@
 """DiDeMo: {train,val,test}_list.txt and {train,val,test}_data.json (video, description, times).
 
 All descriptions of a video are its captions, so that `captions: paragraph` gives the paragraph protocol. The version
-"moments" keeps of a video the moments that its descriptions speak of (ground-truth proposals), "whole" all of it.
+"moments" keeps the moments of the descriptions only (ground-truth proposals), "whole" the whole video.
 """
 
 from __future__ import annotations

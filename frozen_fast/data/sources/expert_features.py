@@ -1,4 +1,4 @@
-"""A feature store as a source: videos with captions whose frames are never read."""
+"""A feature store as a source: videos with features and captions, without frames."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from frozen_fast.data.sources.data_set_layout import Layout
 from frozen_fast.errors import UserError
 
 USE = {"0": "unused", "1": "train", "2": "test"}
-"""What the number after a video's name says; most videos are in neither part of a split."""
+"""Meaning of the number after a video's name; most videos are in neither part of a split."""
 
 LIST_FOLDERS = ("testTrainMulti_7030_splits", "test_train_splits")
 VIDEO_FOLDERS = ("hmdb51_org", "videos", "hmdb51")

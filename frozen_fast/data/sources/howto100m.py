@@ -1,7 +1,7 @@
-"""HowTo100M: speech (ASR) and the stretch of video that it belongs to, joined over neighbours.
+"""HowTo100M: speech (ASR) with its part of the video, joined over neighbouring pairs.
 
 A pair of speech and video is short and badly aligned; the paper joins 5 contiguous pairs into a longer clip
-(section 4.4). The version says how many: "joined-5" as the paper, "pairs" for one.
+(section 4.4). The version "joined-5" does this, "pairs" does not.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ VIDEO_FOLDERS = ("videos", "HowTo100M_Videos")
 def read_howto100m(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
     """Clips of the videos of HowTo100M_v1.csv in its order, with speech from captions/<id>.json or caption.json.
 
-    caption.json is one object over all videos and is held in memory whole (tens of gigabytes for all of HowTo100M);
-    captions/<id>.json, one {"text", "start", "end"} per video, is read video by video and comes first where both are.
-    A rest of fewer pairs than are joined makes a clip too.
+    caption.json is one object with all videos and is loaded completely (tens of gigabytes for all of HowTo100M);
+    captions/<id>.json, one {"text", "start", "end"} per video, is read one video at a time and takes precedence.
+    Remaining pairs at the end of a video are a clip too.
     """
     root = require_folder(Path(config.path), key)
     table = require_file(root / "HowTo100M_v1.csv", key)

@@ -1,6 +1,6 @@
 """Kinetics-400: {train,val,test}.csv (label, youtube_id, time_start, time_end) and trimmed clips.
 
-Clips are called <youtube_id>_<start>_<end> with six digits each, in <split>/<label>/ or <split>/.
+Files are named <youtube_id>_<start>_<end> with six digits each, in <split>/<label>/ or <split>/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
 
 def read_kinetics(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
-    """Clips of a table in its order; many of its videos are gone from their host and are counted as missing."""
+    """Clips of a table in its order; videos that are no longer available are counted as missing."""
     root = Path(config.path)
     table = folder_with(root, LIST_FOLDERS, f"{config.split}.csv", key) / f"{config.split}.csv"
     clips = MediaFiles(root, (config.split, f"{config.split}_256", "videos"), key)

@@ -35,8 +35,8 @@ VIDEO_FOLDERS = ("videos", "LSMDC_Videos", "LSMDC_Videos_Compress")
 def read_lsmdc(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
     """Clips of structured-symlinks/{split}_list.txt and raw-captions.pkl; frame_tar_list.txt gives movie/clip.
 
-    The video of a line `<anything>/<movie>/<clip>.tar` is videos/<movie>/<clip>.avi. A clip that frame_tar_list.txt
-    does not name has no file and is counted as missing.
+    The video of a line `<anything>/<movie>/<clip>.tar` is videos/<movie>/<clip>.avi. A clip that is not in
+    frame_tar_list.txt has no file and is counted as missing.
     """
     root = require_folder(Path(config.path), key)
     lists = root / "structured-symlinks"
@@ -68,7 +68,7 @@ def read_lsmdc_clip4clip(config: SourceConfig, key: str, collector: ClipCollecto
         yield Clip(id=clip, path=videos.path(clip), captions=tuple(own), split=config.split)
 
 
-_GET_FROM = "LSMDC is given to those who sign its agreement: sites.google.com/site/describingmovies"
+_GET_FROM = "LSMDC requires a signed agreement: sites.google.com/site/describingmovies"
 LSMDC = Layout(
     data_set="LSMDC",
     read=read_lsmdc,

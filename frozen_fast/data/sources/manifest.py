@@ -1,4 +1,4 @@
-"""Own data: a manifest, JSON lines, one clip a line; any line that breaks the form is an error naming it."""
+"""Manifests: JSON lines with one clip per line. A malformed line is an error with its number."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _MOST_SECONDS = 1e9
 
 
 def read_manifest(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
-    """Clips of a manifest file, those of config.split only where its lines name splits.
+    """Read the clips of a manifest file; if its lines have splits, only those of config.split.
 
     Raises:
-        UserError: file:line, field, value and what is allowed, for the first line that is not in the form.
+        UserError: file:line, field, value and what is allowed, for the first malformed line.
     """
     path = Path(config.path)
     if not path.is_file():
-        raise UserError(f"{key}.path: got {config.path!r}, which is no file; allowed: a manifest file (JSON lines)")
+        raise UserError(f"{key}.path: got {config.path!r}, which is not a file; allowed: a manifest file (JSON lines)")
     clips = _read_lines(path)
     if not clips:
-        raise UserError(f"{path}: got no lines; allowed: one clip a line")
+        raise UserError(f"{path}: got no lines; allowed: one clip per line")
     yield from _of_split(clips, config.split, path, key, collector)
 
 
@@ -62,7 +62,7 @@ def _check_twins(clips: list[Clip], lines: dict[str, int], path: Path) -> None:
 
 
 def _of_split(clips: list[Clip], split: str, path: Path, key: str, collector: ClipCollector) -> list[Clip]:
-    """The clips of one split; all of them where no line names a split. A split that looks misspelt is counted."""
+    """The clips of one split; all of them if no line has a split. A split that looks misspelled is counted."""
     splits = {clip.split for clip in clips}
     if not split or splits == {""}:
         return clips
@@ -79,7 +79,7 @@ def _of_split(clips: list[Clip], split: str, path: Path, key: str, collector: Cl
 
 
 def parse_line(line: str, where: str, folder: Path) -> Clip:
-    """One manifest line as a clip; relative paths start at the manifest's folder.
+    """Parse one manifest line; relative paths are relative to the manifest's folder.
 
     Args:
         line: the JSON text.
@@ -93,7 +93,7 @@ def parse_line(line: str, where: str, folder: Path) -> Clip:
     except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise UserError(
             f"{where}: not JSON ({getattr(error, 'msg', type(error).__name__)}): {_shown(line)}; "
-            "allowed: one JSON object a line"
+            "allowed: one JSON object per line"
         ) from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: got {_shown(row)}; allowed: a JSON object")
@@ -120,7 +120,7 @@ def parse_line(line: str, where: str, folder: Path) -> Clip:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    """A JSON object's keys and values; a key that is there twice would hide its first value."""
+    """A JSON object's keys and values; a repeated key is an error."""
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = next(name for index, (name, _) in enumerate(pairs) if name in [other for other, _ in pairs[:index]])
@@ -137,7 +137,7 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
-    """Whether it is a string with something in it that a file name or a tokenizer can take."""
+    """Whether it is a non-empty string that a file name and a tokenizer can handle."""
     return (
         isinstance(value, str)
         and bool(value.strip())

@@ -1,4 +1,4 @@
-"""Finds a clip's file by its id, wherever below a folder it lies and whatever its suffix."""
+"""Finds a clip's file by its id anywhere below a folder, with any suffix."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".m
 class MediaFiles:
     """The files below a data set's media folder by name, listed once.
 
-    A file is known by its name and, where the suffix is that of a video, by its name without it. Where two files
-    share a name without suffix, the first in the order of their paths counts.
+    A file is found by its name and, if it has a video suffix, by its name without the suffix. If two files share a name
+    without suffix, the first in the order of their paths is used.
     """
 
     def __init__(self, root: Path, folders: Iterable[str], key: str) -> None:
@@ -41,7 +41,7 @@ class MediaFiles:
                     self._paths.setdefault(stem, path)
 
     def path(self, *names: str) -> str:
-        """The file of the first name that has one; else a path that does not exist, for the count of missing files."""
+        """Return the file of the first name that has one, otherwise a path that does not exist."""
         for name in names:
             if name in self._paths:
                 return self._paths[name]

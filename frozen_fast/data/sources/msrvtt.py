@@ -22,7 +22,7 @@ from frozen_fast.data.sources.data_set_layout import Layout
 from frozen_fast.data.sources.pickles import load_plain_pickle
 from frozen_fast.errors import UserError
 
-# cut -> split -> list file. 1k-A is "jsfusion" in the released code, 1k-B "miech".
+# version -> split -> list file. 1k-A is "jsfusion" in the released code, 1k-B "miech".
 RELEASED_LISTS = {
     "1k-A": {"train": "train_list_jsfusion.txt", "test": "val_list_jsfusion.txt"},
     "1k-B": {"train": "train_list_miech.txt", "test": "test_list_miech.txt"},
@@ -30,8 +30,8 @@ RELEASED_LISTS = {
 }
 _ONE_CAPTION_INDEX = {("1k-A", "test"): "jsfusion_val_caption_idx.pkl"}
 
-# cut -> split -> table of ids; "1k-A-7k" trains on the smaller of CLIP4Clip's two lists. The full cut has no table:
-# MSRVTT_data.json names each video's split.
+# version -> split -> table of ids; "1k-A-7k" trains on the smaller of CLIP4Clip's two lists. The full version has no
+# table: MSRVTT_data.json names each video's split.
 CLIP4CLIP_TABLES = {
     "1k-A": {"train": "MSRVTT_train.9k.csv", "test": "MSRVTT_JSFUSION_test.csv"},
     "1k-A-7k": {"train": "MSRVTT_train.7k.csv", "test": "MSRVTT_JSFUSION_test.csv"},
@@ -60,7 +60,7 @@ def read_msrvtt(config: SourceConfig, key: str, collector: ClipCollector) -> Ite
 def read_msrvtt_clip4clip(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
     """Clips of MSRVTT_data.json and CLIP4Clip's tables, in the root or in msrvtt_data/.
 
-    Videos lie in videos/all, MSRVTT_Videos or videos, whichever there is first.
+    Videos are in videos/all, MSRVTT_Videos or videos; the first folder that exists is used.
     """
     name = CLIP4CLIP_TABLES[config.split_version][config.split]
     root = require_folder(Path(config.path), key)

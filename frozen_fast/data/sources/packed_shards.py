@@ -1,4 +1,4 @@
-"""A folder that frozen-fast pack wrote: its clips with their captions, as they were in the packed source."""
+"""Shards that frozen-fast pack wrote, with the clips and captions of the packed source."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COULD_NOT_BE_PACKED = "could not be packed"
 
 
 def read_shards(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
-    """Packed clips, those of config.split only where the packed source named splits.
+    """Read packed clips; if the packed source has splits, only those of config.split.
 
     Raises:
-        UserError: packing is not finished, a file is missing or has another length than the index says, or
-            clips.jsonl does not fit the tables.
+        UserError: packing is not finished, a file is missing or has the wrong length, or clips.jsonl
+            contradicts the tables.
     """
     root = require_folder(Path(config.path), key)
     index = open_index(root)
@@ -51,7 +51,7 @@ def read_shards(config: SourceConfig, key: str, collector: ClipCollector) -> Ite
 
 
 def _clip(line: str, where: str, root: Path) -> Clip:
-    """A line as packing wrote it. Not as strict as a manifest's: any caption that the packed source had may stand."""
+    """Parse a line of clips.jsonl, with any caption of the packed source."""
     try:
         row: dict[str, Any] = json.loads(line)
         captions, texts = row["captions"], [row["id"], row["path"], row["kind"], row.get("split", "")]

@@ -1,4 +1,4 @@
-"""Reading a published pickle of plain values without running anything that it names."""
+"""Reads published pickles of plain values without executing code from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from frozen_fast.errors import UserError
 
 
 class _IntegerType:
-    """Stands in for numpy.dtype: remembers the integer type's code and byte order, calls nothing."""
+    """Replacement for numpy.dtype that stores the integer type's code and byte order."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if str(code).lstrip("<>|=")[:1] not in ("i", "u"):
@@ -25,12 +25,12 @@ class _IntegerType:
 
 
 def _integer(kind: _IntegerType, data: bytes) -> int:
-    """Stands in for numpy's scalar constructor."""
+    """Replacement for numpy's scalar constructor."""
     return kind.value(data)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Stands in for _codecs.encode, which old pickle protocols use for bytes."""
+    """Replacement for _codecs.encode, which old pickle protocols use for bytes."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"encoding {encoding!r}")
     return text.encode("latin1")
@@ -45,7 +45,7 @@ _STAND_INS = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Knows containers, strings, numbers and NumPy integers; refuses every other name."""
+    """Accepts containers, strings, numbers and NumPy integers only."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
@@ -54,10 +54,10 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """The value of a pickle file that holds dicts, lists, strings, numbers and NumPy integers (read as int).
+    """Load a pickle file of dicts, lists, strings, numbers and NumPy integers (converted to int).
 
     Raises:
-        UserError: the file is no pickle, or names anything else; nothing it names is imported or called.
+        UserError: the file is not a pickle, or contains anything else.
     """
     try:
         with path.open("rb") as file:
@@ -73,7 +73,7 @@ def load_word_captions(path: Path) -> dict[str, tuple[str, ...]]:
     """A raw-captions.pkl, video -> list of captions as lists of words, with the words joined by spaces.
 
     Raises:
-        UserError: as load_plain_pickle, or another structure, naming the first video at fault.
+        UserError: as load_plain_pickle, or the structure differs, naming the first such video.
     """
     videos = load_plain_pickle(path)
     if not isinstance(videos, dict):

@@ -1,4 +1,4 @@
-"""From a source's config to its clips: the layout's reader, and the checks that all layouts share."""
+"""Reads a source with its layout's reader, and checks it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def read_source(config: SourceConfig, key: str = "source") -> Source:
-    """Read one source's metadata and check that its files are there.
+    """Read one source's metadata and check that its files exist.
 
     Args:
         config: the source.
-        key: the config key that error messages name, such as "data.sources[0]".
+        key: the config key for messages, such as "data.sources[0]".
 
     Raises:
-        UserError: a folder, metadata file or column is missing (the message says where to get it), a version or split
-            is unknown, an annotation is malformed, the number of clips is not the published one under
-            split_counts "error", or no clip is left.
+        UserError: a folder, metadata file or column is missing (the message names its origin), a version or split
+            is unknown, an annotation is malformed, the number of clips differs from the published
+            one with split_counts "error", or no clip remains.
     """
     layout: Layout = layouts.load(config.format, f"{key}.format")
     if not config.path:
@@ -55,7 +55,7 @@ def read_source(config: SourceConfig, key: str = "source") -> Source:
     published = _check_count(config, key, layout, collector)
     if not clips:
         causes = ", ".join(f"{cause}: {count}" for cause, count in collector.drops.items()) or "no rows"
-        raise UserError(f"{key}: no clip is left of {config.path!r} ({causes}); allowed: at least one readable row")
+        raise UserError(f"{key}: no clip remains of {config.path!r} ({causes}); allowed: at least one usable row")
     rule = CaptionRule(config.captions, config.max_caption_characters)
     held = ", ".join(f"{count} of kind {kind}" for kind, count in sorted(kinds.items(), reverse=True))
     logger.info("source %s: %d clips (%s: %s)", name, len(clips), config.format, held)
@@ -72,7 +72,7 @@ def read_source(config: SourceConfig, key: str = "source") -> Source:
 
 
 def _check_count(config: SourceConfig, key: str, layout: Layout, collector: ClipCollector) -> int | None:
-    """Compare the clips that the annotation names with the published number, which is returned where there is one."""
+    """Compare the number of clips in the annotation with the published one; return that, if there is one."""
     expected = layout.expected(config)
     if not expected or config.max_clips or config.split_counts == "off":
         return None

@@ -1,4 +1,4 @@
-"""Clips that one frame cannot tell apart, for training as for evaluation."""
+"""Twins: clips that a single frame cannot distinguish."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def twin_pairs(source: Source) -> np.ndarray:
     """The source's clips as pairs of twins.
 
     Args:
-        source: every clip names another of the source as its twin, and is named by it.
+        source: its clips must be pairs of clips that name each other as twins.
 
     Returns:
         Indices into source.clips [clips / 2, 2], int64, in the order of the first of each pair.
 
     Raises:
-        UserError: naming the first clip without a twin of its own.
+        UserError: naming the first clip that is not in such a pair.
     """
     place = {clip.id: index for index, clip in enumerate(source.clips)}
     twin = np.array([-1 if clip.twin is None else place.get(clip.twin, -1) for clip in source.clips], dtype=np.int64)
@@ -28,6 +28,6 @@ def twin_pairs(source: Source) -> np.ndarray:
         clip = source.clips[int(wrong[0])]
         raise UserError(
             f"data.sources[{source.name}].twins_together: got clip {clip.id!r} with twin {clip.twin!r}; allowed: "
-            "sources in which every clip names another as its twin and is named by it"
+            "sources of pairs of clips that name each other as twins"
         )
     return np.stack([own, twin], axis=1)[own < twin]

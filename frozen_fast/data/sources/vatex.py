@@ -1,4 +1,4 @@
-"""VATEX, English captions: vatex_data.json ({id: {"enCap": [..]}}) and lists of ids; two test splits are in use."""
+"""VATEX, English captions: vatex_data.json ({id: {"enCap": [..]}}) and lists of ids; there are two test splits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VIDEO_FOLDERS = ("videos", "VATEX_Videos")
 
 
 def read_vatex(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
-    """Clips of a list with their English captions; ids are <YouTube id>_<start>_<end>, as the files are called."""
+    """Clips of a list with their English captions; ids and file names are <YouTube id>_<start>_<end>."""
     root = Path(config.path)
     lists = folder_with(root, LIST_FOLDERS, "vatex_data.json", key)
     videos = MediaFiles(root, VIDEO_FOLDERS, key)

@@ -1,4 +1,4 @@
-"""WebVid: metadata/results_{cut}_{split}.csv and videos/<page_dir>/<videoid>.mp4."""
+"""WebVid: metadata/results_{version}_{split}.csv and videos/<page_dir>/<videoid>.mp4."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frozen_fast.data.sources.data_set_layout import Layout
 
 
 def read_webvid(config: SourceConfig, key: str, collector: ClipCollector) -> Iterator[Clip]:
-    """Clips of a WebVid folder; a row without page_dir has no path and is a counted drop."""
+    """Clips of a WebVid folder; rows without page_dir have no path and are dropped."""
     root = require_folder(Path(config.path), key)
     table = require_file(root / "metadata" / f"results_{config.split_version}_{config.split}.csv", key)
     videos = root / "videos"

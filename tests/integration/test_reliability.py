@@ -86,7 +86,7 @@ def test_a_damaged_newest_checkpoint_is_kept_aside_and_the_one_before_is_used(
     flip(copy / "checkpoints" / "step_00000008" / name, flips)
     assert train(experiment(data, copy), resume="auto") == 0
     told = capsys.readouterr().err
-    assert f"step_00000008: {name} does not match its checksum; kept as damaged_step_00000008" in told
+    assert f"step_00000008: {name} does not match its checksum; renamed to damaged_step_00000008" in told
     assert (copy / "checkpoints" / "damaged_step_00000008" / name).is_file()
     assert losses(copy) == losses(straight)
     assert_same_weights(copy, straight)

@@ -116,7 +116,7 @@ def test_incomplete_and_damaged_ones_are_named_and_kept_aside(tmp_path: Path) ->
     reasons = [why.rpartition(": ")[2] for why in found.damaged.values()]
     assert reasons[0] == "training_state.pt is missing" and "state.json" in list(found.damaged.values())[1]
     told = set_aside(found.damaged)
-    assert ["kept as damaged_step_0000000" in line for line in told] == [True, True]
+    assert ["renamed to damaged_step_0000000" in line for line in told] == [True, True]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "damaged_step_00000002",
         "damaged_step_00000003",

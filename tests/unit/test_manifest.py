@@ -104,7 +104,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
 
 def test_missing_and_empty_manifests_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(UserError, match=r"data.sources\[0\].path: got .*, which is no file"):
+        with pytest.raises(UserError, match=r"data.sources\[0\].path: got .*, which is not a file"):
             read(path)
     with pytest.raises(UserError, match="got no lines"):
         read(write(tmp_path, [""]))

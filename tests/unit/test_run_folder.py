@@ -123,9 +123,9 @@ def test_status_names_the_step_and_the_exit_code(tmp_path: Path) -> None:
         ("stages.json", b"[1, 2]", "stages.json cannot be read: renamed to stages.damaged_1.json"),
         ("stages.json", b"\xff\xfe\x00", "stages.json cannot be read"),
         ("environment.json", b"[" * 100_000, "environment.json cannot be read"),
-        ("steps.jsonl", b'{"step": 1, "stage": 0}\n\0\0\0\0\n{"step": "x"}\n', "steps.jsonl: 2 line"),
-        ("bad_clips.jsonl", b'{"step": 1}\n[]\n', "bad_clips.jsonl: 1 line"),
-        ("steps.jsonl", b'{"step": 1, "stage": 0}\n{"step": 2, "st', "steps.jsonl: 1 line"),
+        ("steps.jsonl", b'{"step": 1, "stage": 0}\n\0\0\0\0\n{"step": "x"}\n', "steps.jsonl: 2 unreadable line"),
+        ("bad_clips.jsonl", b'{"step": 1}\n[]\n', "bad_clips.jsonl: 1 unreadable line"),
+        ("steps.jsonl", b'{"step": 1, "stage": 0}\n{"step": 2, "st', "steps.jsonl: 1 unreadable line"),
     ],
 )
 def test_damaged_files_are_kept_aside_and_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:

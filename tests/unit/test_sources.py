@@ -195,7 +195,7 @@ CUTS = {"webvid": "2M", "cc3m": "", "msrvtt": "1k-A", "msrvtt_clip4clip": "1k-A"
 
 @pytest.mark.parametrize("format", sorted(WRITERS))
 def test_each_missing_piece_is_named(tmp_path: Path, format: str) -> None:
-    with pytest.raises(UserError, match=r"data.sources\[0\].path: got '.*nowhere', which is no folder"):
+    with pytest.raises(UserError, match=r"data.sources\[0\].path: got '.*nowhere', which is not a folder"):
         read(format, tmp_path / "nowhere", split_version=CUTS[format])
     with pytest.raises(UserError, match="got nothing; allowed"):
         read_source(SourceConfig(format=format), "data.sources[0]")  # type: ignore[arg-type]
@@ -236,7 +236,7 @@ def test_a_missing_column_is_named(tmp_path: Path, format: str) -> None:
         (b"", "missing column videoid"),
         (b"\xff\xfe\x00\x01\n", "not UTF-8"),
         (b"videoid,name,page_dir\n", "no rows"),
-        (b"videoid,name,page_dir\n1,x\0y,z\n", "results_2M_train.csv|is left"),
+        (b"videoid,name,page_dir\n1,x\0y,z\n", "results_2M_train.csv|remains"),
     ],
 )
 def test_broken_tables_are_named(tmp_path: Path, content: bytes, message: str) -> None:

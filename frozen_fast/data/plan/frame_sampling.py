@@ -1,8 +1,8 @@
 """Frame sampling: pure functions of the number of frames and a generator.
 
 A clip of L frames is divided into T segments whose lengths differ by at most one frame. Training draws one frame of
-each segment; evaluation takes the i-th frame of each segment, for i = 0, stride, 2 * stride and so on: "Frame sampling" in
-Bain et al., "Frozen in Time" (2021), section 3.1.
+each segment; evaluation takes the i-th frame of each segment, for i = 0, stride, 2 * stride and so on (Bain et al.,
+"Frozen in Time", 2021, section 3.1).
 """
 
 from __future__ import annotations

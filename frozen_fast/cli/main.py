@@ -12,6 +12,7 @@ from typing import NoReturn
 from frozen_fast import __version__
 from frozen_fast.cli import commands, search_commands, share_commands
 from frozen_fast.cli.doctor import doctor, doctor_arguments
+from frozen_fast.cli.extract_command import extract, extract_arguments
 from frozen_fast.cli.feature_commands import (
     convert_features,
     convert_features_arguments,
@@ -45,6 +46,11 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
         "convert released expert features to a memory-mapped feature store",
         convert_features_arguments,
         convert_features,
+    ),
+    "extract": (
+        "expert features of own clips, and token features of their captions, into a feature store",
+        extract_arguments,
+        extract,
     ),
     "make-caption-masks": (
         "select training captions with which a teacher finds their video",

@@ -217,6 +217,7 @@ report_sections = ExtensionPoint(
     {
         "state": f"{_REPORT}.state_section:state_section",
         "retrieval": f"{_REPORT}.retrieval:retrieval_section",
+        "gallery": f"{_REPORT}.gallery_section:gallery_section",
         "mean_over_sources": f"{_REPORT}.mean_over_sources:mean_over_sources_section",
         "published": f"{_REPORT}.published_comparison:published_section",
         "reranked": f"{_REPORT}.reranked:reranked_section",

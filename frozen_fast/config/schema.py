@@ -408,7 +408,7 @@ class EvaluationConfig:
     metrics: tuple[Annotated[str, OneOf(extensions.metrics)], ...] = key(("retrieval",), "families of metrics to compute: retrieval (recall and ranks), or a plugin's")
     keep_best: str = key("none", "keep the checkpoint with the best value on the first of evaluation.sources as checkpoints/best: validation_loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or any metric such as t2v/R@1; none: keep none")
     protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
-    gallery: int = key(0, "number of queries on the retrieval page of each source, with the first 5 clips found (gallery_SOURCE.html in the run folder), 0: no page", ge=0)
+    gallery: int = key(0, "number of queries on the retrieval page of each source, with the first 5 clips found, beside the best and worst of all (gallery_SOURCE.html in the run folder, from the last evaluation; evaluate writes it to the folder of --output), 0: no page", ge=0)
     gallery_videos: str | None = key(None, "folder with ID.mp4 for the retrieval page, for sources without videos (feature stores)")
     rerank: tuple[Literal["dual_softmax", "qb_norm"], ...] = key((), "re-ranking methods, reported in separate rows: dual_softmax over the test set, qb_norm with captions of data.sources[0] as querybank (text to video)")
     dual_softmax_scale: float = key(100.0, "dual_softmax: factor on the similarities inside the softmax", gt=0)

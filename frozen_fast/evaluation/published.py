@@ -75,7 +75,7 @@ def published_row(table: str, row: str) -> PublishedRow:
         table=table,
         about=values["about"],
         name=row,
-        protocol=values["protocol"],
+        protocol=entry.get("protocol", values["protocol"]),
         frames=entry["frames"],
         numbers=dict(zip(values["metrics"], map(float, entry["numbers"]), strict=True)),
         parameters=entry.get("parameters"),

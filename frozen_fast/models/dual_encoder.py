@@ -25,12 +25,10 @@ from frozen_fast.models.text.text_tower import TextTower
 from frozen_fast.models.text.tokenizer import Tokenizer
 from frozen_fast.models.text.transformers_tower import default_max_tokens
 from frozen_fast.models.video.temporal import expand_temporal_embedding
-from frozen_fast.models.video.video_tower import VideoTower, frames_in_words
+from frozen_fast.models.video.video_tower import IMAGENET_MEAN, IMAGENET_STD, VideoTower, frames_in_words
 
 TextActivation = Literal["relu", "none"]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 NORM_EPS = 1e-8
 """Smallest norm that a raw embedding is divided by (the released code's)."""

@@ -12,10 +12,10 @@ from frozen_fast.config.fields import keys_of
 from frozen_fast.config.model_defaults import with_model_defaults
 from frozen_fast.config.schema import ModelConfig, TextTowerConfig, VideoTowerConfig
 from frozen_fast.errors import UserError
-from frozen_fast.models.dual_encoder import IMAGENET_MEAN, IMAGENET_STD, DualEncoder
+from frozen_fast.models.dual_encoder import DualEncoder
 from frozen_fast.models.pretrained import StoredModel, own_tokenizer, read_model
 from frozen_fast.models.text.transformers_tower import load_tokenizer
-from frozen_fast.models.video.video_tower import VideoTower, check_frames
+from frozen_fast.models.video.video_tower import IMAGENET_MEAN, IMAGENET_STD, VideoTower, check_frames
 
 log = logging.getLogger(__name__)
 

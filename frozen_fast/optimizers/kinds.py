@@ -14,6 +14,7 @@ from frozen_fast.config.schema import OptimizerConfig
 from frozen_fast.errors import UserError
 from frozen_fast.optimizers.parameter_groups import parameter_groups
 from frozen_fast.optimizers.ranger import Ranger
+from frozen_fast.optimizers.rectified_adam import RectifiedAdam
 from frozen_fast.optimizers.weight_average import WEIGHT_AVERAGE, keep_average
 
 Groups = Sequence[dict[str, Any]]
@@ -29,7 +30,7 @@ class OptimizerKind:
         weight_copies: the state tensors that are initialised with the weights; the others start at 0.
         elementwise: whether the update of an element depends on that element only, as required for sharded parameters
             (ZeRO, FSDP2).
-        has_fused: whether it has a fused kernel.
+        fused_on: the devices on which it has a fused kernel.
         step_in_group: it counts its steps per group, not per parameter.
     """
 
@@ -37,7 +38,7 @@ class OptimizerKind:
     state_keys: tuple[str, ...]
     weight_copies: tuple[str, ...] = ()
     elementwise: bool = True
-    has_fused: bool = False
+    fused_on: tuple[str, ...] = ()
     step_in_group: bool = False
 
 
@@ -50,13 +51,11 @@ def _adam(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.O
 
 
 def _radam(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.RAdam(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, decoupled_weight_decay=True
-    )
+    return RectifiedAdam(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def _ranger(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
-    return Ranger(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+    return Ranger(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def _lion(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
@@ -72,11 +71,15 @@ def _lamb(groups: Groups, config: OptimizerConfig, fused: bool) -> torch.optim.O
     return Lamb(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, max_grad_norm=None)
 
 
-ADAMW = OptimizerKind(build=_adamw, state_keys=("exp_avg", "exp_avg_sq"), has_fused=True)
-ADAM = OptimizerKind(build=_adam, state_keys=("exp_avg", "exp_avg_sq"), has_fused=True)
-RADAM = OptimizerKind(build=_radam, state_keys=("exp_avg", "exp_avg_sq"))
+ADAMW = OptimizerKind(build=_adamw, state_keys=("exp_avg", "exp_avg_sq"), fused_on=("cuda", "cpu"))
+ADAM = OptimizerKind(build=_adam, state_keys=("exp_avg", "exp_avg_sq"), fused_on=("cuda", "cpu"))
+# On CUDA the fused kernel counts steps on the device, and the rectification reads them: a GPU would be waited for.
+RADAM = OptimizerKind(build=_radam, state_keys=("exp_avg", "exp_avg_sq"), fused_on=("cpu",))
 RANGER = OptimizerKind(
-    build=_ranger, state_keys=("exp_avg", "exp_avg_sq", "slow_buffer"), weight_copies=("slow_buffer",)
+    build=_ranger,
+    state_keys=("exp_avg", "exp_avg_sq", "slow_buffer"),
+    weight_copies=("slow_buffer",),
+    fused_on=("cpu",),
 )
 LION = OptimizerKind(build=_lion, state_keys=("exp_avg",))
 LAMB = OptimizerKind(build=_lamb, state_keys=("exp_avg", "exp_avg_sq"), elementwise=False, step_in_group=True)
@@ -105,7 +108,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     """
     kind = optimizer_kind(config)
     device = next(model.parameters()).device.type
-    supported = kind.has_fused and device in ("cuda", "cpu")
+    supported = device in kind.fused_on
     if config.fused == "on" and not supported:
         raise UserError(
             f"optimizer.fused: got 'on', but {config.name} has no fused kernel on {device}; allowed: auto, off"

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frozen_fast.optimizers.rectified_adam import RectifiedAdam
+
 LOOKAHEAD_SHARE = 0.5
 LOOKAHEAD_STEPS = 6
 
 
-class Ranger(torch.optim.RAdam):
+class Ranger(RectifiedAdam):
     """RAdam with decoupled weight decay and Lookahead; the slow weights start as a copy of the weights."""
 
     def __init__(
@@ -26,8 +28,10 @@ class Ranger(torch.optim.RAdam):
         betas: tuple[float, float] = (0.95, 0.999),
         eps: float = 1e-5,
         weight_decay: float = 0.0,
+        *,
+        fused: bool = False,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -38,7 +42,7 @@ class Ranger(torch.optim.RAdam):
                 loss = closure()
         trained = [one for group in self.param_groups for one in group["params"] if one.grad is not None]
         first: dict[Tensor, Tensor] = {one: one.detach().clone() for one in trained if not self.state[one]}
-        super().step()
+        self.update_parameters()
         for one in trained:
             state = self.state[one]
             if one in first:

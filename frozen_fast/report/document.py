@@ -63,7 +63,16 @@ class Listing:
     text: str
 
 
-Block = Text | Caution | Bullets | Table | Plot | Listing
+@dataclass(frozen=True)
+class Link:
+    """A paragraph that leads to another file of the run folder."""
+
+    kind: ClassVar[str] = "link"
+    text: str
+    file: str
+
+
+Block = Text | Caution | Bullets | Table | Plot | Listing | Link
 
 
 @dataclass(frozen=True)

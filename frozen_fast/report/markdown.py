@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from urllib.parse import quote
 
-from frozen_fast.report.document import Block, Bullets, Caution, Document, Listing, Plot, Table
+from frozen_fast.report.document import Block, Bullets, Caution, Document, Link, Listing, Plot, Table
 
 PADDED = 48
 """Longer cells do not widen their column."""
@@ -50,6 +51,8 @@ def _block(block: Block) -> str:
         return "\n".join(f"- {_inline(item)}" for item in block.items)
     if isinstance(block, Caution):
         return f"**Note:** {_inline(block.text)}"
+    if isinstance(block, Link):
+        return f"[{_inline(block.text)}]({quote(block.file)})"
     if isinstance(block, Plot):
         return f"*Plot in report.html: {block.caption}*"
     if isinstance(block, Listing):

@@ -25,6 +25,7 @@ _STEP = {"step": int, "stage": int, "frames": int, "clips": int, "seconds": _NUM
 _STEP |= {"warmup": bool, "loss": _NUMBER}
 _STAGE = {"stage": int, "steps": int, "clips": int, "seconds": _NUMBER, "training_seconds": _NUMBER}
 _STAGE |= {"stall_seconds": _NUMBER, "warmup_seconds": _NUMBER, "gpu_hours": _NUMBER, "evaluation_gpu_hours": _NUMBER}
+_GALLERY = {"source": str, "page": str, "shown": int, "all_queries": int, "best": list, "worst": list}
 _EVALUATION = {"step": int, "stage": int, "source": str, "protocol": str, "frames": int, "metrics": dict}
 
 # stages.json may differ from the sums of steps.jsonl by this share: rounding, and time between two steps.
@@ -65,7 +66,8 @@ class RunData:
     """A run folder's content.
 
     `events` are the rows of events.jsonl; `alive` says that a process writes to the folder. `best_step` is the step of
-    the checkpoint that checkpoints/best names; `missing` names files that are not there or cannot be read, with what
+    the checkpoint that checkpoints/best names; `galleries` are the best and worst queries beside each retrieval page;
+    `missing` names files that are not there or cannot be read, with what
     that means.
     """
 
@@ -83,6 +85,7 @@ class RunData:
     events: list[Row] = field(default_factory=list)
     alive: bool = False
     best_step: int | None = None
+    galleries: list[Row] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -194,6 +197,11 @@ def read_run(folder: str | Path) -> RunData:
         events=reader.read_lines("events.jsonl", None),
         alive=is_alive(RunFolder(folder)),
         best_step=_best_step(folder),
+        galleries=[
+            page
+            for path in sorted(folder.glob("gallery_*.json"))
+            for page in reader.sound(path.name, reader.read_json(path.name, {}, None), _GALLERY)
+        ],
         missing=reader.missing,
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+from frozen_fast.config.extensions import layouts
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data import BadClip, Clip, read_source
 from frozen_fast.data.decode import ClipError
@@ -69,16 +70,30 @@ def collect(
     """
     if span_seconds is not None and not span_seconds > 0:
         raise UserError(f"--span: got {span_seconds:g}; allowed: seconds above 0")
-    chosen = _format_of(Path(path)) if format == "auto" else format
-    drops: dict[str, int] = {}
-    if chosen == "folder":
-        clips: Sequence[Clip] = list(folder_clips(Path(path)))
-    else:
-        source = read_source(SourceConfig(path=path, format=chosen, split=split), "--source")
-        clips, drops = source.clips, source.drops
+    chosen, clips, drops = clips_of(path, format=format, split=split)
     bad: list[BadClip] = []
     rows = _rows(clips, chosen, bad, span_seconds, threads, max_pixels)
     return Collection(chosen, rows, bad, dict(drops))
+
+
+def clips_of(
+    path: str, *, format: str = "auto", split: str = "", split_version: str = ""
+) -> tuple[str, Sequence[Clip], dict[str, int]]:
+    """The clips of a source; arguments as collect's.
+
+    Returns:
+        (the format that "auto" stands for, the clips, cause -> lines of the source that were left out).
+
+    Raises:
+        UserError: nothing there, or not in the format.
+    """
+    chosen = _format_of(Path(path)) if format == "auto" else format
+    if chosen == "folder":
+        return chosen, list(folder_clips(Path(path))), {}
+    layouts.check(chosen, "--format")
+    config = SourceConfig(path=path, format=chosen, split=split, split_version=split_version)
+    source = read_source(config, "--source")
+    return chosen, source.clips, source.drops
 
 
 def folder_clips(folder: Path) -> Iterator[Clip]:

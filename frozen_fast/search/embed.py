@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,22 +125,44 @@ def clip_vectors(
     """
     training = model.training
     model.eval()
-    unfinished: dict[int, list[Features]] = {}
+    try:
+        for index, rows_ND in window_vectors(lambda x: embedding(model, model.video_features(x)), loader, autocast):
+            merged = model.merge_windows([{"embedding": row_D[None]} for row_D in rows_ND])
+            yield index, F.normalize(merged["embedding"][0], dim=0)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def window_vectors(
+    encode: Callable[[Any], Tensor], loader: EvaluationLoader, autocast: Autocast = contextlib.nullcontext
+) -> Iterator[tuple[int, Tensor]]:
+    """The vectors of each clip's windows, as soon as the last of them is encoded.
+
+    A clip of which some windows cannot be read (loader.dropped names it) gives none.
+
+    Args:
+        encode: windows of a batch -> [N, D].
+        loader: yields windows; closed at the end.
+        autocast: around encode.
+
+    Yields:
+        (index into the loader's source, [windows of the clip, D] fp32 on the CPU, in the windows' order).
+    """
+    unfinished: dict[int, list[Tensor]] = {}
     try:
         for batch in loader.batches():
             with autocast():
-                rows_ND = embedding(model, model.video_features(batch.windows))
-            for row, (index, windows) in enumerate(zip(batch.clip_indices, batch.clip_windows, strict=True)):
+                rows_ND = encode(batch.windows).float().cpu()
+            for row_D, index, windows in zip(rows_ND, batch.clip_indices, batch.clip_windows, strict=True):
                 seen = unfinished.setdefault(index, [])
-                seen.append({"embedding": rows_ND[row : row + 1]})
+                seen.append(row_D)
                 if len(seen) == windows:
-                    merged = model.merge_windows(unfinished.pop(index))
-                    yield index, F.normalize(merged["embedding"][0], dim=0)
+                    yield index, torch.stack(unfinished.pop(index))
             for index in loader.dropped:
                 unfinished.pop(index, None)
     finally:
         loader.close()
-        model.train(training)
 
 
 def embedding(model: DualEncoder, features: Features) -> Tensor:

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def plan_job(folder: Path, info: IndexInfo, collection: Collection) -> Plan:
         raise UserError(f"--source: got {len(collection.bad_clips)} clips that cannot be read; allowed: one that can")
     whole = "image" if all(row["kind"] == "image" for row in rows) else "video"
     job = {**job_identity(info), "source_kind": whole}
-    known = _finished_parts(folder / WORK_FOLDER, job)
+    known = _finished_rows(folder / WORK_FOLDER, job)
     if known:
         log.info("embed: %d clips of an unfinished embedding are kept", len(known))
     if (folder / "index.json").exists():
@@ -153,9 +153,17 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else json.dumps(value)
 
 
-def _finished_parts(work: Path, job: dict[str, Any]) -> dict[ContentKey, Place]:
-    """Rows of the parts that an embedding left behind; parts of another job are removed, since nothing names them."""
+def _finished_rows(work: Path, job: dict[str, Any]) -> dict[ContentKey, Place]:
+    """Rows of the parts that an embedding left behind."""
     found: dict[ContentKey, Place] = {}
+    for path in finished_parts(work, job):
+        for number, row in enumerate(iterate_rows(read_table(path).drop_columns([VECTOR]))):
+            found[content_key(row)] = (path.name, number)
+    return found
+
+
+def finished_parts(work: Path, job: dict[str, Any]) -> list[Path]:
+    """The parts that a job which was killed left behind; those of another job are removed, since nothing names them."""
     try:
         same = json.loads((work / JOB_FILE).read_text(encoding="utf-8")) == job
     except (OSError, ValueError):
@@ -164,10 +172,7 @@ def _finished_parts(work: Path, job: dict[str, Any]) -> dict[ContentKey, Place]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         write_json(work / JOB_FILE, job)
-    for path in sorted(work.glob("part-*.arrow")):
-        for number, row in enumerate(iterate_rows(read_table(path).drop_columns([VECTOR]))):
-            found[content_key(row)] = (path.name, number)
-    return found
+    return sorted(work.glob("part-*.arrow"))
 
 
 def embed_rows(
@@ -200,44 +205,72 @@ def embed_rows(
     """
     clips = [row_clip(row) for row in rows]
     source = Source("source", "rows", clips, "image" if source_kind == "image" else "video")
-    writer = PartWriter(work)
     if not clips:
         return []
     loader = loader_for(model, source, settings, decode, batch_size)
+    return write_parts(PartWriter(work), rows, clip_vectors(model, loader, autocast), loader.dropped, progress)
+
+
+def write_parts(
+    writer: PartWriter,
+    rows: Sequence[Row],
+    vectors: Iterable[tuple[int, torch.Tensor]],
+    dropped: Mapping[int, BadClip],
+    progress: Progress,
+) -> list[BadClip]:
+    """Write what a loader's clips give, as it comes.
+
+    Args:
+        writer: of the parts.
+        rows: by the loader's index of a clip.
+        vectors: (index, what the clip gave).
+        dropped: the loader's; grows meanwhile.
+        progress: told after each clip.
+
+    Returns:
+        The clips that could not be read.
+    """
     bad = 0
-    for index, row_D in clip_vectors(model, loader, autocast):
-        writer.add(rows[index], row_D)
-        progress(1, len(loader.dropped) - bad)
-        bad = len(loader.dropped)
-    if len(loader.dropped) > bad:
-        progress(0, len(loader.dropped) - bad)
+    for index, value in vectors:
+        writer.add(rows[index], value)
+        progress(1, len(dropped) - bad)
+        bad = len(dropped)
+    if len(dropped) > bad:
+        progress(0, len(dropped) - bad)
     writer.flush()
-    return [loader.dropped[index] for index in sorted(loader.dropped)]
+    return [dropped[index] for index in sorted(dropped)]
+
+
+def vectors_table(rows: Sequence[Row], vectors: Sequence[np.ndarray]) -> pa.Table:
+    """Rows of an index with one vector each."""
+    vectors_ND = np.stack(vectors).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
+    return to_table(rows).append_column(VECTOR, column)
 
 
 class PartWriter:
     """Collects rows and vectors, and writes a part every PART_ROWS rows or PART_SECONDS seconds."""
 
-    def __init__(self, work: Path) -> None:
-        self._work = work
+    def __init__(
+        self, work: Path, table: Callable[[Sequence[Row], Sequence[np.ndarray]], pa.Table] = vectors_table
+    ) -> None:
+        """Write to a folder; `table` makes what a part holds."""
+        self._work, self._table = work, table
         self._rows: list[Row] = []
         self._vectors: list[np.ndarray] = []
         self._written = time.monotonic()
 
-    def add(self, row: Row, row_D: torch.Tensor) -> None:
-        """Take one row."""
+    def add(self, row: Row, value: torch.Tensor) -> None:
+        """Take one row and its vector or vectors."""
         self._rows.append(row)
-        self._vectors.append(row_D.numpy())
+        self._vectors.append(value.numpy())
         if len(self._rows) >= PART_ROWS or time.monotonic() - self._written >= PART_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Write what was collected, whole or not at all."""
         if self._rows:
-            vectors_ND = np.stack(self._vectors).astype(np.float32)
-            column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), vectors_ND.shape[1])
-            table = to_table(self._rows).append_column(VECTOR, column)
-            write_table(self._work / f"part-{uuid.uuid4().hex}.arrow", table)
+            write_table(self._work / f"part-{uuid.uuid4().hex}.arrow", self._table(self._rows, self._vectors))
         self._rows, self._vectors = [], []
         self._written = time.monotonic()
 
@@ -256,7 +289,7 @@ def finish_job(folder: Path, info: IndexInfo, plan: Plan, bad_clips: Sequence[Ba
     """
     work = folder / WORK_FOLDER
     places = dict(plan.places)
-    written = _finished_parts(work, {**job_identity(info), "source_kind": plan.source_kind})
+    written = _finished_rows(work, {**job_identity(info), "source_kind": plan.source_kind})
     for number in plan.todo:
         place = written.get(content_key(plan.rows[number]))
         if place is not None:

@@ -9,9 +9,10 @@ from html import escape
 from pathlib import Path
 
 from frozen_fast.common.files import write_atomically
+from frozen_fast.data.load.previews import preview_jpeg
 from frozen_fast.errors import UserError
 from frozen_fast.search.index import Hit
-from frozen_fast.search.previews import preview_jpeg
+from frozen_fast.search.row_table import row_clip
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1c1c1c; background: #fff; }
@@ -44,7 +45,7 @@ def write_result_page(path: Path, query: str, hits: Sequence[Hit]) -> Path:
 
 def _item(hit: Hit) -> str:
     try:
-        data = base64.b64encode(preview_jpeg(asdict(hit))).decode()
+        data = base64.b64encode(preview_jpeg(row_clip(asdict(hit)))).decode()
         picture = f'<img alt="" src="data:image/jpeg;base64,{data}">'
     except UserError as error:
         picture = f"<p>{escape(str(error))}</p>"

@@ -11,10 +11,11 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from frozen_fast.data.load.previews import preview_jpeg
 from frozen_fast.data.shards.layout import parse_address
 from frozen_fast.errors import UserError
 from frozen_fast.search.index import Hit, Index
-from frozen_fast.search.previews import preview_jpeg
+from frozen_fast.search.row_table import row_clip
 
 PAGE = Path(__file__).parent / "page"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -95,7 +96,7 @@ def _add_questions(app: FastAPI, index: Index) -> None:
 def _add_clips(app: FastAPI, index: Index) -> None:
     @app.get("/preview/{row}")
     def preview(row: int) -> Response:
-        return Response(preview_jpeg(_unchanged(index, row)), media_type="image/jpeg")
+        return Response(preview_jpeg(row_clip(_unchanged(index, row))), media_type="image/jpeg")
 
     @app.get("/media/{row}")
     def media(row: int) -> FileResponse:

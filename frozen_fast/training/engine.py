@@ -171,7 +171,8 @@ class Engine:
         """Evaluate on every source; False if a stop was requested meanwhile (then a checkpoint is saved)."""
         self._journal.flush(stage.meter)
         with stage.meter.section("evaluation"), self._parts.watchdog.phase("evaluation"):
-            rows = self._evaluation.run(stage.plan, self.step)
+            last = done == stage.plan.steps and stage.plan.index == len(self._parts.plans) - 1
+            rows = self._evaluation.run(stage.plan, self.step, last=last)
         if rows is None:
             if not self.keeper.is_saved(self.step):
                 self._save(stage, done)

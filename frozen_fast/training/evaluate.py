@@ -64,6 +64,7 @@ def evaluate_with(
     *,
     frames: int,
     loss_batch_size: int,
+    gallery: bool,
     stop: StopRequest,
 ) -> Evaluation | None:
     """Evaluate a model on one source as the config says; None when told to stop.
@@ -76,6 +77,7 @@ def evaluate_with(
         frames: frames per window where evaluation.frames says none; pictures have one. A model that has learned fewer
             frames than evaluation.frames so far is shown those that it has learned.
         loss_batch_size: clips over which the validation loss is taken.
+        gallery: make the retrieval page that evaluation.gallery asks for.
         stop: this process's wish to stop.
 
     Raises:
@@ -105,7 +107,7 @@ def evaluate_with(
         loss_batch_size=loss_batch_size,
         rerank=build_reranking(config),
         prompts=config.evaluation.prompts,
-        gallery=config.evaluation.gallery,
+        gallery=config.evaluation.gallery if gallery else 0,
         head=head,
         stop_asked=lambda: stop.asked,
     )

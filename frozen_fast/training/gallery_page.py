@@ -17,6 +17,8 @@ from frozen_fast.models.retrieval_model import Features, RetrievalModel
 from frozen_fast.report.gallery import GalleryClip, GalleryPage, GalleryQuery
 
 FOUND = 5
+EXTREMES = 5
+"""Best queries, and worst ones, that the page adds to its draw and the report names."""
 HEAD = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MdR")
 _SEED = 0
 
@@ -33,7 +35,7 @@ def gallery_page(
     *,
     queries: int,
 ) -> GalleryPage:
-    """The page of some queries, drawn once and alike in every evaluation of a source.
+    """The page of some queries, drawn once and alike in every evaluation of a source, with the best and the worst.
 
     Args:
         model: an expert model's mixture weights are shown.
@@ -44,25 +46,46 @@ def gallery_page(
         sim_QV: similarities.
         text: features of the queries.
         metrics: for the page's head.
-        queries: how many are shown; all where there are fewer.
+        queries: how many are drawn; all where there are fewer.
     """
+    columns_Q = torch.tensor(video_of_query)
+    own_Q1 = sim_QV.gather(1, columns_Q[:, None])
+    ranks_Q = (sim_QV > own_Q1).sum(1) + ((sim_QV == own_Q1).sum(1) + 1) / 2
+    lead_Q = (own_Q1 - sim_QV.scatter(1, columns_Q[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+    order = sorted(range(len(texts)), key=lambda query: (ranks_Q[query].item(), -lead_Q[query].item()))
+    best, worst = order[:EXTREMES], order[::-1][:EXTREMES]
     drawn = np.random.default_rng(_SEED).permutation(len(texts))[:queries].tolist()
-    shown = []
-    for query in drawn:
-        row_V, own = sim_QV[query], video_of_query[query]
-        above, equal = int((row_V > row_V[own]).sum()), int((row_V == row_V[own]).sum())
-        first = torch.topk(row_V, min(FOUND, len(row_V))).indices.tolist()
-        found = tuple(_clip(clips[column], float(row_V[column]), column == own) for column in first)
-        own_clip = _clip(clips[own], float(row_V[own]), True)
-        shown.append(GalleryQuery(texts[query], above + (equal + 1) / 2, own_clip, found, _weights(model, text, query)))
-    numbers = tuple((name, metrics[name]) for name in HEAD if name in metrics)
-    return GalleryPage(f"Retrieval on {source}: {len(shown)} of {len(texts)} queries", numbers, tuple(shown))
-
-
-def _clip(clip: Clip, similarity: float, is_own: bool) -> GalleryClip:
-    return GalleryClip(
-        clip.id, clip.path, tuple(clip.captions), similarity, is_own, clip.start_seconds, clip.end_seconds
+    made = {
+        query: _query(
+            model, clips, texts[query], video_of_query[query], ranks_Q[query].item(), sim_QV[query], text, query
+        )
+        for query in dict.fromkeys([*drawn, *best, *worst])
+    }
+    return GalleryPage(
+        source=source,
+        numbers=tuple((name, metrics[name]) for name in HEAD if name in metrics),
+        all_queries=len(texts),
+        queries=tuple(made.values()),
+        best=tuple(made[query] for query in best),
+        worst=tuple(made[query] for query in worst),
     )
+
+
+def _query(
+    model: RetrievalModel,
+    clips: Sequence[Clip],
+    caption: str,
+    own: int,
+    rank: float,
+    sim_V: Tensor,
+    text: Features,
+    query: int,
+) -> GalleryQuery:
+    """One query: its own clip, the first clips found, and the mixture weights."""
+    first = torch.topk(sim_V, min(FOUND, len(sim_V))).indices.tolist()
+    found = [GalleryClip(clips[column], float(sim_V[column]), column == own) for column in first]
+    own_clip = GalleryClip(clips[own], float(sim_V[own]), True)
+    return GalleryQuery(caption, rank, own_clip, tuple(found), _weights(model, text, query))
 
 
 def _weights(model: RetrievalModel, text: Features, query: int) -> tuple[tuple[str, float], ...]:

@@ -35,6 +35,7 @@ from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.records.run_lock import RunLock
 from frozen_fast.records.same_run import check_same_run
 from frozen_fast.records.tracking import Trackers
+from frozen_fast.report.gallery import GalleryPage, write_gallery
 from frozen_fast.report.write_report import write_report
 from frozen_fast.training import compiling
 from frozen_fast.training.engine import Engine
@@ -103,13 +104,16 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
 def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint on the config's evaluation sources; every process of a launch calls it.
 
+    Retrieval pages (evaluation.gallery) are written beside `output`, or into the config's run folder.
+
     Args:
         config: its evaluation, data.decode and training sections count; the architecture is the checkpoint's.
         checkpoint: a frozen_fast folder or a released .pth/.pth.tar file.
         output: JSON file to write, from rank 0.
 
     Returns:
-        {"checkpoint", "evaluations": [as in metrics.json, without step and stage]}.
+        {"checkpoint", "evaluations": [as in metrics.json, without step and stage]}, and on rank 0 "galleries", the
+        paths of the retrieval pages, where evaluation.gallery asks for them.
 
     Raises:
         UserError: a mistake in config, checkpoint or data, or a signal stopped it.
@@ -123,6 +127,7 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
                 sources = read_evaluation_sources(config)
                 model = load_model(config, Path(checkpoint), parallel.device)
             rows: list[dict[str, Any]] = []
+            pages: list[GalleryPage] = []
             for source in sources.values():
                 found = evaluate_with(
                     config,
@@ -131,13 +136,20 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
                     parallel,
                     frames=model.learned_frames,
                     loss_batch_size=loss_batch_size(config),
+                    gallery=True,
                     stop=stop,
                 )
                 if found is None:
                     raise KeyboardInterrupt
                 rows += found.rows
-            result = {"checkpoint": checkpoint, "evaluations": rows}
+                pages += [] if found.gallery is None else [found.gallery]
+            result: dict[str, Any] = {"checkpoint": checkpoint, "evaluations": rows}
             with parallel.together():
+                if pages:
+                    folder = Path(output).parent if output else Path(config.run_folder.format(name=config.name))
+                    videos = config.evaluation.gallery_videos
+                    root = Path(videos).expanduser() if videos else None
+                    result["galleries"] = [str(write_gallery(folder, page, root)) for page in pages]
                 if output is not None and parallel.is_main:
                     write_json(Path(output), result)
         failed = False

@@ -14,7 +14,7 @@ from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.running_statistics import average_running_statistics
 from frozen_fast.records.run_folder import RunFolder
-from frozen_fast.report.gallery import GalleryPage, gallery_file, write_gallery
+from frozen_fast.report.gallery import GalleryPage, write_gallery
 from frozen_fast.training import compiling
 from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal
@@ -47,12 +47,13 @@ class StageEvaluation:
             return every == "epoch" and plan.ends_epoch(done)
         return every != "end" or plan.index == self._num_stages - 1
 
-    def run(self, plan: StagePlan, step: int) -> list[dict[str, Any]] | None:
+    def run(self, plan: StagePlan, step: int, *, last: bool) -> list[dict[str, Any]] | None:
         """Evaluate on every source and write the rows to metrics.json; every rank calls it.
 
         Args:
             plan: the stage that is running; its frames are the windows' unless evaluation.frames says others.
             step: optimizer steps done.
+            last: the run's last evaluation, which writes the retrieval pages.
 
         Returns:
             The rows; None when a stop was requested meanwhile.
@@ -62,7 +63,7 @@ class StageEvaluation:
         batch_size = loss_batch_size(self._config)
         average_running_statistics(self._parallel.model)
         eager = compiling.eager() if self._config.training.compile else nullcontext()
-        pages: dict[str, GalleryPage] = {}
+        pages: list[GalleryPage] = []
         with eager, self._parallel.whole_model() as whole:
             model = cast(RetrievalModel, whole)
             for source in self._sources.values():
@@ -73,6 +74,7 @@ class StageEvaluation:
                     self._parallel,
                     frames=plan.frames,
                     loss_batch_size=batch_size,
+                    gallery=last,
                     stop=self._stop,
                 )
                 if found is None:
@@ -80,13 +82,13 @@ class StageEvaluation:
                 rows += [{"step": step, "stage": plan.index, **row} for row in found.rows]
                 bad_clips += [{"step": step, **asdict(bad)} for bad in found.bad_clips]
                 if found.gallery is not None:
-                    pages[source.name] = found.gallery
+                    pages.append(found.gallery)
         with self._parallel.together():
             if self._parallel.is_main:
                 self._folder.append_bad_clips(bad_clips)
                 self._folder.add_evaluations(rows)
-                for name, page in pages.items():
-                    videos = self._config.evaluation.gallery_videos
-                    write_gallery(self._folder.path / gallery_file(name), page, Path(videos) if videos else None)
+                videos = self._config.evaluation.gallery_videos
+                for page in pages:
+                    write_gallery(self._folder.path, page, Path(videos).expanduser() if videos else None)
                 self._journal.tell_evaluations(rows)
         return rows

@@ -55,6 +55,23 @@ def test_table_4_is_the_same_in_both_files() -> None:
 
 
 @pytest.mark.parametrize(
+    ("table", "row", "protocol"),
+    [
+        ("Collaborative Experts", "MSR-VTT full", "several_captions"),
+        ("Collaborative Experts", "MSR-VTT 1k-A", "plain"),
+        ("Collaborative Experts", "LSMDC", "plain"),
+        ("Collaborative Experts", "DiDeMo", "paragraph"),
+        ("Collaborative Experts", "ActivityNet", "paragraph"),
+        ("TeachText", "DiDeMo, TeachText-CE+", "paragraph"),
+        ("TeachText", "ActivityNet, CE+", "paragraph"),
+        ("TeachText", "MSVD, CE+", "several_captions"),
+    ],
+)
+def test_a_row_may_have_a_protocol_of_its_own(table: str, row: str, protocol: str) -> None:
+    assert published_row(table, row).protocol == protocol
+
+
+@pytest.mark.parametrize(
     ("table", "row", "message"),
     [
         ("Table 9", "x", "paper.table: got 'Table 9'"),

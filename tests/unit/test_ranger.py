@@ -10,6 +10,7 @@ import torch
 from frozen_fast.config.schema import OptimizerConfig
 from frozen_fast.optimizers import learning_rate_factor
 from frozen_fast.optimizers.ranger import Ranger
+from frozen_fast.optimizers.rectified_adam import RectifiedAdam
 
 
 def plain_ranger(start: float, gradients: list[float], rate: float, decay: float) -> list[float]:
@@ -36,16 +37,40 @@ def plain_ranger(start: float, gradients: list[float], rate: float, decay: float
     return path
 
 
-def test_ranger_follows_its_equations() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_ranger_follows_its_equations(fused: bool) -> None:
     gradients = [math.sin(step) + 0.3 for step in range(20)]
     weight = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = Ranger([weight], lr=0.05, weight_decay=0.01)
+    optimizer = Ranger([weight], lr=0.05, weight_decay=0.01, fused=fused)
     path = []
     for gradient in gradients:
         weight.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
         path.append(float(weight))
     assert path == pytest.approx(plain_ranger(2.0, gradients, 0.05, 0.01), rel=1e-9)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rectified_adam_is_that_of_torch(fused: bool) -> None:
+    """Two parameters, one of which misses the first steps, so that their step counts differ."""
+    torch.manual_seed(0)
+    start = [torch.randn(7, 5), torch.randn(11)]
+    ours, theirs = ([torch.nn.Parameter(one.clone()) for one in start] for _ in range(2))
+    settings = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1}
+    optimizers = (
+        RectifiedAdam(ours, fused=fused, **settings),
+        torch.optim.RAdam(theirs, decoupled_weight_decay=True, **settings),
+    )
+    for step in range(15):
+        gradients = [torch.randn_like(one) for one in start]
+        for parameters in (ours, theirs):
+            for number, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+                parameter.grad = None if number == 1 and step < 3 else gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+    assert [int(optimizers[0].state[one]["step"]) for one in ours] == [15, 12]
 
 
 def test_the_rate_falls_after_each_epoch() -> None:

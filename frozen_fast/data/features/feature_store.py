@@ -17,11 +17,11 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,12 +47,14 @@ class StoredFeature:
         kind: "vector": one per video; "set": any number.
         width: of one vector.
         missing: videos without it.
+        origin: the network and settings of frozen-fast extract, with a fingerprint of its weights; None: converted.
     """
 
     name: str
     kind: ExpertKind
     width: int
     missing: int
+    origin: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class FeatureStore:
         except (OSError, ValueError) as error:
             raise UserError(f"features: got {self.folder}, whose {STORE_FILE} cannot be read ({error})") from None
         if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"features: got {self.folder}; allowed: a folder that frozen-fast convert-features wrote")
+            raise UserError(f"features: got {self.folder}; allowed: a folder that frozen-fast wrote")
         self.experts = {name: StoredFeature(name, **entry) for name, entry in content["experts"].items()}
         self.texts = {name: StoredFeature(name, **entry) for name, entry in content["texts"].items()}
         self._maps: dict[Path, dict[str, np.ndarray]] = {}
@@ -271,14 +273,24 @@ def write_store(
         content = {"videos": list(split.videos), "captions": list(split.captions)}
         write_json(folder / "splits" / f"{split.name}.json", content)
 
-    def described(features: Sequence[StoredFeature]) -> dict[str, Any]:
-        return {one.name: {"kind": one.kind, "width": one.width, "missing": one.missing} for one in features}
+    write_contents(folder, len(captions), experts, texts)
+
+
+def write_contents(folder: Path, videos: int, experts: Iterable[StoredFeature], texts: Iterable[StoredFeature]) -> None:
+    """Write store.json: a file of the folder that it does not name does not count."""
+
+    def described(features: Iterable[StoredFeature]) -> dict[str, Any]:
+        entries = {one.name: asdict(one) for one in features}
+        return {
+            name: {key: value for key, value in entry.items() if key != "name" and value is not None}
+            for name, entry in entries.items()
+        }
 
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "videos": len(captions),
+        "videos": videos,
         "experts": described(experts),
         "texts": described(texts),
     }
-    write_json(folder / STORE_FILE, cast(Any, content))
+    write_json(folder / STORE_FILE, content)

@@ -32,7 +32,7 @@ from frozen_fast.data.load.training_loader import (
     stacked,
     unreadable,
 )
-from frozen_fast.data.plan.frame_sampling import FixedRate, stride_in_frames, test_windows
+from frozen_fast.data.plan.frame_sampling import FixedRate, Segments, stride_in_frames, test_windows
 from frozen_fast.data.sources import Clip, Source
 from frozen_fast.errors import UserError
 
@@ -122,6 +122,7 @@ class _WindowReader:
     resize: int
     pin: bool
     rule: FixedRate | None
+    segments: Segments | None
 
     def of_worker(self, indices: range, worker: int, workers: int) -> Iterator[EvaluationBatch | _Dropped]:
         """This worker's share of a rank's clips."""
@@ -195,6 +196,9 @@ class _WindowReader:
         except ClipError as error:
             return error
         frames = self._num_frames
+        if self.segments is not None:
+            windows = self.segments.windows(len(numbers), info.frames_per_second, frames)
+            return clip, [[numbers[frame] for frame in window] for window in windows]
         if self.rule is not None:
             window = self.rule.test(len(numbers), info.frames_per_second, frames)
             return clip, [[numbers[frame] for frame in window]]
@@ -233,6 +237,7 @@ class EvaluationLoader:
         batch_size: int,
         resize: int,
         sampling: SamplingConfig | None = None,
+        segments: Segments | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
@@ -251,6 +256,8 @@ class EvaluationLoader:
             resize: short side before the centre crop.
             sampling: which frames of a clip; None: windows over T equal segments. fixed_rate gives one window per
                 clip and ignores stride_seconds.
+            segments: one window per segment of a clip, in order of time; ignores stride_seconds and max_windows.
+                None: windows over the whole clip.
             rank: this process.
             world_size: number of processes.
             device: where batches are delivered.
@@ -279,6 +286,7 @@ class EvaluationLoader:
             resize,
             self._device.type == "cuda",
             fixed_rate(sampling),
+            segments,
         )
 
     def batches(self) -> Iterator[EvaluationBatch]:

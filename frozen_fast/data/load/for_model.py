@@ -13,6 +13,7 @@ from frozen_fast.data.decode import Decoder
 from frozen_fast.data.load.evaluation_loader import EvaluationLoader
 from frozen_fast.data.load.load_settings import load_settings
 from frozen_fast.data.load.reading import build_decoder
+from frozen_fast.data.plan.frame_sampling import Segments
 from frozen_fast.data.sources import Source
 
 RESIZE_RESOLUTION = 224
@@ -61,6 +62,7 @@ def build_evaluation_loader(
     device: torch.device,
     frames: int,
     sampling: SamplingConfig | None = None,
+    segments: Segments | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> EvaluationLoader:
@@ -74,6 +76,7 @@ def build_evaluation_loader(
         device: where batches are delivered.
         frames: frames of a window.
         sampling: which frames of a clip; None: windows over T equal segments.
+        segments: a window for each segment of a clip instead.
         rank: this process.
         world_size: number of processes.
     """
@@ -87,6 +90,7 @@ def build_evaluation_loader(
         batch_size=evaluation.batch_size,
         resize=max(1, round(evaluation.resize * format.resolution / RESIZE_RESOLUTION)),
         sampling=sampling,
+        segments=segments,
         rank=rank,
         world_size=world_size,
         device=device,

@@ -119,6 +119,43 @@ class FixedRate:
         return [min(int(index * step), num_available - 1) for index in kept.tolist()]
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Windows of feature extraction: a clip is cut into equal segments, and each segment is one window.
+
+    Attributes:
+        seconds: length of a segment, to the nearest number of segments that fit; 0: the clip is one segment.
+        most: largest number of segments of a clip, evenly spread; 0: all.
+    """
+
+    seconds: float
+    most: int = 0
+
+    def windows(self, num_available: int, clip_frames_per_second: float, num_frames: int) -> list[list[int]]:
+        """The middle frames of num_frames equal parts of each segment, segment after segment.
+
+        Args:
+            num_available: frames of the clip, L, at least 1.
+            clip_frames_per_second: rate of the clip's own frames.
+            num_frames: frames of a window, T, at least 1; a segment of fewer frames repeats them.
+
+        Returns:
+            Windows of T indices each, in order of time.
+        """
+        _check(num_available, num_frames)
+        frames = self.seconds * clip_frames_per_second
+        count = min(max(1, round(num_available / frames)), num_available) if frames else 1
+        starts = segment_starts(num_available, count)
+        most = self.most or count
+        kept = [(2 * k + 1) * count // (2 * most) for k in range(most)] if most < count else range(count)
+        found = []
+        for segment in kept:
+            first, end = starts[segment], starts[segment + 1]
+            (window,) = test_windows(end - first, num_frames, stride_frames=0)
+            found.append([first + frame for frame in window])
+        return found
+
+
 def _evenly(available: int, wanted: int) -> np.ndarray:
     """At most `wanted` places among `available`, first and last included."""
     return np.linspace(0, available - 1, num=min(available, wanted), dtype=int)

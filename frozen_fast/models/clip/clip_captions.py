@@ -73,3 +73,7 @@ class ClipCaptions(TextTower):
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """Encode tokens -> [B, E]; what comes after the end of text changes nothing, so the mask is not read."""
         return self.encoder(input_ids_BL)
+
+    def token_features(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """The projected output at every token -> [B, L, E]."""
+        return self.encoder(input_ids_BL, all_tokens=True)

@@ -17,7 +17,7 @@ from frozen_fast.config.schema import VideoTowerConfig
 from frozen_fast.config.video_sizes import VideoSize
 from frozen_fast.errors import UserError, unknown_name
 from frozen_fast.models.clip.clip_blocks import CLIP_NORM_EPS
-from frozen_fast.models.clip.clip_towers import CLIP_SIZES, ClipSize
+from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_SIZES, CLIP_STD, ClipSize
 from frozen_fast.models.clip.clip_weights import read_clip
 from frozen_fast.models.video.blocks import SpaceTimeBlock
 from frozen_fast.models.video.space_time import SpaceTimeTransformer
@@ -51,6 +51,7 @@ class ClipDivided(SpaceTimeTransformer):
     """
 
     name = "clip_divided"
+    mean, std = CLIP_MEAN, CLIP_STD
     keys: ClassVar[tuple[str, ...]] = (
         "size",
         "weights",

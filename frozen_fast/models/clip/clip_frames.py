@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from frozen_fast.config.schema import VideoTowerConfig
 from frozen_fast.errors import UserError, unknown_name
 from frozen_fast.models.clip.clip_blocks import HEAD_WIDTH, ClipBlock, ClipTransformer
-from frozen_fast.models.clip.clip_towers import CLIP_SIZES, ClipImageTower, ClipSize
+from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_SIZES, CLIP_STD, ClipImageTower, ClipSize
 from frozen_fast.models.clip.clip_weights import read_clip
 from frozen_fast.models.video.video_tower import ANY_NUMBER, VideoTower
 
@@ -32,6 +32,7 @@ class ClipFrames(VideoTower):
     """
 
     name = "clip"
+    mean, std = CLIP_MEAN, CLIP_STD
     keys = ("size", "weights", "over_time", "time_layers", "attention", "fused_ops", "temporal_init_std")
     described_by = ("over_time", "time_layers")
 

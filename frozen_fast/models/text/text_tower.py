@@ -85,6 +85,14 @@ class TextTower(nn.Module, ABC):
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """Encode tokens -> [B, D], pooled, before any projection. The mask is 1 on tokens, which come first."""
 
+    def token_features(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """The output at every token -> [B, L, D], what expert models read of a caption.
+
+        Raises:
+            UserError: the tower offers pooled outputs only.
+        """
+        raise UserError(f"text tower: got {self.name}, which has no output for each token; allowed: transformers, clip")
+
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions -> {"input_ids", "attention_mask"}, int64 [B, L].
 

@@ -159,11 +159,7 @@ class TransformersTower(TextTower):
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """Encode tokens -> [B, D], pooled, before any projection."""
-        mask = attention_mask_BL
-        if self.config.model_type in MODELS_WITH_MASK_OF_FOUR_AXES:
-            length = mask.shape[1]
-            mask = mask.bool()[:, None, None, :].expand(-1, 1, length, -1)
-        output = self.model(input_ids=input_ids_BL, attention_mask=mask)
+        output = self._outputs(input_ids_BL, attention_mask_BL)
         if self.pooling == "pooler":
             return output.pooler_output
         if self.pooling == "cls":
@@ -173,6 +169,18 @@ class TransformersTower(TextTower):
             return output.last_hidden_state[rows_B, attention_mask_BL.sum(1) - 1]
         weights_BL1 = attention_mask_BL[..., None].to(output.last_hidden_state.dtype)
         return (output.last_hidden_state * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
+
+    def token_features(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """The last layer's output at every token -> [B, L, D]."""
+        return self._outputs(input_ids_BL, attention_mask_BL).last_hidden_state
+
+    def _outputs(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Any:
+        """What the transformers model returns."""
+        mask = attention_mask_BL
+        if self.config.model_type in MODELS_WITH_MASK_OF_FOUR_AXES:
+            length = mask.shape[1]
+            mask = mask.bool()[:, None, None, :].expand(-1, 1, length, -1)
+        return self.model(input_ids=input_ids_BL, attention_mask=mask)
 
     def forward_flops(self, tokens: int) -> float | None:
         """From the config's sizes, where it names them as BERT does; counted otherwise."""

@@ -71,6 +71,7 @@ class TimmFrames(VideoTower):
         self.image_model = _image_model(size, resolution, pretrained)
         self.resolution = resolution or int(self.image_model.pretrained_cfg["input_size"][-1])
         self.width = int(getattr(self.image_model, "head_hidden_size", self.image_model.num_features))
+        self.mean, self.std = (tuple(self.image_model.pretrained_cfg[key]) for key in ("mean", "std"))
         if over_time == "transformer":
             self.max_frames = max_frames
             self.frame_embeddings = ("temporal_embed",)

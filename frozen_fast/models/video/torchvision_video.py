@@ -70,6 +70,7 @@ class TorchvisionVideo(VideoTower):
     name = "torchvision_video"
     keys = ("size", "weights", "resolution")
     described_by = ("size", "resolution")
+    usual_frames = 16
 
     def __init__(
         self,
@@ -102,6 +103,7 @@ class TorchvisionVideo(VideoTower):
         if size == "s3d":
             self.model.avgpool = nn.AdaptiveAvgPool3d(1)
         self.width = _take_off_the_head(self.model, network.head)
+        self.mean, self.std = _normalisation(size)
         self.checkpointed_blocks = checkpointed_blocks
         recompute_blocks(self.repeated_blocks(), checkpointed_blocks)
 
@@ -173,6 +175,12 @@ def _network(size: str, pretrained: bool) -> nn.Module:
         raise ValueError("torchvision has no weights for it; allowed: none, or a local file")
     # torchvision has its parts only: the 3D ResNet of 101 layers, 3 + 4 + 23 + 3 bottlenecks.
     return VideoResNet(Bottleneck, [Conv3DSimple] * 4, [3, 4, 23, 3], BasicStem)
+
+
+def _normalisation(size: str) -> tuple[Any, Any]:
+    """Mean and standard deviation of the pixels that torchvision's weights were trained with."""
+    preset = get_model_weights("r3d_18" if size == "r3d_101" else size).DEFAULT.transforms()
+    return tuple(preset.mean), tuple(preset.std)
 
 
 def _take_off_the_head(model: nn.Module, name: str) -> int:

@@ -19,6 +19,9 @@ from frozen_fast.errors import UserError
 from frozen_fast.models.counted_flops import counted_flops
 from frozen_fast.models.repeated_blocks import find_repeated_blocks
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 ANY_NUMBER = sys.maxsize - 1
 """max_frames of a tower without parameters per frame."""
 
@@ -37,6 +40,8 @@ class VideoTower(nn.Module, ABC):
         width: D.
         resolution: pixels along a frame's edge.
         max_frames: most frames of a clip.
+        mean, std: RGB normalisation, in [0, 1], that the tower's published weights were trained with.
+        usual_frames: frames of a window where feature extraction is told none.
         checkpointed_blocks: number of repeated_blocks() that recompute their activations in the backward pass.
     """
 
@@ -47,6 +52,9 @@ class VideoTower(nn.Module, ABC):
     width: int
     resolution: int
     max_frames: int = ANY_NUMBER
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    usual_frames: ClassVar[int] = 1
     checkpointed_blocks: int = 0
 
     # Building

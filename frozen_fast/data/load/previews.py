@@ -1,4 +1,4 @@
-"""A small JPEG of a row's middle frame."""
+"""A small JPEG of a clip's middle frame."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from frozen_fast.data.decode import ClipError, DecodeRequest, TestView
 from frozen_fast.data.load.reading import build_decoder, probe
 from frozen_fast.data.load.video_frames import MAX_PIXELS, load_video
 from frozen_fast.data.shards.layout import parse_address
+from frozen_fast.data.sources import Clip
 from frozen_fast.errors import UserError
-from frozen_fast.search.row_table import Row
 
 WIDTH = 320
 PACKED_RESOLUTION = 224
 JPEG_QUALITY = 80
 
 
-def preview_jpeg(row: Row, width: int = WIDTH) -> bytes:
+def preview_jpeg(clip: Clip, width: int = WIDTH) -> bytes:
     """The middle frame of a clip as a JPEG.
 
     Args:
-        row: of an index.
+        clip: a stretch of a video, a picture, or a packed clip.
         width: in pixels; smaller frames stay as they are.
 
     Raises:
         UserError: the clip cannot be read.
     """
-    if parse_address(row["path"]) is None:
-        frame_CHW = load_video(row["path"], 1, start_seconds=row["start_seconds"], end_seconds=row["end_seconds"])[0]
+    if parse_address(clip.path) is None:
+        frame_CHW = load_video(clip.path, 1, start_seconds=clip.start_seconds, end_seconds=clip.end_seconds)[0]
     else:
-        frame_CHW = _packed_frame(row)
+        frame_CHW = _packed_frame(clip)
     picture = Image.fromarray(frame_CHW.permute(1, 2, 0).numpy())
     if picture.width > width:
         picture = picture.resize((width, max(1, round(picture.height * width / picture.width))))
@@ -41,7 +41,7 @@ def preview_jpeg(row: Row, width: int = WIDTH) -> bytes:
     return data.getvalue()
 
 
-def _packed_frame(row: Row) -> torch.Tensor:
+def _packed_frame(clip: Clip) -> torch.Tensor:
     """The middle stored frame of a packed clip, cropped to a square, uint8 [3, H, W]."""
     decoder = build_decoder(
         "auto",
@@ -53,13 +53,13 @@ def _packed_frame(row: Row) -> torch.Tensor:
         max_pixels=MAX_PIXELS,
     )
     try:
-        frames = probe(row["path"], row["kind"], max_pixels=MAX_PIXELS).num_frames
-        request = DecodeRequest(row["path"], row["kind"], (frames // 2,), TestView(PACKED_RESOLUTION))
+        frames = probe(clip.path, clip.kind, max_pixels=MAX_PIXELS).num_frames
+        request = DecodeRequest(clip.path, clip.kind, (frames // 2,), TestView(PACKED_RESOLUTION))
         (outcome,) = decoder.decode([request])
         if isinstance(outcome, ClipError):
             raise outcome
     except ClipError as error:
-        raise UserError(f"path: got {row['path']!r}, which cannot be read ({error.cause}: {error.message})") from None
+        raise UserError(f"path: got {clip.path!r}, which cannot be read ({error.cause}: {error.message})") from None
     finally:
         decoder.close()
     return (outcome.frames_TCHW[0] * 255).round().clamp(0, 255).byte()

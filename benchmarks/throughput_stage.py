@@ -27,7 +27,6 @@ from frozen_fast.common.logs import set_up_logging
 from frozen_fast.config import ExperimentConfig, check_for_training, load_config
 from frozen_fast.data import Batch, DataPosition, Source, plan_steps
 from frozen_fast.errors import UserError
-from frozen_fast.losses import build_loss
 from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling import measure_peak, peak_memory_bytes, reset_peak_memory
@@ -37,6 +36,7 @@ from frozen_fast.training import compiling
 from frozen_fast.training.parts import build_model, build_training_loader, flops_counter, read_training_sources
 from frozen_fast.training.stages import expand_frames
 from frozen_fast.training.step import forward_backward, update
+from frozen_fast.training.task import build_task
 from frozen_kernels import chosen_backends
 
 MODES = ("model", "input", "end_to_end")
@@ -107,10 +107,10 @@ def measure_model(setup: Setup, *, exchange: bool = True) -> list[dict[str, floa
     input_ids = torch.randint(0, vocabulary, (rows, setup.text_tokens), generator=generator).to(parallel.device)
     text = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
-    loss = build_loss(config.loss)
+    task = build_task(config)
 
     def step() -> None:
-        forward_backward(parallel, video_BTCHW, text, loss, config.loss, last=exchange)
+        forward_backward(parallel, video_BTCHW, text, task, last=exchange)
         update(parallel, config.optimizer.gradient_clip_norm)
 
     return time_windows(step, setup)
@@ -150,11 +150,11 @@ def measure_end_to_end(setup: Setup) -> list[dict[str, float]]:
     """The loader and the step."""
     loader, batches = planned_batches(setup)
     parallel, config = setup.parallel, setup.config
-    loss = build_loss(config.loss)
+    task = build_task(config)
 
     def step() -> float:
         batch, seconds = waited(batches)
-        forward_backward(parallel, batch.video, batch.text, loss, config.loss)
+        forward_backward(parallel, batch.video, batch.text, task)
         update(parallel, config.optimizer.gradient_clip_norm)
         return seconds
 

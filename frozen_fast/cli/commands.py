@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from frozen_fast.cli.train_seeds import train_seeds
+from frozen_fast.cli.train_repeats import train_repeats
 from frozen_fast.config import (
     ExperimentConfig,
     check_for_evaluation,
@@ -56,6 +56,9 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: the run folder's newest checkpoint, if any; none (default): start a new run; PATH: this checkpoint",
     )
     parser.add_argument("--seeds", metavar="0,1,2", help="train once per seed, and write mean and deviation (seeds.md)")
+    parser.add_argument(
+        "--splits", metavar="1,2,3", help="train once per split_version of the sources, and write the mean (splits.md)"
+    )
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -70,8 +73,10 @@ def train(arguments: argparse.Namespace) -> int:
 
     if config.paper.table:
         published_row(config.paper.table, config.paper.row)  # report an unknown row before the run
-    if arguments.seeds is not None:
-        return train_seeds(config, arguments)
+    if arguments.seeds is not None and arguments.splits is not None:
+        raise UserError("--splits: got it with --seeds; allowed: one of the two")
+    if arguments.seeds is not None or arguments.splits is not None:
+        return train_repeats(config, arguments, "seed" if arguments.splits is None else "split")
     return train_run(config, resume=arguments.resume)
 
 
@@ -82,8 +87,9 @@ def check_model_section(config: ExperimentConfig) -> None:
         UserError: naming the key.
     """
     from frozen_fast.models import DualEncoder, check_model
+    from frozen_fast.models.classifier import Classifier
 
-    if config.model.kind != DualEncoder.kind:
+    if config.model.kind not in (DualEncoder.kind, Classifier.kind):
         return
     stages = config.curriculum.stages
     frames = [(f"curriculum.stages[{index}].frames", stage.frames) for index, stage in enumerate(stages)]

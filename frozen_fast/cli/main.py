@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from frozen_fast import __version__
 from frozen_fast.cli import commands, search_commands, share_commands
+from frozen_fast.cli.average_command import average, average_arguments
 from frozen_fast.cli.doctor import doctor, doctor_arguments
 from frozen_fast.cli.extract_command import extract, extract_arguments
 from frozen_fast.cli.feature_commands import (
@@ -35,12 +36,17 @@ MOST_MESSAGE_CHARACTERS = 2000
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "train": ("train by a config, evaluate and write the report", commands.train_arguments, commands.train),
-    "evaluate": ("evaluate a checkpoint on retrieval", commands.evaluate_arguments, commands.evaluate),
+    "evaluate": ("evaluate a checkpoint on held-out clips", commands.evaluate_arguments, commands.evaluate),
     "pack": ("extract frames of a source's clips into JPEG shards", pack_arguments, pack),
     "convert-checkpoint": (
         "convert a released .pth/.pth.tar checkpoint to a frozen_fast folder",
         commands.convert_arguments,
         commands.convert,
+    ),
+    "average-checkpoints": (
+        "average the weights of several checkpoints",
+        average_arguments,
+        average,
     ),
     "convert-features": (
         "convert released expert features to a memory-mapped feature store",

@@ -100,9 +100,20 @@ models = ExtensionPoint(
         "moee": "frozen_fast.models.experts.expert_model:MixtureOfExperts",
         "concatenated_experts": "frozen_fast.models.experts.expert_model:ConcatenatedExperts",
         "clip2video": "frozen_fast.models.clip2video.clip2video_model:Clip2Video",
+        "classifier": "frozen_fast.models.classifier:Classifier",
     },
 )
 """frozen_fast.models.retrieval_model.RetrievalModel classes."""
+
+tasks = ExtensionPoint(
+    "tasks",
+    "task of model.kind",
+    {
+        "retrieval": "frozen_fast.training.retrieval_task:RetrievalTask",
+        "classification": "frozen_fast.training.classification_task:ClassificationTask",
+    },
+)
+"""frozen_fast.training.task.Task classes; a model's class names its own (RetrievalModel.task)."""
 
 losses = ExtensionPoint(
     "losses",

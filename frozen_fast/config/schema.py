@@ -130,7 +130,7 @@ class Clip2VideoConfig:
 class ModelConfig:
     """The model."""
 
-    kind: str = key("frozen", "frozen: the paper's dual encoder; clip2video; collaborative_experts, moee, concatenated_experts: models of expert features; or a plugin's", names=extensions.models)
+    kind: str = key("frozen", "frozen: the paper's dual encoder; clip2video; collaborative_experts, moee, concatenated_experts: models of expert features; classifier: action recognition, a linear head on the video tower of model.video or model.checkpoint (section classification); or a plugin's", names=extensions.models)
     checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, else its newest) or released .pth/.pth.tar file; the checkpoint defines the model, and keys that contradict it are errors")
     video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
     text: TextTowerConfig = section(TextTowerConfig, "text tower")
@@ -338,6 +338,18 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassificationConfig:
+    """Training a classifier (model.kind: classifier) on sources whose clips carry a class."""
+
+    classes: str | None = key(None, "text file with a class a line, in the order of the logits; none: the classes of data.sources, sorted", not_blank=True)
+    head: Literal["random", "class_names"] = key("random", "how the head starts: random; class_names: from model.checkpoint's text tower, so that the first top-1 is that of zero-shot classification with classification.prompts (a retrieval checkpoint with a tokenizer)")
+    prompts: tuple[str, ...] = key(("{}",), "head class_names: texts with {} for the class name, whose embeddings are averaged")
+    label_smoothing: float = key(0.0, "share of the target that is spread over all classes", ge=0, lt=1)
+    mixup: float = key(0.0, "parameter of the Beta distribution that mixes the clips and classes of a rank's batch in pairs, 0: no mixup", ge=0)
+    dropout: float = key(0.0, "on the tower's vector, before the head", ge=0, lt=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """One teacher: a model of this project, or embeddings that TeachText released."""
 
@@ -422,8 +434,11 @@ class EvaluationConfig:
     frames: int | None = key(None, "frames per window, at most the number that the model has learned so far; null: those of the stage, or of the checkpoint", ge=1)
     stride_seconds: float = key(2.0, "seconds between test windows inside a segment; 0: one window in the middle", ge=0)
     max_windows: int = key(0, "largest number of windows per clip, evenly spread, 0: all", ge=0)
+    crops: Literal[1, 3] = key(1, "views of each window: 1: centre crop; 3: also the crops at both ends of the longer side; embeddings are averaged over windows and crops (a classifier's: probabilities)")
     batch_size: int = key(32, "windows per forward pass on a rank", ge=1)
     resize: int = key(256, "short side before the centre crop, for a 224 model; scaled with the resolution", ge=1)
+    embedding_cache: str | None = key(None, "folder in which frozen-fast evaluate keeps the features of clips and finds them again by the model's weights, the clip's file, its size and time of change, frames, windows, crops and all else that decides them; none: no cache (evaluations inside a run never use it)", not_blank=True)
+    embedding_cache_gigabytes: float = key(20.0, "size of that folder; what was used longest ago is deleted", gt=0)
 
     @model_validator(mode="after")
     def _sources_are_sound(self) -> Self:
@@ -470,6 +485,7 @@ class ExperimentConfig:
     curriculum: CurriculumConfig = section(CurriculumConfig, "stages")
     optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer")
     loss: LossConfig = section(LossConfig, "loss")
+    classification: ClassificationConfig = section(ClassificationConfig, "action recognition")
     distillation: DistillationConfig = section(DistillationConfig, "teachers")
     training: TrainingConfig = section(TrainingConfig, "engine")
     checkpoints: CheckpointConfig = section(CheckpointConfig, "checkpoints")

@@ -39,8 +39,8 @@ class Classification:
     confusion: list[list[int]]
 
 
-def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every class in every template, class by class: [C * P].
+def prompts_of(classes: Sequence[str], templates: Sequence[str], key: str = "evaluation.prompts") -> list[str]:
+    """Every class in every template, class by class: [C * P]. `key` is the config key, for messages.
 
     Raises:
         UserError: a template does not contain {} once.
@@ -48,7 +48,7 @@ def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
     for template in templates:
         if template.count(PLACE) != 1:
             allowed = f"texts with {PLACE} once, for the class name"
-            raise UserError(f"evaluation.prompts: got {template!r}; allowed: {allowed}")
+            raise UserError(f"{key}: got {template!r}; allowed: {allowed}")
     return [template.replace(PLACE, name) for name in classes for template in templates]
 
 

@@ -6,7 +6,7 @@ matrix and defines for each whether higher is better. evaluation.metrics names f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -67,18 +67,22 @@ def directions(families: Sequence[str]) -> dict[str, bool]:
     return known
 
 
-def check_metric(metric: str, families: Sequence[str]) -> None:
-    """Check that a family computes the metric of evaluation.keep_best.
+def check_metric(metric: str, known: Mapping[str, bool]) -> None:
+    """Check that the metric of evaluation.keep_best is computed.
+
+    Args:
+        metric: its name; "none" is allowed.
+        known: as directions returns it.
 
     Raises:
         UserError: naming the key.
     """
-    if metric != "none" and metric not in directions(families):
-        raise unknown_name("evaluation.keep_best", metric, ["none", *directions(families)])
+    if metric != "none" and metric not in known:
+        raise unknown_name("evaluation.keep_best", metric, ["none", *known])
 
 
-def is_better(metric: str, value: float, best: float | None, families: Sequence[str]) -> bool:
+def is_better(metric: str, value: float, best: float | None, known: Mapping[str, bool]) -> bool:
     """Whether a value is better than the best so far (False for equal values)."""
     if best is None:
         return True
-    return value > best if directions(families)[metric] else value < best
+    return value > best if known[metric] else value < best

@@ -34,7 +34,7 @@ def load_model(path: str | Path, kind: str | None = None, **options: Any) -> Ret
     if kind is not None:
         models.check(kind, "kind")
     if path.is_dir():
-        stored = _stored_kind(path)
+        stored = stored_kind(path)
         if kind not in (None, stored):
             raise UserError(f"kind: got {kind!r} for {path}, which holds a {stored}; allowed: {stored}, or none")
         kind = stored
@@ -50,8 +50,12 @@ def load_model(path: str | Path, kind: str | None = None, **options: Any) -> Ret
     return build(path, **options)
 
 
-def _stored_kind(folder: Path) -> str:
-    """The kind that a folder's config.json names."""
+def stored_kind(folder: Path) -> str:
+    """The kind that a checkpoint folder's config.json names.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frozen_fast.common.files import write_json
 from frozen_fast.errors import UserError, reason
-from frozen_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from frozen_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, refuse_damage
 from frozen_fast.models.text.tokenizer import Tokenizer
 
 FORMAT = "frozen_fast.model"
@@ -52,6 +52,7 @@ def read_model_folder(
     Raises:
         UserError: a missing, damaged or foreign folder, or one of another kind.
     """
+    refuse_damage(folder)
     config = _config(folder)
     found = {key: config.get(key) for key in ("format", "format_version", "kind")}
     written_here = (found["format"], found["format_version"]) == (FORMAT, FORMAT_VERSION)

@@ -149,12 +149,23 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     model.load_state_dict(state)
 
 
+def refuse_damage(folder: Path) -> None:
+    """Compare the model's files of a run's checkpoint with their checksums; other folders have none.
+
+    Raises:
+        UserError: naming the first file that differs.
+    """
+    if (folder / MANIFEST).is_file():
+        damage = find_damage(folder, [file.name for file in folder.iterdir() if file.name != "training_state.pt"])
+        if damage is not None:
+            raise UserError(
+                f"checkpoint: got {folder}, which is damaged: {damage}; allowed: files as they were written"
+            )
+
+
 def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None) -> StoredModel:
     """A frozen_fast checkpoint folder; a run's checkpoint has checksums, which its model's files must match."""
-    if (path / MANIFEST).is_file():
-        damage = find_damage(path, [file.name for file in path.iterdir() if file.name != "training_state.pt"])
-        if damage is not None:
-            raise UserError(f"checkpoint: got {path}, which is damaged: {damage}; allowed: files as they were written")
+    refuse_damage(path)
     config = _read_config(path / CONFIG_FILE)
     try:
         state = load_file(path / WEIGHTS_FILE)

@@ -11,7 +11,7 @@ Axis letters: Q captions, V clips, K similarities of a pair (one loss each), D w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.repeated_blocks import find_repeated_blocks
-from frozen_fast.models.text.tokenizer import Tokenizer
 
 Features = Mapping[str, Tensor]
 """Name -> tensor; the first axis of every tensor is the caption or the clip."""
@@ -39,6 +38,7 @@ class RetrievalModel(nn.Module, ABC):
 
     Attributes:
         kind: its name in frozen_fast.config.extensions.models, written to config.json.
+        task: what it learns, a name in frozen_fast.config.extensions.tasks.
         learned_frames: most frames per clip that the model takes now.
         mean, std: RGB normalisation of the frames that the model was trained with, in [0, 1]; None: it takes no frames.
         takes_frame_masks: whether video_features reads {"video", "frame_mask"}, for padded short clips.
@@ -46,6 +46,7 @@ class RetrievalModel(nn.Module, ABC):
     """
 
     kind: str
+    task: str = "retrieval"
     learned_frames: int
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -68,8 +69,8 @@ class RetrievalModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def tokenizer(self) -> Tokenizer | None:
-        """Turns captions into what text_features takes; None: only ready tensors are taken."""
+    def tokenizer(self) -> Callable[[list[str]], dict[str, Tensor]] | None:
+        """Turns texts into what text_features takes; None: only ready tensors are taken."""
 
     @property
     @abstractmethod

@@ -9,36 +9,64 @@ import numpy as np
 from frozen_fast.report.document import Block, Plot, Section, Table, Text, count, number
 from frozen_fast.report.plots import matrix_plot
 from frozen_fast.report.run_data import RunData
+from frozen_fast.report.wording import after_text
 
 WORST = 10
-KINDS = {"classification": "zero-shot", "linear_head": "linear head"}
+KINDS = {"classification": "zero-shot", "linear_head": "linear head", "finetuned": "trained"}
+SHOWN = ("top1", "top5", "mean_class_accuracy")
 
 
 def classification_section(run: RunData) -> Section | None:
     """Each source with classes after each stage, and details of the last; None without any."""
-    entries = [
-        (entry, name)
-        for entry in run.stage_evaluations()
-        for name in ("classification", "linear_head")
-        if entry.get(name)
-    ]
+    entries = [(entry, name) for entry in run.stage_evaluations() for name in KINDS if entry.get(name)]
     if not entries:
         return None
     rows = []
     for entry, name in entries:
         found = entry[name]
-        cells = [f"stage {entry['stage'] + 1}", entry["source"], KINDS[name]]
-        cells += [str(entry["frames"]), count(found["clips"])]
+        cells = [after_text(run, entry), entry["source"], KINDS[name]]
+        cells += [str(entry["frames"]), count(entry["windows"]), count(found["clips"])]
         cells += [count(len(found["classes"])), number(100 / len(found["classes"]))]
-        rows.append(cells + [number(found[figure]) for figure in ("top1", "top5", "mean_class_accuracy")])
-    header = ["After", "Set", "By", "Frames", "Clips", "Classes", "Chance", "Top-1", "Top-5", "Mean over classes"]
+        rows.append(cells + [number(found[figure]) for figure in SHOWN])
+    header = [
+        "After",
+        "Set",
+        "By",
+        "Frames",
+        "Windows",
+        "Clips",
+        "Classes",
+        "Chance",
+        "Top-1",
+        "Top-5",
+        "Mean over classes",
+    ]
     text = (
         "Zero-shot: class names in evaluation.prompts, similarities averaged over the prompts. Linear head: a layer "
-        "fitted on the frozen model's embeddings of the training split. Percent, ties counted as shares."
+        "fitted on the frozen model's embeddings of the training split. Trained: the classifier itself, its "
+        "probabilities averaged over windows and crops. Percent, ties counted as shares."
     )
-    entry, name = entries[-1]
-    blocks: list[Block] = [Text(text), Table(header, rows, words=3), *_details(entry["source"], entry[name])]
+    best = [one for one in entries if one[0]["step"] == run.best_step]
+    entry, name = (best or entries)[-1]
+    blocks: list[Block] = [Text(text), Table(header, rows, words=3)]
+    if run.is_classifier() and run.evaluates_inside_stages():
+        blocks += [Text("Every evaluation:"), _epochs_table(run)]
+    blocks += _details(entry["source"], entry[name])
     return Section("Action recognition", blocks)
+
+
+def _epochs_table(run: RunData) -> Table:
+    """One line an evaluation of a classifier: its loss and accuracies."""
+    rows = [
+        [
+            after_text(run, row),
+            row["source"],
+            number(row.get("loss"), 3),
+            *(number(row["metrics"].get(name)) for name in SHOWN),
+        ]
+        for row in run.evaluations
+    ]
+    return Table(["After", "Set", "Loss", "Top-1", "Top-5", "Mean over classes"], rows, words=2)
 
 
 def _details(source: str, found: dict[str, Any]) -> list[Block]:

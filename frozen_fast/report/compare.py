@@ -105,7 +105,17 @@ def _retrieval_lines(runs: list[RunData]) -> list[list[str]]:
     keys = dict.fromkeys(key for run in last for key in run)
     rows = []
     for source, protocol in keys:
-        for metric in ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MdR", "v2t/R@1", "v2t/R@10", "twin_accuracy"):
+        for metric in (
+            "t2v/R@1",
+            "t2v/R@5",
+            "t2v/R@10",
+            "t2v/MdR",
+            "v2t/R@1",
+            "v2t/R@10",
+            "twin_accuracy",
+            "top1",
+            "top5",
+        ):
             values = [run.get((source, protocol), {}).get("metrics", {}).get(metric) for run in last]
             if any(value is not None for value in values):
                 rows.append([f"{source} ({protocol}): {metric}", *(number(value) for value in values)])

@@ -10,9 +10,22 @@ from frozen_fast.report.wording import frames_text, hours_name
 
 
 def headline(run: RunData) -> list[KeyNumber]:
-    """R@1, twins told apart, hours and speed, each where the run has it."""
+    """R@1 or top-1, twins told apart, hours and speed, each where the run has it."""
     numbers = []
-    plain = [row for row in run.stage_evaluations() if row["protocol"] != "v2t_max_over_captions"]
+    classified = [row for row in run.stage_evaluations() if "finetuned" in row]
+    if classified:
+        last = ([row for row in classified if row["step"] == run.best_step] or classified)[-1]
+        best = f", best checkpoint (step {count(last['step'])})" if last["step"] == run.best_step else ""
+        chance = (
+            f"chance {number(100 / len(last['finetuned']['classes']))} %, top-5 {number(last['metrics']['top5'])} %"
+        )
+        label = f"Top-1 on {last['source']}, {frames_text(last['frames'])}"
+        numbers.append(KeyNumber(label, f"{number(last['metrics']['top1'])} %", f"{chance}{best}"))
+    plain = [
+        row
+        for row in run.stage_evaluations()
+        if row["protocol"] != "v2t_max_over_captions" and "t2v/R@1" in row["metrics"]
+    ]
     if plain:
         chosen = [row for row in plain if row["step"] == run.best_step]
         last = (chosen or plain)[-1]

@@ -1,4 +1,4 @@
-"""Several runs of one experiment that differ in their seed: mean and standard deviation of the retrieval numbers."""
+"""Several runs of one experiment that differ in their seed or split: mean and standard deviation of their numbers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from frozen_fast.report.document import Bullets, Document, Section, Table, numbe
 from frozen_fast.report.run_data import RunData
 
 SHOWN = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR", "Geom")
+ACCURACIES = ("top1", "top5", "mean_class_accuracy")
 
 
 def chosen_rows(run: RunData) -> list[dict[str, Any]]:
@@ -21,15 +22,16 @@ def chosen_rows(run: RunData) -> list[dict[str, Any]]:
     return [row for row in run.evaluations if row["step"] == step]
 
 
-def seeds_summary(runs: Mapping[int, RunData]) -> list[dict[str, Any]]:
-    """Mean and deviation over seeds.
+def runs_summary(runs: Mapping[int, RunData], of: str = "seed") -> list[dict[str, Any]]:
+    """Mean and deviation over runs.
 
     Args:
-        runs: seed -> run.
+        runs: seed (or number of the split) -> run.
+        of: what the runs differ in, "seed" or "split".
 
     Returns:
-        One row per source and protocol: {"source", "protocol", "seeds", "mean", "deviation"}, the last two by metric;
-        the deviation is that of a sample (divided by the number of seeds less one), 0 for one seed.
+        One row per source and protocol: {"source", "protocol", "seeds" (or "splits"), "mean", "deviation"}, the last
+        two by metric; the deviation is that of a sample (divided by the number of runs less one), 0 for one run.
     """
     by_set: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for seed, run in runs.items():
@@ -43,7 +45,7 @@ def seeds_summary(runs: Mapping[int, RunData]) -> list[dict[str, Any]]:
             {
                 "source": source,
                 "protocol": protocol,
-                "seeds": sorted(metrics),
+                f"{of}s": sorted(metrics),
                 "mean": {name: statistics.fmean(found) for name, found in values.items()},
                 "deviation": {
                     name: statistics.stdev(found) if len(found) > 1 else 0.0 for name, found in values.items()
@@ -53,31 +55,34 @@ def seeds_summary(runs: Mapping[int, RunData]) -> list[dict[str, Any]]:
     return summary
 
 
-def seeds_document(name: str, runs: Mapping[int, RunData], paper: Mapping[str, Any]) -> Document:
+def runs_document(name: str, runs: Mapping[int, RunData], paper: Mapping[str, Any], of: str = "seed") -> Document:
     """The summary as a report, with the row of the paper that the experiment follows."""
+    classifies = any(run.is_classifier() for run in runs.values())
     metrics = [f"{direction}/{metric}" for direction in ("t2v", "v2t") for metric in SHOWN]
+    metrics = list(ACCURACIES) if classifies else metrics
     rows: list[Sequence[str]] = []
     if paper.get("table"):
         printed = published_row(str(paper["table"]), str(paper["row"]))
         cells = [number(printed.numbers.get(metric)) for metric in metrics]
         rows.append([f"{printed.source}, {printed.name}", printed.protocol, "", *cells])
-    for row in seeds_summary(runs):
+    for row in runs_summary(runs, of):
         cells = [
             f"{number(row['mean'][metric])} ({number(row['deviation'][metric])})" if metric in row["mean"] else "n/a"
             for metric in metrics
         ]
-        rows.append([row["source"], row["protocol"], ", ".join(map(str, row["seeds"])), *cells])
-    table = Table(["Set", "Protocol", "Seeds", *metrics], rows, words=3)
+        rows.append([row["source"], row["protocol"], ", ".join(map(str, row[f"{of}s"])), *cells])
+    table = Table(["Set", "Protocol", f"{of.capitalize()}s", *metrics], rows, words=3)
     notes = Bullets(
         [
-            "Mean over the seeds, and in parentheses the standard deviation of the sample.",
+            f"Mean over the {of}s, and in parentheses the standard deviation of the sample.",
             "Each run counts with its best checkpoint, where the config keeps one, else with its last evaluation.",
         ]
     )
-    subtitle = f"seeds {', '.join(map(str, sorted(runs)))}"
-    return Document(f"{name}: {len(runs)} seeds", subtitle, sections=[Section("Retrieval", [table, notes])])
+    subtitle = f"{of}s {', '.join(map(str, sorted(runs)))}"
+    title = "Action recognition" if classifies else "Retrieval"
+    return Document(f"{name}: {len(runs)} {of}s", subtitle, sections=[Section(title, [table, notes])])
 
 
-def seed_folder(run_folder: Path, seed: int) -> Path:
-    """Where the run of a seed lies."""
-    return run_folder / f"seed_{seed}"
+def folder_of_run(run_folder: Path, number: int, of: str = "seed") -> Path:
+    """Where the run of a seed or a split lies."""
+    return run_folder / f"{of}_{number}"

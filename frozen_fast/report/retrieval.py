@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from frozen_fast.report.document import Block, Plot, Section, Table, Text, count, number
 from frozen_fast.report.plots import retrieval_plot
 from frozen_fast.report.run_data import RunData
+from frozen_fast.report.wording import after_text
 
 
-def retrieval_section(run: RunData) -> Section:
-    """Both directions after each stage and at the best checkpoint, and every evaluation where there are more."""
+def retrieval_section(run: RunData) -> Section | None:
+    """Both directions after each stage and at the best checkpoint, and every evaluation where there are more.
+
+    None for a classifier, whose numbers are in a section of their own.
+    """
+    if run.is_classifier():
+        return None
     if not run.evaluations:
         return Section("Retrieval", [Text("No evaluation has finished.")])
     shown = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR", "Geom")
@@ -23,7 +27,7 @@ def retrieval_section(run: RunData) -> Section:
             if direction == "t2v" and row["protocol"] == "v2t_max_over_captions":
                 continue
             metrics = row["metrics"]
-            cells = [_after(run, row), row["source"], row["protocol"], str(row["frames"])]
+            cells = [after_text(run, row), row["source"], row["protocol"], str(row["frames"])]
             cells += [count(row["windows"]), count(row["num_queries"]), count(row["num_videos"])]
             cells += [number(metrics.get(f"{direction}/{name}")) for name in shown]
             rows.append(cells + ([number(metrics.get("twin_accuracy"))] if with_twins else []))
@@ -71,19 +75,12 @@ def _chance_rows(run: RunData, direction: str, with_twins: bool) -> list[list[st
     return rows
 
 
-def _after(run: RunData, row: dict[str, Any]) -> str:
-    """When an evaluation was made: after a stage, or after which step of it where there are several."""
-    best = " (best)" if row["step"] == run.best_step else ""
-    inside = f", step {count(row['step'])}" if run.evaluates_inside_stages() else ""
-    return f"stage {row['stage'] + 1}{inside}{best}"
-
-
 def _epochs_table(run: RunData) -> Table:
     """One line an evaluation: its loss, and text to video."""
     shown = ("R@1", "R@5", "R@10", "MdR")
     rows = [
         [
-            _after(run, row),
+            after_text(run, row),
             row["source"],
             row["protocol"],
             number(row.get("loss"), 3),

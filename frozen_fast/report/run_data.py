@@ -119,6 +119,10 @@ class RunData:
         """A stage's entry of stages.json, if it has one."""
         return next((row for row in self.stages if row.get("stage") == stage), None)
 
+    def is_classifier(self) -> bool:
+        """Whether the run's evaluations are those of a trained classifier, which ranks nothing."""
+        return any("finetuned" in row for row in self.evaluations)
+
     def stage_evaluations(self) -> list[Row]:
         """The last evaluation of each set in each stage, and those of the best checkpoint, in their order."""
         last = {(row["stage"], row["source"], row["protocol"]): row["step"] for row in self.evaluations}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from frozen_fast.report.run_data import RunData
 
@@ -16,6 +17,13 @@ def devices(run: RunData) -> str:
 def hours_name(run: RunData) -> str:
     """What device-hours are called: GPU-hours where GPUs computed."""
     return "GPU-hours" if run.on_gpu or not run.stages else "CPU process-hours"
+
+
+def after_text(run: RunData, row: dict[str, Any]) -> str:
+    """When an evaluation was made: after a stage, or after which step of it where there are several."""
+    best = " (best)" if row["step"] == run.best_step else ""
+    inside = f", step {row['step']:,}" if run.evaluates_inside_stages() else ""
+    return f"stage {row['stage'] + 1}{inside}{best}"
 
 
 def frames_text(frames: int) -> str:

@@ -57,12 +57,13 @@ class CheckpointKeeper:
         model: RetrievalModel,
         fingerprints: Mapping[str, str],
         state: RunState | None,
+        directions: Mapping[str, bool],
     ) -> None:
-        """Go on from a checkpoint's state, or begin."""
+        """Go on from a checkpoint's state, or begin; `directions` are those of the task's numbers."""
         self._config, self._parallel, self._folder = config, parallel, folder
         self._model, self._fingerprints = model, fingerprints
-        self._metric = config.evaluation.keep_best
-        check_metric(self._metric, config.evaluation.metrics)
+        self._metric, self._directions = config.evaluation.keep_best, directions
+        check_metric(self._metric, directions)
         self._writer, self._snapshot = CheckpointWriter(), Snapshot()
         self._saved_seconds = time.monotonic()
         kept = config.checkpoints
@@ -224,7 +225,7 @@ class CheckpointKeeper:
         best = None if self.best is None else float(self.best["value"])
         better = False
         if self._metric != "none" and value is not None:
-            better = is_better(self._metric, value, best, self._config.evaluation.metrics)
+            better = is_better(self._metric, value, best, self._directions)
         if better:
             self.best = {"step": step, "metric": self._metric, "value": value}
         if self._last is None or not self.is_saved(step):

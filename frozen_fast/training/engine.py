@@ -47,11 +47,13 @@ class Engine:
         self._config, self._parallel, self._folder, self._parts = config, parallel, folder, parts
         self._journal = journal
         self.stage = 0 if state is None else state.stage
-        self.keeper = CheckpointKeeper(config, parallel, folder, parts.model, parts.fingerprints, state)
+        self.keeper = CheckpointKeeper(
+            config, parallel, folder, parts.model, parts.fingerprints, state, parts.task.directions()
+        )
         self._feed = BatchFeed(config, parallel, folder, parts, stop, state, lambda: self.keeper.is_due)
         self._optimizer_step = OptimizerStep(config, parallel, parts, self._feed, journal)
         self._evaluation = StageEvaluation(
-            config, parallel, folder, parts.evaluation_sources, len(parts.plans), journal, stop
+            config, parallel, folder, parts.task, parts.evaluation_sources, len(parts.plans), journal, stop
         )
 
     @property

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frozen_fast.common.progress import progress
 from frozen_fast.config import ExperimentConfig
-from frozen_fast.data import BadClip, BadClipLedger, EvaluationLoader, Source, read_sources
+from frozen_fast.data import BadClip, BadClipLedger, Source, read_sources
 from frozen_fast.data.load.feature_loader import FeatureEvaluationLoader
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation import (
@@ -33,12 +32,13 @@ from frozen_fast.losses import RetrievalLoss, batch_loss, build_loss
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.report.gallery import GalleryPage
+from frozen_fast.training.clip_cache import ClipCache, open_clip_cache
+from frozen_fast.training.encode import AnyEvaluationLoader, class_numbers, encode_clips, encode_texts, flat
 from frozen_fast.training.gallery_page import gallery_page
 from frozen_fast.training.parts import build_evaluation_loader, build_reranking, matching_training_source
-from frozen_fast.training.signals import StopRequest, stop_explains
+from frozen_fast.training.signals import StopRequest
 
 Row = dict[str, Any]
-AnyEvaluationLoader = EvaluationLoader | FeatureEvaluationLoader
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,7 @@ def evaluate_with(
     Raises:
         UserError: as evaluate_source; and where more clips than data.decode.max_bad_share cannot be read.
     """
-    wanted = min(config.evaluation.frames or frames, model.learned_frames)
-    frames = 1 if source.kind == "image" else wanted
-    with parallel.together():
-        loader = build_evaluation_loader(
-            config, source, model, parallel.device, frames=frames, rank=parallel.rank, world_size=parallel.world_size
-        )
+    loader, cache, frames = evaluation_loader(config, model, source, parallel, frames)
     head = None
     if config.evaluation.linear_head and source.classes:
         head = _fit_head(config, model, source, parallel, frames, stop)
@@ -109,13 +104,40 @@ def evaluate_with(
         prompts=config.evaluation.prompts,
         gallery=config.evaluation.gallery if gallery else 0,
         head=head,
+        cache=cache,
         stop_asked=lambda: stop.asked,
     )
     if result is not None:
-        ledger = BadClipLedger(None, config.data.decode.max_bad_share)
-        ledger.record(0, len(source) - len(result.bad_clips), result.bad_clips)
-        ledger.check(final=True)
+        check_bad_share(config, source, result.bad_clips)
     return result
+
+
+def evaluation_loader(
+    config: ExperimentConfig, model: RetrievalModel, source: Source, parallel: Parallel, frames: int
+) -> tuple[AnyEvaluationLoader, ClipCache | None, int]:
+    """This rank's loader of a source's windows, what was encoded before, and how many frames a window has.
+
+    The arguments are those of evaluate_with.
+    """
+    wanted = min(config.evaluation.frames or frames, model.learned_frames)
+    frames = 1 if source.kind == "image" else wanted
+    with parallel.together():
+        loader = build_evaluation_loader(
+            config, source, model, parallel.device, frames=frames, rank=parallel.rank, world_size=parallel.world_size
+        )
+        cache = open_clip_cache(config, model, source, parallel, frames)
+    return loader, cache, frames
+
+
+def check_bad_share(config: ExperimentConfig, source: Source, bad_clips: list[BadClip]) -> None:
+    """Refuse an evaluation of which more clips than data.decode.max_bad_share could not be read.
+
+    Raises:
+        UserError: naming the share.
+    """
+    ledger = BadClipLedger(None, config.data.decode.max_bad_share)
+    ledger.record(0, len(source) - len(bad_clips), bad_clips)
+    ledger.check(final=True)
 
 
 @torch.no_grad()
@@ -135,6 +157,7 @@ def evaluate_source(
     prompts: Sequence[str] = (),
     gallery: int = 0,
     head: LinearHead | None = None,
+    cache: ClipCache | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Evaluate on one source; every rank encodes its own clips and captions, then all hold the same result.
@@ -155,6 +178,7 @@ def evaluate_source(
         gallery: queries of the retrieval page, 0: no page.
         head: a linear layer over the model's clip features and the source's classes; the first row then holds
             "linear_head".
+        cache: where clips that were encoded before are found.
         stop_asked: tells that this process was told to stop.
 
     Returns:
@@ -167,26 +191,21 @@ def evaluate_source(
     training = model.training
     model.eval()
     try:
-        with parallel.together():
-            windows = _encode_windows(model, loader, parallel, stop_asked)
-        stopped, _ = parallel.agree(stop=stop_asked())
-        if stopped:
+        clips = encode_clips(model, loader, parallel, stop_asked, cache)
+        if clips is None:
             return None
-        num_windows = sum(parallel.gather_objects(sum(map(len, windows.values()))))
-        own = {index: model.merge_windows(parts) for index, parts in windows.items() if index not in loader.dropped}
-        clips, bad_clips = _gather_clips(own, loader.dropped, parallel)
         with parallel.together():
-            kept = sorted(clips)
+            kept = clips.kept
             texts, video_of_query, name = _queries(source, kept, protocol)
             inputs = _text_inputs(loader, texts, [kept[video] for video in video_of_query], name)
             own_queries = range(parallel.rank, len(texts), parallel.world_size)
-            own_texts = _encode_texts(model, inputs, own_queries, parallel, batch_size)
+            own_texts = encode_texts(model, inputs, own_queries, parallel, batch_size)
         text = _interleave(parallel.gather_objects(own_texts), len(texts))
         rows: list[Row] = []
         page: GalleryPage | None = None
         with parallel.together():
             if parallel.is_main:
-                video = stack_features([clips[index] for index in kept])
+                video = clips.stacked()
                 sim_QV = similarity_in_blocks(model, text, video)
                 rows = _rows(sim_QV, video_of_query, _twins(source, kept), name, metrics)
                 if gallery:
@@ -205,13 +224,13 @@ def evaluate_source(
         base = {
             "frames": frames,
             "source": source.name,
-            "windows": num_windows,
+            "windows": clips.num_windows,
             "num_queries": len(texts),
             "num_videos": len(kept),
-            "bad_clips": len(bad_clips),
+            "bad_clips": len(clips.bad_clips),
             "seconds": time.perf_counter() - began,
         }
-        return Evaluation([{**base, **row} for row in rows], bad_clips, page)
+        return Evaluation([{**base, **row} for row in rows], clips.bad_clips, page)
     finally:
         model.train(training)
 
@@ -231,14 +250,9 @@ def _classifications(
     if prompts and source.classes:
         found["classification"] = asdict(_classified(model, source, kept, prompts, video, parallel, batch_size))
     if head is not None:
-        of_head = classify(head.logits(_flat(video)), _class_numbers(source, kept), source.classes)
+        of_head = classify(head.logits(flat(video)), class_numbers(source, kept, source.classes), source.classes)
         found["linear_head"] = asdict(of_head)
     return found
-
-
-def stack_features(parts: Sequence[Features]) -> Features:
-    """Concatenate the features of several captions or clips along their first axis."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
 def similarity_in_blocks(model: RetrievalModel, text: Features, video: Features, *, block: int = 1024) -> Tensor:
@@ -264,50 +278,6 @@ def similarity_in_blocks(model: RetrievalModel, text: Features, video: Features,
     return sim_QV
 
 
-def _encode_windows(
-    model: RetrievalModel, loader: AnyEvaluationLoader, parallel: Parallel, stop_asked: Callable[[], bool]
-) -> dict[int, list[Features]]:
-    """The features of this rank's windows per clip, each with first axis 1, fp32 on the CPU."""
-    windows: dict[int, list[Features]] = {}
-    tell = progress("evaluate", len(loader.clip_indices), last_line=False) if parallel.is_main else None
-    try:
-        for batch in loader.batches():
-            if stop_asked():
-                break
-            with parallel.autocast():
-                features = _on_cpu(model.video_features(batch.windows))
-            read_before = len(windows)
-            for row, index in enumerate(batch.clip_indices):
-                windows.setdefault(index, []).append({name: x[row : row + 1] for name, x in features.items()})
-            if tell is not None:
-                tell(len(windows) - read_before, 0)
-        if tell is not None:
-            tell(0, len(loader.clip_indices) - len(windows))
-    except Exception as error:
-        if not stop_explains(error, stop_asked):
-            raise
-    finally:
-        loader.close()
-    return windows
-
-
-def _on_cpu(features: Features) -> Features:
-    return {name: tensor.float().cpu() for name, tensor in features.items()}
-
-
-def _gather_clips(
-    own: dict[int, Features], dropped: dict[int, BadClip], parallel: Parallel
-) -> tuple[dict[int, Features], list[BadClip]]:
-    """Every rank's clips, and the dropped ones in order."""
-    clips: dict[int, Features] = {}
-    bad: dict[int, BadClip] = {}
-    for rank_clips, rank_bad in parallel.gather_objects((own, dict(dropped))):
-        assert not clips.keys() & rank_clips.keys(), "a clip was encoded on two ranks"
-        clips.update(rank_clips)
-        bad.update(rank_bad)
-    return clips, [bad[index] for index in sorted(bad)]
-
-
 def _queries(source: Source, kept: Sequence[int], protocol: str) -> tuple[list[str], list[int], str]:
     """Texts, the gallery row of each, and the protocol's name; a source read as paragraphs says so."""
     captions = [source.caption_rule.evaluation(source.clips[index].captions) for index in kept]
@@ -323,22 +293,6 @@ def _text_inputs(
     if isinstance(loader, FeatureEvaluationLoader):
         return loader.query_inputs(clip_of_query, protocol)
     return lambda queries: [texts[query] for query in queries]
-
-
-def _encode_texts(
-    model: RetrievalModel,
-    inputs: Callable[[Sequence[int]], TextInput],
-    queries: Sequence[int],
-    parallel: Parallel,
-    batch_size: int,
-) -> Features:
-    """Features of some queries, fp32 on the CPU; empty without queries."""
-    parts = []
-    for first in range(0, len(queries), batch_size):
-        text = inputs(queries[first : first + batch_size])
-        with parallel.autocast():
-            parts.append(_on_cpu(model.text_features(text)))
-    return stack_features(parts)
 
 
 def _interleave(parts: Sequence[Features], count: int) -> Features:
@@ -395,7 +349,7 @@ def _querybank_similarities(
     if not rerank.querybank:
         return None
     bank = rerank.querybank
-    text = _encode_texts(model, lambda rows: [bank[row] for row in rows], range(len(bank)), parallel, batch_size)
+    text = encode_texts(model, lambda rows: [bank[row] for row in rows], range(len(bank)), parallel, batch_size)
     return similarity_in_blocks(model, text, video)
 
 
@@ -414,28 +368,9 @@ def _classified(
         UserError: a clip of the source has no class.
     """
     texts = prompts_of(source.classes, templates)
-    text = _encode_texts(model, lambda rows: [texts[row] for row in rows], range(len(texts)), parallel, batch_size)
+    text = encode_texts(model, lambda rows: [texts[row] for row in rows], range(len(texts)), parallel, batch_size)
     sim_CV = average_prompts(similarity_in_blocks(model, text, video), len(source.classes))
-    return classify(sim_CV, _class_numbers(source, kept), source.classes)
-
-
-def _class_numbers(source: Source, kept: Sequence[int]) -> list[int]:
-    """The class of each of some clips, as its place in source.classes.
-
-    Raises:
-        UserError: a clip has no class.
-    """
-    place = {name: number for number, name in enumerate(source.classes)}
-    labels = [source.clips[index].label for index in kept]
-    if None in labels:
-        clip = source.clips[kept[labels.index(None)]].id
-        raise UserError(f"source {source.name}: clip {clip!r} has no class; allowed: a class for all clips or for none")
-    return [place[str(label)] for label in labels]
-
-
-def _flat(features: Features) -> Tensor:
-    """All features of a clip as one row."""
-    return torch.cat([tensor.flatten(1) for tensor in features.values()], dim=1)
+    return classify(sim_CV, class_numbers(source, kept, source.classes), source.classes)
 
 
 @torch.no_grad()
@@ -449,26 +384,17 @@ def _fit_head(
         if unknown := sorted(set(train.classes) - set(source.classes)):
             wrong = f"source {source.name}: got class {unknown[0]!r} in training only"
             raise UserError(f"evaluation.linear_head: {wrong}; allowed: the test split's classes")
-        loader = build_evaluation_loader(
-            config, train, model, parallel.device, frames=frames, rank=parallel.rank, world_size=parallel.world_size
-        )
+    loader, cache, _ = evaluation_loader(config, model, train, parallel, frames)
     training = model.training
     model.eval()
     try:
-        with parallel.together():
-            windows = _encode_windows(model, loader, parallel, lambda: stop.asked)
-        stopped, _ = parallel.agree(stop=stop.asked)
-        if stopped:
+        clips = encode_clips(model, loader, parallel, lambda: stop.asked, cache)
+        if clips is None:
             return None
-        own = {index: model.merge_windows(parts) for index, parts in windows.items() if index not in loader.dropped}
-        clips, _ = _gather_clips(own, loader.dropped, parallel)
         with parallel.together():
-            kept = sorted(clips)
-            place = {name: number for number, name in enumerate(source.classes)}
-            numbers = [place[train.classes[number]] for number in _class_numbers(train, kept)]
             return fit_linear_head(
-                _flat(stack_features([clips[index] for index in kept])),
-                numbers,
+                flat(clips.stacked()),
+                class_numbers(train, clips.kept, source.classes),
                 len(source.classes),
                 label_smoothing=config.evaluation.linear_head_smoothing,
                 weight_decay=config.evaluation.linear_head_decay,

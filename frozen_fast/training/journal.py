@@ -26,7 +26,7 @@ from frozen_fast.records.tracking import Trackers
 log = logging.getLogger(__name__)
 
 _SENT = ("loss", "learning_rate", "stage", "frames", "stall_seconds")
-_SHOWN = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MdR", "v2t/R@1", "twin_accuracy")
+_SHOWN = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MdR", "v2t/R@1", "twin_accuracy", "top1", "top5")
 
 
 class NotFiniteError(UserError):

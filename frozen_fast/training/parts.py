@@ -28,24 +28,47 @@ from frozen_fast.data.load.for_model import build_evaluation_loader as loader_fo
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation import Reranking
 from frozen_fast.models import DualEncoder, build_dual_encoder
+from frozen_fast.models.classifier import Classifier
 from frozen_fast.models.experts.expert_model import ExpertModel
 from frozen_fast.models.from_config import check_model, load_checkpoint
 from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.retrieval_model import RetrievalModel
+from frozen_fast.models.video_side import VideoSide
 from frozen_fast.optimizers import freeze_groups
 from frozen_fast.profiling.flops import clip_flops
+from frozen_fast.training.build_classifier import build_classifier
 
 log = logging.getLogger(__name__)
 
 
-def build_model(config: ExperimentConfig, device: torch.device, *, resume_from: Path | None = None) -> RetrievalModel:
+def build_model(
+    config: ExperimentConfig,
+    device: torch.device,
+    *,
+    resume_from: Path | None = None,
+    sources: Mapping[str, Source] | None = None,
+) -> RetrievalModel:
     """The model that model.kind chooses, on its device, in train mode; see build_frozen_model for the arguments.
+
+    Args:
+        config: the experiment.
+        device: where it runs.
+        resume_from: this run's checkpoint.
+        sources: the training sources, from which a classifier has its classes.
 
     Raises:
         UserError: a name, file or size is wrong.
     """
     if config.model.kind == DualEncoder.kind:
         return build_frozen_model(config, device, resume_from=resume_from)
+    if config.model.kind == Classifier.kind:
+        frames = [stage.frames for stage in config.curriculum.stages]
+        classifier = build_classifier(config, sources or {}, resume_from=resume_from)
+        _check_normalisation(classifier, config)
+        _check_evaluation_frames(config, max(classifier.learned_frames, *frames))
+        freeze_groups(classifier, config.optimizer)
+        classifier.video_model.check_kernels(device)
+        return classifier.to(device).train()
     section = config.model
     if resume_from is not None:
         section = replace(section, checkpoint=str(resume_from))
@@ -112,13 +135,16 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
         UserError: the checkpoint or the tokenizer cannot be read, or contradicts the config; it was trained on other
             pixel statistics, or on fewer frames than evaluation.frames.
     """
-    if config.model.kind != DualEncoder.kind:
-        section = replace(config.model, checkpoint=str(checkpoint))
+    section = replace(config.model, checkpoint=str(checkpoint))
+    if config.model.kind not in (DualEncoder.kind, Classifier.kind):
         other: RetrievalModel = models.load(section.kind).from_config(section)
         _check_normalisation(other, config)
         return other.to(device).eval()
-    section = replace(config.model, checkpoint=str(checkpoint))
-    model = load_checkpoint(section, compare=config.model.checkpoint is not None)
+    model: VideoSide
+    if config.model.kind == Classifier.kind:
+        model = Classifier.from_config(section)
+    else:
+        model = load_checkpoint(section, compare=config.model.checkpoint is not None)
     frames = config.evaluation.frames
     if frames is not None and model.frame_embeddings():
         _check_evaluation_frames(config, model.learned_frames)
@@ -253,12 +279,30 @@ def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int
         model: not yet sharded.
         frames: the numbers of frames that will be asked for.
     """
-    if not isinstance(model, DualEncoder):
+    if not isinstance(model, VideoSide):
         log.info("no FLOPs and no MFU for a model of kind %s", model.kind)
         return lambda frames, tokens, clips: None
-    video, text = model.video_model, model.text_model
+    video = model.video_model
     video_flops = {number: video.forward_flops(number) for number in sorted(set(frames))}
     video_learns = any(parameter.requires_grad for parameter in video.parameters())
+    if isinstance(model, Classifier):
+        classes = len(model.classes)
+
+        def classifier_flops(frames: int, tokens: int, clips: int) -> float | None:
+            if (forward := video_flops[frames]) is None:
+                return None
+            return clip_flops(
+                forward,
+                0.0,
+                widths=(video.width, 0),
+                embedding_width=classes,
+                global_batch_size=0,
+                frozen=0.0 if video_learns else forward,
+            ).training
+
+        return classifier_flops
+    assert isinstance(model, DualEncoder)
+    text = model.text_model
     text_flops = cache(lambda tokens: (text.forward_flops(tokens), text.frozen_flops(tokens)))
 
     def training_flops(frames: int, tokens: int, clips: int) -> float | None:
@@ -340,8 +384,10 @@ def described_sources(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]
 def described_model(model: RetrievalModel) -> dict[str, Any]:
     """For environment.json: what the model is, as it was built or loaded, and how many weights it has."""
     parts: dict[str, nn.Module] = {"parameters": model}
+    if isinstance(model, VideoSide):
+        parts["video_parameters"] = model.video_model
     if isinstance(model, DualEncoder):
-        parts |= {"video_parameters": model.video_model, "text_parameters": model.text_model}
+        parts["text_parameters"] = model.text_model
     counts = {key: sum(one.numel() for one in part.parameters()) for key, part in parts.items()}
     return {"kind": model.kind, **model.architecture(), **counts}
 
@@ -352,7 +398,7 @@ def check_stage_frames(model: ModelConfig, plans: Iterable[StagePlan]) -> None:
     Raises:
         UserError: naming the source.
     """
-    if model.checkpoint is None and model.kind == DualEncoder.kind:
+    if model.checkpoint is None and model.kind in (DualEncoder.kind, Classifier.kind):
         frames = [(f"data.sources: {name}", number) for plan in plans for name, number in plan.source_frames.items()]
         check_model(model, frames)
 

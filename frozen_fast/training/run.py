@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from frozen_fast.config import (
     to_plain,
 )
 from frozen_fast.errors import UserError
-from frozen_fast.losses import build_loss
 from frozen_fast.optimizers import build_optimizer, divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.energy import energy_meter
@@ -39,7 +39,6 @@ from frozen_fast.report.gallery import GalleryPage, write_gallery
 from frozen_fast.report.write_report import write_report
 from frozen_fast.training import compiling
 from frozen_fast.training.engine import Engine
-from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.parts import (
     build_model,
@@ -55,6 +54,7 @@ from frozen_fast.training.parts import (
 )
 from frozen_fast.training.run_parts import RunParts
 from frozen_fast.training.signals import StopRequest
+from frozen_fast.training.task import build_task
 from frozen_fast.training.teachers import build_teachers
 from frozen_fast.training.watchdog import Watchdog, switch_on_flight_recorder
 
@@ -126,11 +126,11 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
             with parallel.together():
                 sources = read_evaluation_sources(config)
                 model = load_model(config, Path(checkpoint), parallel.device)
+                task = build_task(config)
             rows: list[dict[str, Any]] = []
             pages: list[GalleryPage] = []
             for source in sources.values():
-                found = evaluate_with(
-                    config,
+                found = task.evaluate(
                     model,
                     source,
                     parallel,
@@ -320,7 +320,9 @@ class _Run:
                 image_sources=[name for name, source in sources.items() if source.kind == "image"],
             )
             check_stage_frames(config.model, plans)
-            model = build_model(config, parallel.device, resume_from=checkpoint)
+            task = build_task(_without_cache(config))
+            sources = task.training_sources(sources)
+            model = build_model(config, parallel.device, resume_from=checkpoint, sources=sources)
             optimizer = build_optimizer(model, config.optimizer)
             frames = {number for plan in plans for number in plan.source_frames.values()}
             flops_per_clip = flops_counter(model, frames)
@@ -341,7 +343,7 @@ class _Run:
                 self._folder.update_environment(energy=reason)
         return RunParts(
             model=model,
-            loss=build_loss(config.loss),
+            task=task,
             sources=sources,
             evaluation_sources=evaluation_sources,
             fingerprints=fingerprints,
@@ -390,6 +392,11 @@ class _Run:
         self._folder.write_status(
             state, step=step, stage=stage, exit_code=exit_code, message=message, checkpoint=checkpoint
         )
+
+
+def _without_cache(config: ExperimentConfig) -> ExperimentConfig:
+    """The config for evaluations inside a run: its weights change, so that nothing would be found again."""
+    return replace(config, evaluation=replace(config.evaluation, embedding_cache=None))
 
 
 def find_checkpoint(folder: RunFolder, resume: str) -> Survey:

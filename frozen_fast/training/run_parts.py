@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from frozen_fast.config import StagePlan
 from frozen_fast.data import Source, TrainingLoader
 from frozen_fast.data.load.feature_loader import FeatureTrainingLoader
-from frozen_fast.losses import RetrievalLoss
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.profiling.energy import EnergyMeter
 from frozen_fast.profiling.peak import DevicePeak
+from frozen_fast.training.task import Task
 from frozen_fast.training.teachers import Teachers
 from frozen_fast.training.watchdog import Watchdog
 
@@ -22,7 +22,7 @@ class RunParts:
 
     Attributes:
         model: on its device and wrapped by `parallel`.
-        loss: what training minimises.
+        task: what training minimises, and how the model is evaluated.
         sources: training sources by name.
         evaluation_sources: likewise.
         fingerprints: name -> what identifies a training source's clips.
@@ -37,7 +37,7 @@ class RunParts:
     """
 
     model: RetrievalModel
-    loss: RetrievalLoss
+    task: Task
     sources: Mapping[str, Source]
     evaluation_sources: Mapping[str, Source]
     fingerprints: Mapping[str, str]

@@ -16,9 +16,9 @@ from frozen_fast.parallel.running_statistics import average_running_statistics
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.report.gallery import GalleryPage, write_gallery
 from frozen_fast.training import compiling
-from frozen_fast.training.evaluate import evaluate_with
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.signals import StopRequest
+from frozen_fast.training.task import Task
 
 
 class StageEvaluation:
@@ -29,6 +29,7 @@ class StageEvaluation:
         config: ExperimentConfig,
         parallel: Parallel,
         folder: RunFolder,
+        task: Task,
         sources: Mapping[str, Source],
         num_stages: int,
         journal: Journal,
@@ -36,7 +37,7 @@ class StageEvaluation:
     ) -> None:
         """Hold the parts of the run; `sources` are evaluation.sources by name."""
         self._config, self._parallel, self._folder, self._sources = config, parallel, folder, sources
-        self._num_stages, self._journal, self._stop = num_stages, journal, stop
+        self._task, self._num_stages, self._journal, self._stop = task, num_stages, journal, stop
 
     def is_due(self, plan: StagePlan, done: int) -> bool:
         """Whether the model is evaluated after this number of steps of a stage."""
@@ -67,8 +68,7 @@ class StageEvaluation:
         with eager, self._parallel.whole_model() as whole:
             model = cast(RetrievalModel, whole)
             for source in self._sources.values():
-                found = evaluate_with(
-                    self._config,
+                found = self._task.evaluate(
                     model,
                     source,
                     self._parallel,

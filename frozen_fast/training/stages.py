@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from frozen_fast.config import StagePlan
 from frozen_fast.errors import UserError
-from frozen_fast.models import DualEncoder
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.models.video.temporal import expand_temporal_embedding
+from frozen_fast.models.video_side import VideoSide
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.meter import StageMeter
 from frozen_fast.training.stage_energy import StageEnergy
@@ -61,7 +61,7 @@ def expand_frames(parallel: Parallel, model: RetrievalModel, num_frames: int, me
         return
     if not hasattr(model, "expand_frames"):
         raise UserError(f"curriculum.stages: got {num_frames} frames for a {model.kind}; allowed: up to {learned}")
-    encoder = cast(DualEncoder, model)
+    encoder = cast(VideoSide, model)
     names = encoder.frame_embeddings()
     with ExitStack() as stack:
         states = [stack.enter_context(parallel.edit_parameter(name)) for name in names]

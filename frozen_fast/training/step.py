@@ -7,11 +7,10 @@ from typing import cast
 
 from torch import Tensor
 
-from frozen_fast.config.schema import LossConfig
 from frozen_fast.data import Batch
-from frozen_fast.losses import RetrievalLoss, gathered_loss
 from frozen_fast.models.retrieval_model import RetrievalModel, VideoInput
 from frozen_fast.parallel.base import Parallel
+from frozen_fast.training.task import Task
 from frozen_fast.training.teachers import Teachers
 
 
@@ -19,8 +18,7 @@ def forward_backward(
     parallel: Parallel,
     video: VideoInput,
     text: Mapping[str, Tensor],
-    loss: RetrievalLoss,
-    settings: LossConfig,
+    task: Task,
     *,
     accumulation: int = 1,
     last: bool = True,
@@ -33,8 +31,7 @@ def forward_backward(
         parallel: holds the model.
         video: this rank's clips.
         text: their captions as tensors.
-        loss: what is minimised.
-        settings: how it is computed (local, chunk_rows).
+        task: what is minimised.
         accumulation: passes of this optimizer step, over which the gradient is averaged.
         last: gradients are exchanged between ranks in this pass.
         teachers: whose similarities of `batch` the model follows too; None: no distillation.
@@ -44,21 +41,13 @@ def forward_backward(
         This pass's share of the step's loss, equal on all ranks, detached.
     """
     with parallel.accumulate(last=last):
-        text_features, video_features, parameters = parallel.forward(video, text)
-        to_minimise, value = gathered_loss(
-            cast(RetrievalModel, parallel.model).pair_similarities,
-            loss,
-            text_features,
-            video_features,
-            parameters,
-            local=settings.local,
-            chunk_rows=settings.chunk_rows,
-        )
+        text_features, video_features, parameters = parallel.forward(*task.inputs(video, text))
+        model = cast(RetrievalModel, parallel.model)
+        to_minimise, value = task.loss(model, text_features, video_features, parameters)
         if teachers is not None:
             assert batch is not None, "teachers read the batch"
-            compare = cast(RetrievalModel, parallel.model).pair_similarities
             distilled, distilled_value = teachers.loss(
-                compare, text_features, video_features, teachers.similarity(batch)
+                model.pair_similarities, text_features, video_features, teachers.similarity(batch)
             )
             to_minimise, value = to_minimise + distilled, value + distilled_value
         parallel.backward(to_minimise / accumulation)

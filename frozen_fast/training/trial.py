@@ -22,7 +22,6 @@ from torch import Tensor
 from frozen_fast.common.files import write_json
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.errors import UserError
-from frozen_fast.losses import build_loss
 from frozen_fast.models import DualEncoder
 from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel.base import Parallel
@@ -32,6 +31,7 @@ from frozen_fast.training import compiling
 from frozen_fast.training.parts import build_frozen_model
 from frozen_fast.training.stages import expand_frames
 from frozen_fast.training.step import forward_backward, update
+from frozen_fast.training.task import build_task
 
 STEPS = 3
 """The optimizer's state exists from the first update on, so the second step holds most; the third is timed."""
@@ -70,12 +70,12 @@ def run_steps(config: ExperimentConfig, memory_bytes: int | None) -> dict[str, A
             compiling.begin_stage(model, sizes, device=parallel.device, precision=parallel.precision)
         side = model.video_model.resolution
         video_BTCHW = torch.randn(batch_size, stage.frames, 3, side, side, device=parallel.device)
-        loss = build_loss(config.loss)
+        task = build_task(config)
         text = _longest_captions(model, batch_size, parallel.device)
         for _ in range(STEPS):
             parallel.synchronize()
             started = time.perf_counter()
-            forward_backward(parallel, video_BTCHW, text, loss, config.loss)
+            forward_backward(parallel, video_BTCHW, text, task)
             update(parallel, config.optimizer.gradient_clip_norm)
         parallel.synchronize()
         return {

@@ -16,7 +16,7 @@ from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.errors import UserError
 from frozen_fast.records.checkpoint import read_state, read_tensors
 from frozen_fast.training import checkpoint_keeper as keeper_module
-from frozen_fast.training import stage_evaluation as evaluation_module
+from frozen_fast.training import retrieval_task as task_module
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.run import evaluate_checkpoint, train
 from support.runs import losses, make_data, read_json, tiny_mapping, without_reports
@@ -136,7 +136,7 @@ def after_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) ->
 
 
 def before_evaluation(patch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    original, calls = evaluation_module.evaluate_with, [0]
+    original, calls = task_module.evaluate_with, [0]
 
     def evaluate(*arguments: Any, **options: Any) -> Any:
         calls[0] += 1
@@ -144,7 +144,7 @@ def before_evaluation(patch: pytest.MonkeyPatch, number: int, act: Callable[[], 
             act()
         return original(*arguments, **options)
 
-    patch.setattr(evaluation_module, "evaluate_with", evaluate)
+    patch.setattr(task_module, "evaluate_with", evaluate)
 
 
 def at_link(patch: pytest.MonkeyPatch, step: int) -> None:

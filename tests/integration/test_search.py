@@ -23,7 +23,7 @@ from frozen_fast.models import DualEncoder
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.search import Index, embed_job, embed_videos
 from frozen_fast.search.row_table import read_table
-from frozen_fast.training.evaluate import _encode_windows  # noqa: PLC2701  what evaluation itself compares
+from frozen_fast.training.encode import encode_clips
 from frozen_fast.training.parts import build_evaluation_loader, load_model
 from support.datasets import write_manifest
 from support.runs import REPOSITORY, environment, read_json, torchrun
@@ -76,10 +76,9 @@ def evaluation_vectors(run: SearchRun) -> torch.Tensor:
             run.config, source, model, parallel.device, frames=model.learned_frames, rank=0, world_size=1
         )
         with torch.no_grad():
-            windows = _encode_windows(model, loader, parallel, lambda: False)
-        assert max(map(len, windows.values())) > 1, "the test needs several windows a clip"
-        rows = [model.merge_windows(windows[index])["embedding"] for index in range(len(source))]
-        return F.normalize(torch.cat(rows), dim=-1)
+            clips = encode_clips(model, loader, parallel, lambda: False)
+        assert clips is not None and clips.num_windows > len(source), "the test needs several windows a clip"
+        return F.normalize(clips.stacked()["embedding"], dim=-1)
     finally:
         parallel.close()
 

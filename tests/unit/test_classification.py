@@ -78,7 +78,7 @@ def test_the_report_shows_accuracy_and_confusion(tmp_path: Path) -> None:
     section = classification_section(replace(run, evaluations=rows))
     assert section is not None
     _, table, _, worst, picture = section.blocks
-    assert table.rows[0][2] == "zero-shot" and table.rows[0][4:] == ["4", "3", "33.3", "75.0", "100.0", "83.3"]
+    assert table.rows[0][2] == "zero-shot" and table.rows[0][4:] == ["240", "4", "3", "33.3", "75.0", "100.0", "83.3"]
     assert worst.rows[0] == ["jump", "2", "50.0", "run (1)"]
     assert picture.svg.startswith("<svg") and "jump" in picture.svg
     config = {**run.config, "evaluation": {"average_sources": True}}

@@ -19,7 +19,7 @@ from frozen_fast.data.load.bad_clips import BadClip
 from frozen_fast.data.sources import CaptionRule, Clip, Source
 from frozen_fast.errors import UserError
 from frozen_fast.evaluation import retrieval_metrics, similarity
-from frozen_fast.evaluation.metric_table import is_better
+from frozen_fast.evaluation.metric_table import directions, is_better
 from frozen_fast.losses import InfoNCE, contrastive_loss
 from frozen_fast.models.retrieval_model import Features, RetrievalModel
 from frozen_fast.models.video.temporal import expand_temporal_embedding
@@ -440,7 +440,7 @@ def test_a_lower_loss_and_a_higher_recall_are_better(
 ) -> None:
     row = {"loss": value, "metrics": {metric: value}}
     found = selection_value(metric, row)
-    assert found is not None and is_better(metric, found, best, ["retrieval"]) is better
+    assert found is not None and is_better(metric, found, best, directions(["retrieval"])) is better
     assert selection_value("none", row) is None
 
 

@@ -49,7 +49,8 @@ def view_steps(view: TrainView | TestView, height: int, width: int) -> Steps:
         size = (short, max(short, int(short * width / height)))
     else:
         size = (max(short, int(short * height / width)), short)
-    corner = (round((size[0] - short) / 2), round((size[1] - short) / 2))
+    share = {"begin": 0.0, "centre": 0.5, "end": 1.0}[view.place]
+    corner = (round((size[0] - short) * share), round((size[1] - short) * share))
     return Steps(None if size == (height, width) else size, Box(*corner, short, short), False)
 
 

@@ -100,11 +100,17 @@ class TrainView:
 
 @dataclass(frozen=True)
 class TestView:
-    """Short side to `resize`, centre crop of `resize` x `resize`, then resize to the resolution."""
+    """Short side to `resize`, a crop of `resize` x `resize`, then resize to the resolution.
+
+    Attributes:
+        resize: pixels.
+        place: where the crop lies along the longer side: its beginning (left or top), its centre or its end.
+    """
 
     __test__ = False  # not a test class, despite its name
 
     resize: int
+    place: Literal["begin", "centre", "end"] = "centre"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from frozen_fast.data.sources import Clip, Source
 from frozen_fast.errors import UserError
 
 _PROBED_AT_ONCE = 16
+CROPS: dict[int, tuple[Literal["begin", "centre", "end"], ...]] = {1: ("centre",), 3: ("begin", "centre", "end")}
+"""evaluation.crops -> where the crops lie along the longer side."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class EvaluationBatch:
         windows: float32, normalised [N, T, 3, H, W], N at most the batch size; with padded short clips a dict of
             "video" and "frame_mask" [N, T].
         clip_indices: the clip of each window, as an index into source.clips.
-        clip_windows: for each window, the number of windows of its clip.
+        clip_windows: for each window, the number of windows of its clip, each crop counted.
     """
 
     windows: Tensor | dict[str, Tensor]
@@ -78,15 +80,16 @@ class _Dropped:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Windows of one clip that are decoded together; clip_windows: of the whole clip."""
+    """Windows of one clip that are decoded together, in one view; clip_windows: windows x crops of the whole clip."""
 
     index: int
     clip: Clip
     windows: list[list[int]]
     clip_windows: int
+    view: TestView
 
-    def request(self, resize: int) -> DecodeRequest:
-        return DecodeRequest(self.clip.path, self.clip.kind, self._frames(), TestView(resize))
+    def request(self) -> DecodeRequest:
+        return DecodeRequest(self.clip.path, self.clip.kind, self._frames(), self.view)
 
     def unpack(self, frames_FCHW: Tensor) -> list[Tensor]:
         """The decoded frames as windows of [T, 3, H, W]."""
@@ -119,12 +122,12 @@ class _WindowReader:
     stride_seconds: float
     max_windows: int
     batch_size: int
-    resize: int
+    views: tuple[TestView, ...]
     pin: bool
     rule: FixedRate | None
     segments: Segments | None
 
-    def of_worker(self, indices: range, worker: int, workers: int) -> Iterator[EvaluationBatch | _Dropped]:
+    def of_worker(self, indices: Sequence[int], worker: int, workers: int) -> Iterator[EvaluationBatch | _Dropped]:
         """This worker's share of a rank's clips."""
         return self.read(indices[worker::workers])
 
@@ -137,7 +140,7 @@ class _WindowReader:
                 if isinstance(pieces, _Dropped):
                     yield pieces
                     continue
-                outcomes = decoder.decode([piece.request(self.resize) for piece in pieces])
+                outcomes = decoder.decode([piece.request() for piece in pieces])
                 for piece, outcome in zip(pieces, outcomes, strict=True):
                     if isinstance(outcome, ClipError):
                         yield self._dropped(piece.index, piece.clip, outcome)
@@ -185,8 +188,10 @@ class _WindowReader:
                     yield self._dropped(index, self.source.clips[index], outcome)
                     continue
                 clip, windows = outcome
-                for first in range(0, len(windows), self.batch_size):
-                    yield _Piece(index, clip, windows[first : first + self.batch_size], len(windows))
+                for view in self.views:
+                    for first in range(0, len(windows), self.batch_size):
+                        part = windows[first : first + self.batch_size]
+                        yield _Piece(index, clip, part, len(windows) * len(self.views), view)
 
     def _plan(self, index: int) -> tuple[Clip, list[list[int]]] | ClipError:
         """The windows of one clip, as frame indices into its file."""
@@ -221,6 +226,7 @@ class EvaluationLoader:
     """The test windows of this rank's clips: those of index rank, rank + world_size, and so on.
 
     Attributes:
+        clip_indices: the clips that batches() reads; a caller may remove some before.
         dropped: clip index -> reason, for this rank's unreadable clips so far with policy "skip". A clip may fail
             after some of its windows were delivered, so exclude dropped clips after the last batch.
     """
@@ -236,6 +242,7 @@ class EvaluationLoader:
         max_windows: int,
         batch_size: int,
         resize: int,
+        crops: int = 1,
         sampling: SamplingConfig | None = None,
         segments: Segments | None = None,
         rank: int = 0,
@@ -253,7 +260,8 @@ class EvaluationLoader:
             stride_seconds: distance of windows inside a segment; 0: one window in the middle.
             max_windows: largest number of windows per clip, 0: all.
             batch_size: windows of a batch.
-            resize: short side before the centre crop.
+            resize: short side before the crop.
+            crops: views of each window: 1, the centre crop, or 3, with the crops at both ends of the longer side.
             sampling: which frames of a clip; None: windows over T equal segments. fixed_rate gives one window per
                 clip and ignores stride_seconds.
             segments: one window per segment of a clip, in order of time; ignores stride_seconds and max_windows.
@@ -266,7 +274,7 @@ class EvaluationLoader:
         if batch_size < 1:
             raise UserError(f"evaluation.batch_size: got {batch_size}; allowed: from 1")
         self.dropped: dict[int, BadClip] = {}
-        self.clip_indices = range(rank, len(source), world_size)
+        self.clip_indices: Sequence[int] = range(rank, len(source), world_size)
         self._source = source
         self._decode = decode
         self._device = torch.device(device)
@@ -283,7 +291,7 @@ class EvaluationLoader:
             stride_seconds,
             max_windows,
             batch_size,
-            resize,
+            tuple(TestView(resize, place) for place in CROPS[crops]),
             self._device.type == "cuda",
             fixed_rate(sampling),
             segments,

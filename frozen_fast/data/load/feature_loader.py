@@ -296,7 +296,7 @@ class FeatureEvaluationLoader:
             UserError: the store lacks a feature that the model reads.
         """
         self.dropped: dict[int, BadClip] = {}
-        self.clip_indices = range(rank, len(source), world_size)
+        self.clip_indices: Sequence[int] = range(rank, len(source), world_size)
         self._reader = FeatureReader(source, format)
         self._batch_size, self._device = batch_size, torch.device(device)
 

@@ -71,7 +71,7 @@ def build_evaluation_loader(
     Args:
         source: the source.
         format: the frames that the model takes.
-        evaluation: stride_seconds, max_windows, batch_size and resize are used.
+        evaluation: stride_seconds, max_windows, crops, batch_size and resize are used.
         decode: the data.decode section.
         device: where batches are delivered.
         frames: frames of a window.
@@ -89,6 +89,7 @@ def build_evaluation_loader(
         max_windows=evaluation.max_windows,
         batch_size=evaluation.batch_size,
         resize=max(1, round(evaluation.resize * format.resolution / RESIZE_RESOLUTION)),
+        crops=evaluation.crops,
         sampling=sampling,
         segments=segments,
         rank=rank,

@@ -1,0 +1,69 @@
+"""Retrieval: a contrastive loss over the clips and captions of all ranks, evaluated by ranking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from frozen_fast.config import ExperimentConfig
+from frozen_fast.data import Source
+from frozen_fast.evaluation.metric_table import directions
+from frozen_fast.losses import RetrievalLoss, build_loss, gathered_loss
+from frozen_fast.models.retrieval_model import Features, RetrievalModel
+from frozen_fast.parallel.base import Parallel
+from frozen_fast.training.evaluate import Evaluation, evaluate_with
+from frozen_fast.training.signals import StopRequest
+from frozen_fast.training.task import Task
+
+
+@dataclass(frozen=True)
+class RetrievalTask(Task):
+    """Captions and clips that find each other.
+
+    Attributes:
+        config: the experiment.
+        retrieval_loss: what training minimises.
+    """
+
+    config: ExperimentConfig
+    retrieval_loss: RetrievalLoss
+
+    @classmethod
+    def from_config(cls, config: ExperimentConfig) -> RetrievalTask:
+        """The loss that the config names."""
+        return cls(config, build_loss(config.loss))
+
+    def loss(
+        self, model: RetrievalModel, text: Features, video: Features, parameters: Features
+    ) -> tuple[Tensor, Tensor]:
+        """losses.gathered_loss, with the clips and captions of all ranks as candidates."""
+        settings = self.config.loss
+        return gathered_loss(
+            model.pair_similarities,
+            self.retrieval_loss,
+            text,
+            video,
+            parameters,
+            local=settings.local,
+            chunk_rows=settings.chunk_rows,
+        )
+
+    def directions(self) -> dict[str, bool]:
+        """The numbers of evaluation.metrics, and the validation loss."""
+        return directions(self.config.evaluation.metrics)
+
+    def evaluate(
+        self,
+        model: RetrievalModel,
+        source: Source,
+        parallel: Parallel,
+        *,
+        frames: int,
+        loss_batch_size: int,
+        stop: StopRequest,
+    ) -> Evaluation | None:
+        """Rank the source's clips by its captions; see evaluate.evaluate_source."""
+        return evaluate_with(
+            self.config, model, source, parallel, frames=frames, loss_batch_size=loss_batch_size, stop=stop
+        )

@@ -1,0 +1,102 @@
+"""What a run learns: its loss over all ranks, its evaluation, and the numbers that may choose the best checkpoint.
+
+The engine, the checkpoints, the report and the meters are the same for every task. A model's class names its task
+(RetrievalModel.task), and frozen_fast.config.extensions.tasks holds the code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from frozen_fast.config import ExperimentConfig, extensions
+from frozen_fast.data import Source
+from frozen_fast.models.retrieval_model import Features, RetrievalModel, VideoInput
+from frozen_fast.parallel.base import Parallel
+from frozen_fast.training.evaluate import Evaluation
+from frozen_fast.training.signals import StopRequest
+
+
+class Task(ABC):
+    """One kind of learning."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: ExperimentConfig) -> Task:
+        """Build the task.
+
+        Raises:
+            UserError: naming the key.
+        """
+
+    def training_sources(self, sources: Mapping[str, Source]) -> dict[str, Source]:
+        """The training sources as the loader reads them."""
+        return dict(sources)
+
+    def inputs(self, video: VideoInput, text: Mapping[str, Tensor]) -> tuple[VideoInput, Mapping[str, Tensor]]:
+        """What the model sees of a batch in training; random draws come from torch's global random state."""
+        return video, text
+
+    @abstractmethod
+    def loss(
+        self, model: RetrievalModel, text: Features, video: Features, parameters: Features
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a batch over all ranks; every rank calls it.
+
+        Args:
+            model: compares features; it must not read parameters here, which sharding strategies gather in forward()
+                alone.
+            text: features of this rank's texts.
+            video: features of this rank's clips.
+            parameters: RetrievalModel.loss_parameters.
+
+        Returns:
+            (loss to backpropagate on this rank, whose gradient averaged over ranks is that of one process with the
+            whole batch; the value of the whole batch's loss, detached and equal on all ranks).
+        """
+
+    @abstractmethod
+    def directions(self) -> dict[str, bool]:
+        """Every number that evaluation.keep_best may name -> whether higher is better."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        model: RetrievalModel,
+        source: Source,
+        parallel: Parallel,
+        *,
+        frames: int,
+        loss_batch_size: int,
+        stop: StopRequest,
+    ) -> Evaluation | None:
+        """Evaluate on one source; every rank calls it.
+
+        Args:
+            model: on its device, with whole weights.
+            source: the clips.
+            parallel: ranks.
+            frames: frames per window where evaluation.frames says none; pictures have one. A model that has learned
+                fewer frames than evaluation.frames so far is shown those that it has learned.
+            loss_batch_size: clips over which a validation loss with negatives is taken.
+            stop: this process's wish to stop.
+
+        Returns:
+            The result, or None when told to stop.
+
+        Raises:
+            UserError: a clip cannot be read under policy error, or more of them than data.decode.max_bad_share.
+        """
+
+
+def build_task(config: ExperimentConfig) -> Task:
+    """The task of the model that model.kind names.
+
+    Raises:
+        UserError: an unknown name or a wrong setting.
+    """
+    name = extensions.models.load(config.model.kind).task
+    task: Task = extensions.tasks.load(name).from_config(config)
+    return task

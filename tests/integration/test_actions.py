@@ -1,0 +1,249 @@
+"""Action recognition by finetuning: motions that one frame cannot tell apart, and everything an engine's run has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from frozen_fast import load_model
+from frozen_fast.cli.main import main
+from frozen_fast.config import ExperimentConfig, config_from_mapping, dump_yaml
+from frozen_fast.data import read_source
+from frozen_fast.data.load.for_model import build_evaluation_loader
+from frozen_fast.data.load.video_frames import format_of
+from frozen_fast.errors import UserError
+from frozen_fast.models.classifier import Classifier
+from frozen_fast.records.checkpoint import read_tensors
+from frozen_fast.report.write_report import write_report
+from frozen_fast.training.journal import Journal
+from frozen_fast.training.run import evaluate_checkpoint, train
+from support.motion_clips import DIRECTIONS, make_motions
+from support.runs import REPOSITORY, environment, losses, read_json, without_reports
+
+pytestmark = pytest.mark.integration
+
+TRAIN, TEST = 96, 40
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("motions")
+    return {
+        "train": make_motions(folder / "train", TRAIN),
+        "test": make_motions(folder / "test", TEST, first=10_000),
+    }
+
+
+def mapping(data: dict[str, Path], folder: Path, **sections: Any) -> dict[str, Any]:
+    """A classifier of four motions from scratch; sections are merged into it, one level deep."""
+    tree: dict[str, Any] = {
+        "name": "motions",
+        "run_folder": str(folder),
+        "model": {
+            "kind": "classifier",
+            "video": {
+                "size": "pico_patch16_32",
+                "attention": "sdpa",
+                "time_init": "random",
+                "position_init_std": 1.0,
+                "temporal_init_std": 1.0,
+            },
+        },
+        "data": {
+            "sources": [{"name": "clips", "path": str(data["train"]), "split": ""}],
+            "decode": {"backend": "pyav", "threads": 1},
+            "augmentation": {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "horizontal_flip": 0.0},
+        },
+        "curriculum": {"stages": [{"frames": 4, "global_batch_size": 8, "steps": 6}]},
+        "optimizer": {"learning_rate": 2e-3, "gradient_clip_norm": 1.0},
+        "training": {"precision": "fp32", "device": "cpu"},
+        "checkpoints": {"every_steps": 0},
+        "evaluation": {
+            "every": "end",
+            "sources": [{"name": "held_out", "path": str(data["test"]), "split": ""}],
+            "stride_seconds": 0.0,
+            "resize": 224,
+        },
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree[name], **section} if isinstance(section, dict) and name in tree else section
+    return tree
+
+
+def experiment(data: dict[str, Path], folder: Path, **sections: Any) -> ExperimentConfig:
+    return config_from_mapping(mapping(data, folder, **sections))
+
+
+def row_of(run: Path) -> dict[str, Any]:
+    (row,) = read_json(run / "metrics.json")["evaluations"]
+    return dict(row)
+
+
+def learned(data: dict[str, Path], folder: Path, stages: list[dict[str, Any]]) -> Path:
+    config = experiment(
+        data, folder, curriculum={"stages": stages}, optimizer={"learning_rate": 2e-3, "schedule": "cosine"}
+    )
+    with without_reports():
+        assert train(config) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_motions_are_learned_from_several_frames_and_not_from_one(data: dict[str, Path], tmp_path: Path) -> None:
+    """One frame gives chance, a curriculum that ends at four frames above 90 %; top-k is a count by hand."""
+    one = row_of(learned(data, tmp_path / "one", [{"frames": 1, "global_batch_size": 16, "steps": 60}]))
+    stages = [{"frames": 2, "global_batch_size": 16, "steps": 40}, {"frames": 4, "global_batch_size": 16, "steps": 260}]
+    run = learned(data, tmp_path / "four", stages)
+    row = row_of(run)
+    assert one["metrics"]["top1"] < 50.0
+    assert row["metrics"]["top1"] > 90.0 and row["protocol"] == "classification" and row["frames"] == 4
+
+    model = load_model(run)
+    assert isinstance(model, Classifier) and model.classes == tuple(sorted(DIRECTIONS)) and model.learned_frames == 4
+    source = read_source(experiment(data, tmp_path).evaluation.sources[0])
+    config = experiment(data, tmp_path)
+    loader = build_evaluation_loader(
+        source,
+        format_of(model),
+        evaluation=config.evaluation,
+        decode=config.data.decode,
+        device=torch.device("cpu"),
+        frames=4,
+    )
+    right = right5 = 0
+    confusion = [[0] * 4 for _ in DIRECTIONS]
+    for batch in loader.batches():
+        assert isinstance(batch.windows, torch.Tensor)
+        for clip, probabilities in zip(batch.clip_indices, model.probabilities(batch.windows).tolist(), strict=True):
+            own = model.classes.index(str(source.clips[clip].label))
+            order = sorted(range(4), key=lambda number: -probabilities[number])
+            right, right5 = right + (order[0] == own), right5 + (own in order[:5])
+            confusion[own][order[0]] += 1
+    assert row["metrics"]["top1"] == pytest.approx(100 * right / TEST)
+    assert row["metrics"]["top5"] == pytest.approx(100 * right5 / TEST) == pytest.approx(100.0)
+    assert row["finetuned"]["confusion"] == confusion
+    write_report(run)
+    report = (run / "report.md").read_text(encoding="utf-8")
+    assert (
+        "## Action recognition" in report and "## Retrieval" not in report and "Top-1 on held_out, 4 frames" in report
+    )
+
+
+def test_a_run_that_was_stopped_gives_the_same_bits(data: dict[str, Path], tmp_path: Path) -> None:
+    """With mixup, dropout, label smoothing, a frozen block, a faster head, and 1 => 4 frames."""
+    sections: dict[str, Any] = {
+        "classification": {"mixup": 0.4, "dropout": 0.2, "label_smoothing": 0.1},
+        "curriculum": {
+            "stages": [
+                {"frames": 1, "global_batch_size": 8, "steps": 3},
+                {"frames": 4, "global_batch_size": 8, "steps": 4},
+            ]
+        },
+        "optimizer": {
+            "learning_rate": 1e-3,
+            "groups": [
+                {"match": "video_model.blocks.0.*", "frozen": True},
+                {"match": "head.*", "learning_rate_scale": 5.0},
+            ],
+        },
+    }
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    add = Journal.add
+
+    def stop_after_five(self: Journal, result: Any, meter: Any) -> None:
+        add(self, result, meter)
+        if result.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with without_reports() as patch:
+        assert train(experiment(data, straight, **sections)) == 0
+        patch.setattr(Journal, "add", stop_after_five)
+        assert train(experiment(data, stopped, **sections)) == 75
+        patch.setattr(Journal, "add", add)
+        assert train(experiment(data, stopped, **sections), resume="auto") == 0
+    assert losses(stopped) == losses(straight)
+    assert row_of(stopped)["finetuned"] == row_of(straight)["finetuned"]
+    ours, expected = (read_tensors(run / "checkpoints" / "step_00000007")[0] for run in (stopped, straight))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+def test_the_evaluate_command_gives_the_runs_numbers(
+    data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "experiment.yaml"
+    config = experiment(data, run, evaluation={**mapping(data, run)["evaluation"], "keep_best": "top1"})
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    with without_reports():
+        assert main(["train", "--config", str(file)]) == 0
+    (expected,) = read_json(run / "metrics.json")["evaluations"]
+    capsys.readouterr()
+    output = tmp_path / "numbers.json"
+    assert main(["evaluate", "--config", str(file), "--checkpoint", str(run), "--output", str(output)]) == 0
+    (row,) = read_json(output)["evaluations"]
+    assert row["finetuned"] == expected["finetuned"] and row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert os.readlink(run / "checkpoints" / "best") == "step_00000006"
+
+
+def test_three_crops_are_three_views_of_each_window(data: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with without_reports():
+        assert train(experiment(data, run)) == 0
+    base = mapping(data, run)["evaluation"]
+    one = evaluate_checkpoint(experiment(data, run), str(run))["evaluations"][0]
+    three = evaluate_checkpoint(experiment(data, run, evaluation={**base, "crops": 3}), str(run))["evaluations"][0]
+    assert (one["windows"], three["windows"]) == (TEST, 3 * TEST)
+    assert three["loss"] == pytest.approx(one["loss"], rel=1e-5), "the three crops of a square clip are one"
+
+
+def test_mistakes_are_told_by_their_key(data: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^evaluation.keep_best: got 't2v/R@1'; allowed: .*top1"):
+        train(
+            experiment(
+                data, tmp_path / "metric", evaluation={**mapping(data, tmp_path)["evaluation"], "keep_best": "t2v/R@1"}
+            )
+        )
+    few = tmp_path / "classes.txt"
+    few.write_text("moves right\nmoves left\n", encoding="utf-8")
+    with pytest.raises(UserError, match="^classification.classes: got .*, which lacks 'moves down'"):
+        train(experiment(data, tmp_path / "classes", classification={"classes": str(few)}))
+    with pytest.raises(UserError, match="^model.checkpoint|^--checkpoint|^checkpoint"):
+        evaluate_checkpoint(experiment(data, tmp_path), str(tmp_path / "nothing"))
+
+
+STRATEGIES = ["cpu_2", "cpu_2_zero2", "cpu_2_fsdp2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_processes_compute_what_one_does(name: str, data: dict[str, Path], tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "curriculum": {
+            "stages": [
+                {"frames": 1, "global_batch_size": 8, "steps": 3},
+                {"frames": 4, "global_batch_size": 8, "steps": 3},
+            ],
+            "gradient_accumulation_steps": 2,
+        },
+        "classification": {"label_smoothing": 0.1},
+        "optimizer": {"learning_rate": 1e-4, "gradient_clip_norm": 1.0, "weight_decay": 0.1},
+    }
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    file = tmp_path / "experiment.yaml"
+    file.write_text(dump_yaml(experiment(data, together, **sections)), encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launch += [str(REPOSITORY / f"configs/accelerate/{name}.yaml"), str(REPOSITORY / "train.py"), "--config", str(file)]
+    done = subprocess.run(launch, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with without_reports():
+        assert train(experiment(data, alone, **sections)) == 0
+    assert losses(together) == pytest.approx(losses(alone), rel=2e-4)
+    ours, expected = row_of(together), row_of(alone)
+    assert ours["loss"] == pytest.approx(expected["loss"], rel=2e-4)
+    assert ours["finetuned"]["clips"] == expected["finetuned"]["clips"] == TEST

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def build_classifier(
     config: ExperimentConfig, sources: Mapping[str, Source], *, resume_from: Path | None = None
 ) -> Classifier:
-    """The classifier that a run starts from or goes on with, on the CPU; random weights are drawn from config.seed.
+    """The classifier that a run starts from or resumes, on the CPU; random weights are drawn from config.seed.
 
     Args:
         config: the experiment.

@@ -54,7 +54,6 @@ class ClassificationTask(Task):
             ("distillation.teachers", config.distillation.teachers),
             ("evaluation.rerank", evaluation.rerank),
             ("evaluation.prompts", evaluation.prompts),
-            ("evaluation.gallery", evaluation.gallery),
             ("evaluation.linear_head", evaluation.linear_head),
             ("loss.learnable_temperature", config.loss.learnable_temperature),
         ):
@@ -95,6 +94,7 @@ class ClassificationTask(Task):
         *,
         frames: int,
         loss_batch_size: int,
+        gallery: bool,
         stop: StopRequest,
     ) -> Evaluation | None:
         """Classify the source's clips by the mean probabilities of their windows and crops.

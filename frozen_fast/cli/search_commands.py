@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,13 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride-seconds", type=float, metavar="S", help="seconds between windows (default: the run's)"
     )
-    parser.add_argument("--span", type=_seconds, metavar="10s", help="cut videos into spans of this length")
+    parser.add_argument(
+        "--span",
+        action="append",
+        default=[],
+        metavar="10s|scenes",
+        help="cut videos into spans of this length, or at scene changes; both: long scenes are cut further",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored vectors")
     parser.add_argument(
         "--kind",
@@ -51,13 +57,18 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|flat|hnsw|ivfpq",
         help="kind of neighbour search (auto: by the number of rows)",
     )
+    parser.add_argument("--model-kind", metavar="KIND", help="kind of a released file: frozen (default) or clip2video")
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, for a released file (which has none)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
     parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="decoding threads of a loader")
     parser.add_argument("--decoder", metavar="NAME", help="auto, dali, torchcodec, decord or pyav (default: the run's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
-    parser.add_argument("--fresh", action="store_true", help="remove an existing index first")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--fresh", action="store_true", help="remove an existing index first")
+    form.add_argument("--add", action="store_true", help="keep the index's rows of files that the source does not have")
+    parser.add_argument("--ray", metavar="local|ADDRESS", help="embed in tasks of a Ray cluster; local: on this machine")
+    parser.add_argument("--ray-workers", type=positive, default=2, metavar="N", help="number of tasks (default 2)")
 
 
 def embed(arguments: argparse.Namespace) -> int:
@@ -65,8 +76,12 @@ def embed(arguments: argparse.Namespace) -> int:
     if arguments.stride_seconds is not None and not arguments.stride_seconds >= 0:
         raise UserError(f"--stride-seconds: got {arguments.stride_seconds}; allowed: from 0")
     from frozen_fast.models.hub import checkpoint_path
+    from frozen_fast.search import check_packages
+
+    check_packages()
     from frozen_fast.search.embed_run import EmbedRequest, embed_to_index
 
+    span_seconds, scenes = _spans(arguments.span)
     request = EmbedRequest(
         checkpoint=checkpoint_path(arguments.checkpoint),
         source=arguments.source,
@@ -76,9 +91,11 @@ def embed(arguments: argparse.Namespace) -> int:
         frames=arguments.frames,
         windows=arguments.windows,
         stride_seconds=arguments.stride_seconds,
-        span_seconds=arguments.span,
+        span_seconds=span_seconds,
+        scenes=scenes,
         dtype=arguments.dtype,
         kind=arguments.kind,
+        model_kind=arguments.model_kind,
         tokenizer=arguments.tokenizer,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
@@ -86,11 +103,19 @@ def embed(arguments: argparse.Namespace) -> int:
         decoder=arguments.decoder,
         device=arguments.device,
         fresh=arguments.fresh,
+        add=arguments.add,
     )
     first_rank = os.environ.get("RANK", "0") == "0"
-    summary, neighbours = embed_to_index(
-        request, lambda total: progress("embed", total) if first_rank and total else lambda done, bad: None
-    )
+
+    def tell(total: int) -> Callable[[int, int], None]:
+        return progress("embed", total) if first_rank and total else lambda done, bad: None
+
+    if arguments.ray is None:
+        summary, neighbours = embed_to_index(request, tell)
+    else:
+        from frozen_fast.search.embed_ray import embed_on_ray
+
+        summary, neighbours = embed_on_ray(request, tell, address=arguments.ray, workers=arguments.ray_workers)
     if first_rank:
         print(
             f"{arguments.output}: {summary.rows} clips ({summary.embedded} embedded, {summary.reused} kept, "
@@ -225,9 +250,13 @@ def _windows(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
 
 
-def _seconds(text: str) -> float:
-    """Seconds, with or without an s at the end."""
+def _spans(wanted: Sequence[str]) -> tuple[float | None, bool]:
+    """(length of a span in seconds or None, whether scenes are cut)."""
+    lengths = [text for text in wanted if text != "scenes"]
     try:
-        return float(text.removesuffix("s"))
+        seconds = [float(text.removesuffix("s")) for text in lengths]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: seconds, such as 10s") from None
+        seconds = []
+    if len(seconds) != len(lengths) or len(seconds) > 1:
+        raise UserError(f"--span: got {' '.join(lengths)}; allowed: seconds, such as 10s, or scenes, or both")
+    return (seconds[0] if seconds else None), "scenes" in wanted

@@ -115,6 +115,15 @@ tasks = ExtensionPoint(
 )
 """frozen_fast.training.task.Task classes; a model's class names its own (RetrievalModel.task)."""
 
+model_methods = ExtensionPoint(
+    "model_methods",
+    "method of a model",
+    {
+        "embed_videos": "frozen_fast.search.embed:embed_videos",
+    },
+)
+"""What every model offers and floors above the models provide: functions of a RetrievalModel and arguments."""
+
 losses = ExtensionPoint(
     "losses",
     "loss.name",

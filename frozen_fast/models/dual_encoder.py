@@ -18,7 +18,7 @@ from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models.hub import checkpoint_path
 from frozen_fast.models.learned_scale import LearnedScale
-from frozen_fast.models.pretrained import StoredModel, load_weights, read_model, write_model
+from frozen_fast.models.pretrained import StoredModel, load_weights, read_model, read_run, write_model
 from frozen_fast.models.retrieval_model import Features, TextInput, VideoInput
 from frozen_fast.models.text.text_tower import TextTower
 from frozen_fast.models.text.tokenizer import Tokenizer
@@ -105,6 +105,15 @@ class DualEncoder(VideoSide):
     def pair_similarities(self, text: Features, video: Features) -> Tensor:
         """Cosine similarities [1, Q, V]."""
         return cosine_similarities(text["embedding"], video["embedding"])[None]
+
+    @property
+    def vector_width(self) -> int:
+        """The width of the common space."""
+        return self.embedding_width
+
+    def vectors(self, features: Features) -> Tensor:
+        """The embeddings, normalised: [N, D]."""
+        return F.normalize(features["embedding"].float(), dim=-1)
 
     def encode_video(self, video_BTCHW: Tensor, normalize: bool = True) -> Tensor:
         """Embed clips; follows train() and eval(), differentiable.
@@ -222,7 +231,9 @@ class DualEncoder(VideoSide):
         config = config or ModelConfig()
         heads = {"video_heads": config.video.heads, "text_heads": config.text.heads}
         stored = read_model(path, tokenizer, max_tokens, **heads)
-        return cls.from_stored(stored, path, num_frames, expansion, max_frames=max_frames, config=config)
+        model = cls.from_stored(stored, path, num_frames, expansion, max_frames=max_frames, config=config)
+        model.run = read_run(path)
+        return model
 
     @classmethod
     def from_stored(

@@ -31,15 +31,7 @@ def load_model(path: str | Path, kind: str | None = None, **options: Any) -> Ret
         UserError: no kind, an unknown one or another than the folder's; an unknown option; a damaged checkpoint.
     """
     path = checkpoint_path(path)
-    if kind is not None:
-        models.check(kind, "kind")
-    if path.is_dir():
-        stored = stored_kind(path)
-        if kind not in (None, stored):
-            raise UserError(f"kind: got {kind!r} for {path}, which holds a {stored}; allowed: {stored}, or none")
-        kind = stored
-    elif kind is None:
-        raise UserError(f"kind: got none for the file {path}; allowed: {', '.join(models.names())}")
+    kind = kind_of_checkpoint(path, kind)
     build = models.load(kind, "kind").from_pretrained
     parameters = list(inspect.signature(build).parameters.values())[1:]
     if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
@@ -48,6 +40,28 @@ def load_model(path: str | Path, kind: str | None = None, **options: Any) -> Ret
             if name not in names:
                 raise unknown_name("load_model option", name, names)
     return build(path, **options)
+
+
+def kind_of_checkpoint(path: Path, kind: str | None = None) -> str:
+    """The kind of model that a checkpoint holds, a name in frozen_fast.config.extensions.models.
+
+    Args:
+        path: a frozen_fast folder or a released file.
+        kind: what the caller says; None: the folder's config.json says it.
+
+    Raises:
+        UserError: an unknown kind, another one than the folder's, or none for a file.
+    """
+    if kind is not None:
+        models.check(kind, "kind")
+    if path.is_dir():
+        stored = stored_kind(path)
+        if kind not in (None, stored):
+            raise UserError(f"kind: got {kind!r} for {path}, which holds a {stored}; allowed: {stored}, or none")
+        return stored
+    if kind is None:
+        raise UserError(f"kind: got none for the file {path}; allowed: {', '.join(models.names())}")
+    return kind
 
 
 def stored_kind(folder: Path) -> str:

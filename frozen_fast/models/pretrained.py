@@ -26,6 +26,7 @@ from frozen_fast.models.text.transformers_tower import default_max_tokens, load_
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+STATE_FILE = "state.json"
 FORMAT = "frozen_fast.dual_encoder"
 FORMAT_VERSION = 1
 ARCHITECTURE_KEYS = ("embedding_width", "text_activation", "learned_frames", "mean", "std")
@@ -130,6 +131,24 @@ def checkpoint_of_run(path: Path) -> Path:
     if not found:
         raise UserError(f"checkpoint: got {str(path)!r}, a run folder without checkpoints; allowed: one with some")
     return found[-1]
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json says of the run that wrote it, "config" among it; empty where there is none.
+
+    Raises:
+        UserError: state.json is there and cannot be read.
+    """
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint: got {checkpoint}, whose {STATE_FILE} cannot be read ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        raise UserError(f"checkpoint: got {checkpoint}, whose {STATE_FILE} lacks the run's config")
+    return found
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -13,11 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from frozen_fast.config.extensions import model_methods
 from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models.learned_scale import LearnedScale
@@ -43,6 +45,7 @@ class RetrievalModel(nn.Module, ABC):
         mean, std: RGB normalisation of the frames that the model was trained with, in [0, 1]; None: it takes no frames.
         takes_frame_masks: whether video_features reads {"video", "frame_mask"}, for padded short clips.
         loss_scale: the scale of similarities that the loss learns with the model; None: a fixed temperature.
+        run: what the checkpoint says of the run that wrote it (state.json); empty without a run.
     """
 
     kind: str
@@ -51,6 +54,7 @@ class RetrievalModel(nn.Module, ABC):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     takes_frame_masks: bool = False
+    run: Mapping[str, Any] = MappingProxyType({})
     loss_scale: LearnedScale | None
 
     def __init__(self) -> None:
@@ -164,3 +168,74 @@ class RetrievalModel(nn.Module, ABC):
     def merge_windows(self, windows: Sequence[Features]) -> Features:
         """One clip's features from those of its test windows, each with first axis 1: the mean of every tensor."""
         return {name: torch.stack([window[name] for window in windows]).mean(0) for name in windows[0]}
+
+    @property
+    def vector_width(self) -> int:
+        """D of vectors().
+
+        Raises:
+            UserError: as vectors.
+        """
+        raise self._no_vectors()
+
+    def vectors(self, features: Features) -> Tensor:
+        """One vector for each caption or clip, whose dot products rank as the model does: what a search index holds.
+
+        Args:
+            features: of N captions or of N clips.
+
+        Returns:
+            [N, D] fp32, rows of L2 norm 1.
+
+        Raises:
+            UserError: the model's similarity is no dot product of two vectors.
+        """
+        raise self._no_vectors()
+
+    def _no_vectors(self) -> UserError:
+        return UserError(
+            f"checkpoint: got a model of kind {self.kind!r}, whose similarity is no dot product of two vectors; "
+            "allowed: a kind with one vector for each clip (frozen, clip2video)"
+        )
+
+    def embed_videos(
+        self,
+        clips: Sequence[Any],
+        frames: int | None = None,
+        windows: str | int = "auto",
+        *,
+        batch_size: int = 32,
+        workers: int = 0,
+        decoder: str | None = None,
+        on_bad_clip: str = "error",
+    ) -> Tensor:
+        """Embed clips from their files: decode, transform, encode the test windows, average per clip, normalise.
+
+        The windows, frames and decoder are those with which the checkpoint's run was evaluated, and the rows equal the
+        embeddings that evaluation compares. A model without a run takes the evaluation section's defaults.
+
+        Args:
+            clips: paths of videos and pictures, or frozen_fast.data.Clip objects (which may name a part of a file).
+            frames: frames of a window, up to learned_frames; None: the run's.
+            windows: "auto": the run's test windows; "middle": one; a number: at most that many per clip.
+            batch_size: windows per forward pass.
+            workers: loader processes; 0: a background thread.
+            decoder: backend that reads frames; None: the run's.
+            on_bad_clip: "error", or "nan": a clip that cannot be read gives a row of NaN.
+
+        Returns:
+            [V, D] fp32 on the CPU, rows of L2 norm 1, in the order of `clips`.
+
+        Raises:
+            UserError: a clip cannot be read (with on_bad_clip="error"), an argument is out of range, or as vectors.
+        """
+        return model_methods.load("embed_videos")(
+            self,
+            clips,
+            frames=frames,
+            windows=windows,
+            batch_size=batch_size,
+            workers=workers,
+            decoder=decoder,
+            on_bad_clip=on_bad_clip,
+        )

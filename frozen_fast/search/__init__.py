@@ -1,16 +1,41 @@
 """From a trained model to answers: embed clips, keep their vectors in an index, search it by text or by clip."""
 
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from frozen_fast.errors import UserError
 
-try:
-    import faiss  # noqa: F401
-    import pyarrow  # noqa: F401
-except ImportError as error:
-    raise UserError(
-        f"frozen_fast.search: got no {error.name}, which it needs; allowed: pip install 'frozen-fast[search]'"
-    ) from error
-
-from frozen_fast.search.embed import embed_videos
-from frozen_fast.search.index import Hit, Index
+if TYPE_CHECKING:
+    from frozen_fast.search.embed import embed_videos
+    from frozen_fast.search.index import Hit, Index
 
 __all__ = ["Hit", "Index", "embed_videos"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: embed_videos needs none of the packages that an index does."""
+    if name == "embed_videos":
+        from frozen_fast.search.embed import embed_videos
+
+        return embed_videos
+    if name in ("Hit", "Index"):
+        check_packages()
+        from frozen_fast.search import index
+
+        return getattr(index, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def check_packages() -> None:
+    """Refuse to start without the packages of an index.
+
+    Raises:
+        UserError: naming the first that is missing.
+    """
+    for package in ("faiss", "pyarrow"):
+        if find_spec(package) is None:
+            raise UserError(
+                f"frozen_fast.search: got no {package}, which it needs; allowed: pip install 'frozen-fast[search]'"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,15 +11,16 @@ from typing import Any, Literal
 import torch
 
 from frozen_fast.config import ExperimentConfig
-from frozen_fast.config.schema import EvaluationConfig
+from frozen_fast.config.schema import EvaluationConfig, SamplingConfig
 from frozen_fast.data.decode import BACKENDS, unavailable_backends
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
+from frozen_fast.models.load_model import kind_of_checkpoint, load_model
+from frozen_fast.models.pretrained import WEIGHTS_FILE, read_run
+from frozen_fast.models.retrieval_model import RetrievalModel
 
-WEIGHTS_FILE = "model.safetensors"
-STATE_FILE = "state.json"
 RELEASED_TOKENIZER = "distilbert-base-uncased"
-"""The tokenizer of the released files, which carry none."""
+"""The tokenizer of the released files of Frozen in Time, which carry none."""
 
 HASHED_AT_ONCE = 2**24
 
@@ -29,12 +30,14 @@ class EmbedSettings:
     """How clips become vectors, beside the weights; part of an index, since vectors of other settings differ.
 
     Attributes:
-        frames: frames of a window.
+        frames: frames of a window; 0: as many as the model learned.
         stride_seconds: distance of test windows inside a segment; 0: one window in the middle.
         max_windows: largest number of windows per clip, evenly spread; 0: all.
         resize: short side before the centre crop, for a 224 model.
         decoder: backend that reads frames; backends differ by a few 256ths where colours are subsampled.
         span_seconds: videos are cut into spans of this length; None: a clip is one row.
+        scenes: videos are cut where the scene changes.
+        sampling: data.sampling of the run, as plain values, where it is not windows over T equal segments.
     """
 
     frames: int
@@ -43,6 +46,8 @@ class EmbedSettings:
     resize: int
     decoder: str = "auto"
     span_seconds: float | None = None
+    scenes: bool = False
+    sampling: dict[str, Any] | None = None
 
     def evaluation(self, batch_size: int) -> EvaluationConfig:
         """The same settings as the loader of test windows takes them."""
@@ -54,64 +59,66 @@ class EmbedSettings:
             batch_size=batch_size,
         )
 
+    def sampling_config(self) -> SamplingConfig | None:
+        """Which frames of a clip, as the loader of test windows takes it."""
+        return None if self.sampling is None else SamplingConfig(**self.sampling)
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
 
 
-def trained_config(checkpoint: Path) -> dict[str, Any]:
-    """The config that a checkpoint folder was trained with (its state.json), as plain values; empty where none says.
-
-    Raises:
-        UserError: state.json is there and cannot be read.
-    """
-    path = checkpoint / STATE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint: got {checkpoint}, whose {STATE_FILE} cannot be read ({error})") from None
-
-
 def settings_for(
-    checkpoint: Path,
+    run: Mapping[str, Any],
     *,
     frames: int | None = None,
     windows: str | int = "auto",
     stride_seconds: float | None = None,
     decoder: str | None = None,
     span_seconds: float | None = None,
-) -> tuple[EmbedSettings, dict[str, Any]]:
+    scenes: bool = False,
+) -> EmbedSettings:
     """The test-time settings of a checkpoint: those its run was evaluated with, or the evaluation defaults.
 
     Args:
-        checkpoint: a folder or a released file.
-        frames: frames of a window; None: evaluation.frames of the run, or as many as the model learned (given as 0
+        run: what the checkpoint says of its run (read_run, RetrievalModel.run).
+        frames: frames of a window; None: those of the run's evaluation, or as many as the model learned (given as 0
             in the result: the model says).
         windows: "auto", "middle" (one window), or the most windows of a clip.
         stride_seconds: replaces the run's.
         decoder: replaces the run's.
         span_seconds: as EmbedSettings.
-
-    Returns:
-        (settings, the run's config as plain values).
+        scenes: as EmbedSettings.
     """
-    trained = trained_config(checkpoint)
-    evaluation = trained.get("evaluation", {})
+    trained = run.get("config", {})
+    evaluation, data = trained.get("evaluation", {}), trained.get("data", {})
     defaults = EvaluationConfig()
+    sampling = data.get("sampling", {})
     settings = EmbedSettings(
-        frames=frames or evaluation.get("frames") or 0,
+        frames=frames or _evaluated_frames(run),
         stride_seconds=evaluation.get("stride_seconds", defaults.stride_seconds),
         max_windows=evaluation.get("max_windows", defaults.max_windows),
         resize=evaluation.get("resize", defaults.resize),
-        decoder=decoder or trained.get("data", {}).get("decode", {}).get("backend", "auto"),
+        decoder=decoder or data.get("decode", {}).get("backend", "auto"),
         span_seconds=span_seconds,
+        scenes=scenes,
+        sampling=sampling if sampling.get("rule") == "fixed_rate" else None,
     )
     if stride_seconds is not None:
         settings = replace(settings, stride_seconds=stride_seconds)
     check_decoder(settings.decoder)
-    return with_windows(settings, windows), trained
+    return with_windows(settings, windows)
+
+
+def _evaluated_frames(run: Mapping[str, Any]) -> int:
+    """Frames of a window when the run evaluated this checkpoint; 0: as many as the model learned."""
+    if not run:
+        return 0
+    trained = run["config"]
+    frames = trained.get("evaluation", {}).get("frames") or 0
+    if not frames and trained.get("model", {}).get("kind", DualEncoder.kind) != DualEncoder.kind:
+        frames = trained["curriculum"]["stages"][run["stage"]]["frames"]
+    return min(frames, run.get("learned_frames", frames))
 
 
 def check_decoder(name: str) -> None:
@@ -147,8 +154,20 @@ def with_windows(settings: EmbedSettings, windows: str | int) -> EmbedSettings:
     raise UserError(f"windows: got {windows!r}; allowed: auto, middle, or a whole number from 1")
 
 
-def with_learned_frames(settings: EmbedSettings, model: DualEncoder) -> EmbedSettings:
-    """Settings with the frames that the loaded model takes."""
+def with_frames_of(settings: EmbedSettings, model: RetrievalModel) -> EmbedSettings:
+    """Settings with the model's number of frames where they say none.
+
+    Raises:
+        UserError: more frames than the model takes, or none are said for a model that takes any number.
+    """
+    if settings.frames > model.learned_frames:
+        allowed = f"1 to {model.learned_frames}, those the model has learned"
+        raise UserError(f"frames: got {settings.frames}; allowed: {allowed}")
+    if settings.frames:
+        return settings
+    if not isinstance(model, DualEncoder):
+        allowed = f"1 to {model.learned_frames} (the released models of CLIP2Video took 12)"
+        raise UserError(f"frames: got none for a {model.kind} without a run; allowed: {allowed}")
     return replace(settings, frames=model.learned_frames)
 
 
@@ -156,27 +175,40 @@ def load_for_search(
     checkpoint: Path,
     *,
     frames: int | None,
-    trained: dict[str, Any],
+    kind: str | None = None,
     tokenizer: str | None = None,
     device: torch.device | str = "cpu",
-) -> DualEncoder:
+) -> RetrievalModel:
     """A checkpoint's model in eval mode.
 
     Args:
         checkpoint: a folder or a released file.
         frames: number of frames to cut or expand the temporal embeddings to; None: the checkpoint's.
-        trained: the run's config as plain values; says how temporal embeddings are expanded.
+        kind: of a released file, as frozen_fast.load_model takes it; None: the folder's, a released file: frozen.
         tokenizer: name or folder; None: the checkpoint's own (a released file: RELEASED_TOKENIZER).
         device: where it runs.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or has no vectors that an index could hold.
     """
     if not checkpoint.exists():
         raise UserError(f"checkpoint: got {str(checkpoint)!r}, which does not exist; allowed: a folder or a .pth file")
-    name = tokenizer or (None if checkpoint.is_dir() else RELEASED_TOKENIZER)
-    expansion = trained.get("model", {}).get("expansion", "zero")
-    return DualEncoder.from_pretrained(checkpoint, frames, expansion, name).to(device).eval()
+    if kind is None and checkpoint.is_file():
+        kind = DualEncoder.kind
+    kind = kind_of_checkpoint(checkpoint, kind)
+    options: dict[str, Any] = {}
+    if kind == DualEncoder.kind:
+        trained = read_run(checkpoint).get("config", {})
+        options = {
+            "num_frames": frames,
+            "expansion": trained.get("model", {}).get("expansion", "zero"),
+            "tokenizer": tokenizer or (None if checkpoint.is_dir() else RELEASED_TOKENIZER),
+        }
+    elif tokenizer is not None:
+        raise UserError(f"--tokenizer: got {tokenizer!r} for a {kind}, which has its own; allowed: none")
+    model = load_model(checkpoint, kind, **options).to(device).eval()
+    assert model.vector_width  # a kind without vectors is refused here
+    return model
 
 
 def fingerprint(checkpoint: Path) -> str:
@@ -196,8 +228,9 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def parallel_config(trained: dict[str, Any], device: Literal["auto", "cpu", "cuda"] = "auto") -> ExperimentConfig:
+def parallel_config(run: Mapping[str, Any], device: Literal["auto", "cpu", "cuda"] = "auto") -> ExperimentConfig:
     """The config under which processes embed: the run's precision, so that evaluation's numbers come out again."""
     defaults = ExperimentConfig()
+    trained = run.get("config", {})
     precision = trained.get("training", {}).get("precision", defaults.training.precision)
     return replace(defaults, training=replace(defaults.training, precision=precision, device=device))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 from frozen_fast.config.extensions import layouts
@@ -20,6 +21,7 @@ from frozen_fast.data.load.video_frames import IMAGE_SUFFIXES, kind_of
 from frozen_fast.data.shards.layout import CLIP_TABLE
 from frozen_fast.errors import UserError
 from frozen_fast.search.row_table import FileMark, Row, clip_row, file_of, mark_file
+from frozen_fast.search.scenes import scene_cuts
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def collect(
     format: str = "auto",
     split: str = "",
     span_seconds: float | None = None,
+    scenes: bool = False,
     threads: int = 2,
     max_pixels: int = 50_000_000,
 ) -> Collection:
@@ -62,6 +65,7 @@ def collect(
         format: a format of data.sources (docs/data.md), "folder" (every video and picture below a folder), or "auto".
         split: of formats that have splits; empty: every line.
         span_seconds: cut videos into spans of this length, so that an answer says when; None: a clip is one row.
+        scenes: cut videos where the scene changes (PySceneDetect); with span_seconds, a long scene is cut further.
         threads: files that are probed at the same time.
         max_pixels: a larger frame is a bad clip.
 
@@ -72,7 +76,7 @@ def collect(
         raise UserError(f"--span: got {span_seconds:g}; allowed: seconds above 0")
     chosen, clips, drops = clips_of(path, format=format, split=split)
     bad: list[BadClip] = []
-    rows = _rows(clips, chosen, bad, span_seconds, threads, max_pixels)
+    rows = _rows(clips, chosen, bad, Cutter(span_seconds, scenes, max_pixels), threads)
     return Collection(chosen, rows, bad, dict(drops))
 
 
@@ -128,15 +132,13 @@ def _format_of(path: Path) -> str:
     raise UserError(f"--source: got {str(path)!r}, which does not exist; allowed: a folder, a manifest, packed shards")
 
 
-def _rows(
-    clips: Sequence[Clip], source: str, bad: list[BadClip], span_seconds: float | None, threads: int, max_pixels: int
-) -> list[Row]:
+def _rows(clips: Sequence[Clip], source: str, bad: list[BadClip], cutter: Cutter, threads: int) -> list[Row]:
     """Rows of clips whose files are there, cut into spans; the others go to `bad`."""
 
     def rows_of(clip: Clip) -> list[Row] | ClipError:
         try:
             mark = mark_of(file_of(clip.path))
-            pieces = [clip] if span_seconds is None else cut_into_spans(clip, span_seconds, max_pixels)
+            pieces = cutter.cut(clip)
         except OSError as error:
             return ClipError("missing", error.strerror or str(error), clip.path)
         except ClipError as error:
@@ -159,22 +161,44 @@ def _mark(path: str) -> FileMark:
     return mark_file(path)
 
 
-def cut_into_spans(clip: Clip, span_seconds: float, max_pixels: int) -> list[Clip]:
-    """Spans of a video, from its beginning; a short rest belongs to the last one. A picture stays whole.
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts videos into spans, each a row of its own.
 
-    Raises:
-        ClipError: the file cannot be read.
+    Attributes:
+        span_seconds: length of a span; None: no cuts at fixed times.
+        scenes: cut where the scene changes.
+        max_pixels: a larger frame is a bad clip.
     """
-    if clip.kind == "image":
-        return [clip]
-    info = probe(clip.path, clip.kind, max_pixels=max_pixels)
-    length = float(info.presentation_seconds[-1]) + 1 / info.frames_per_second
-    start = clip.start_seconds or 0.0
-    end = length if clip.end_seconds is None else min(clip.end_seconds, length)
+
+    span_seconds: float | None
+    scenes: bool
+    max_pixels: int
+
+    def cut(self, clip: Clip) -> list[Clip]:
+        """Spans of a video, from its beginning. A picture stays whole, and a video that nothing cuts.
+
+        Raises:
+            ClipError: the file cannot be read.
+        """
+        if clip.kind == "image" or not (self.scenes or self.span_seconds):
+            return [clip]
+        info = probe(clip.path, clip.kind, max_pixels=self.max_pixels)
+        length = float(info.presentation_seconds[-1]) + 1 / info.frames_per_second
+        start = clip.start_seconds or 0.0
+        end = length if clip.end_seconds is None else min(clip.end_seconds, length)
+        edges = [start, *(scene_cuts(clip.path, start, end) if self.scenes else []), end]
+        if self.span_seconds is not None:
+            edges = [time for pair in pairwise(edges) for time in equal_spans(*pair, self.span_seconds)] + [end]
+        times = [round(time, 6) for time in edges[:-1]] + [math.ceil(end * 1000 - 1e-6) / 1000]
+        return [
+            replace(clip, id=f"{clip.id}@{first:g}-{last:g}", start_seconds=first, end_seconds=last)
+            for first, last in pairwise(times)
+        ]
+
+
+def equal_spans(start: float, end: float, span_seconds: float) -> list[float]:
+    """Where the spans of a stretch begin, seconds; a short rest belongs to the last span."""
     whole, rest = divmod(max(end - start, 0.0) / span_seconds, 1)
     count = max(1, int(whole) + (rest >= SHORTEST_REST))
-    edges = [round(start + number * span_seconds, 6) for number in range(count)] + [math.ceil(end * 1000 - 1e-6) / 1000]
-    return [
-        replace(clip, id=f"{clip.id}@{first:g}-{last:g}", start_seconds=first, end_seconds=last)
-        for first, last in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [start + number * span_seconds for number in range(count)]

@@ -26,7 +26,7 @@ from frozen_fast.common.files import write_atomically, write_json
 from frozen_fast.config.schema import DecodeConfig
 from frozen_fast.data import BadClip, Source
 from frozen_fast.errors import UserError
-from frozen_fast.models import DualEncoder
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.search.checkpoint_settings import EmbedSettings
 from frozen_fast.search.collection import Collection
 from frozen_fast.search.embed import Autocast, clip_vectors, loader_for
@@ -93,13 +93,14 @@ class Plan:
     source_kind: str
 
 
-def plan_job(folder: Path, info: IndexInfo, collection: Collection) -> Plan:
+def plan_job(folder: Path, info: IndexInfo, collection: Collection, *, keep_others: bool = False) -> Plan:
     """Find out which rows need embedding.
 
     Args:
         folder: the index's folder; may hold an index, and parts of an embedding that was killed.
         info: the index to be, without segments.
         collection: what the source holds.
+        keep_others: as finish_job takes it.
 
     Raises:
         UserError: the folder holds an index or parts of another model or other settings, or nothing can be embedded.
@@ -107,13 +108,18 @@ def plan_job(folder: Path, info: IndexInfo, collection: Collection) -> Plan:
     rows = collection.rows
     if not rows:
         raise UserError(f"--source: got {len(collection.bad_clips)} clips that cannot be read; allowed: one that can")
+    index = IndexFolder.open(folder) if (folder / "index.json").exists() else None
     whole = "image" if all(row["kind"] == "image" for row in rows) else "video"
+    if index is not None and keep_others and index.info.source_kind != whole:
+        if whole == "video":
+            got = "got videos for an index of pictures, whose vectors are of one frame"
+            raise UserError(f"--add: {got}; allowed: pictures, or another folder")
+        whole = "video"
     job = {**job_identity(info), "source_kind": whole}
     known = _finished_rows(folder / WORK_FOLDER, job)
     if known:
         log.info("embed: %d clips of an unfinished embedding are kept", len(known))
-    if (folder / "index.json").exists():
-        index = IndexFolder.open(folder)
+    if index is not None:
         same_kind = index.info.source_kind == whole
         check_same_job({**job_identity(index.info), "source_kind": whole}, job, folder)
         for number, row in enumerate(iterate_rows(index.table)):
@@ -132,7 +138,7 @@ def plan_job(folder: Path, info: IndexInfo, collection: Collection) -> Plan:
 
 def job_identity(info: IndexInfo) -> dict[str, Any]:
     """What must be equal for vectors to be comparable."""
-    return {"fingerprint": info.fingerprint, "settings": info.settings, "width": info.width}
+    return {"fingerprint": info.fingerprint, "settings": EmbedSettings(**info.settings).to_json(), "width": info.width}
 
 
 def check_same_job(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -176,7 +182,7 @@ def finished_parts(work: Path, job: dict[str, Any]) -> list[Path]:
 
 
 def embed_rows(
-    model: DualEncoder,
+    model: RetrievalModel,
     rows: Sequence[Row],
     source_kind: str,
     settings: EmbedSettings,
@@ -275,7 +281,9 @@ class PartWriter:
         self._written = time.monotonic()
 
 
-def finish_job(folder: Path, info: IndexInfo, plan: Plan, bad_clips: Sequence[BadClip]) -> EmbedSummary:
+def finish_job(
+    folder: Path, info: IndexInfo, plan: Plan, bad_clips: Sequence[BadClip], *, keep_others: bool = False
+) -> EmbedSummary:
     """Add what the ranks wrote to the index, take out what the source no longer holds, and remove the parts.
 
     Args:
@@ -283,6 +291,7 @@ def finish_job(folder: Path, info: IndexInfo, plan: Plan, bad_clips: Sequence[Ba
         info: the index to be, without segments.
         plan: as plan_job gave it.
         bad_clips: of all ranks and of the listing.
+        keep_others: rows whose files the source does not name stay in the index.
 
     Raises:
         UserError: no clip could be embedded.
@@ -300,13 +309,14 @@ def finish_job(folder: Path, info: IndexInfo, plan: Plan, bad_clips: Sequence[Ba
     index = IndexFolder.open(folder) if exists else IndexFolder.create(folder, info)
     wanted = {tuple(plan.rows[number].values()): number for number in places}
     gone = []
+    named = {row["path"] for row in plan.rows}
     for number, row in enumerate(iterate_rows(index.table)):
         if not index.alive_N[number]:
             continue
         same = wanted.get(tuple(row.values()))
         if same is not None and plan.places.get(same, ("part", 0))[0] == "":
             del wanted[tuple(row.values())]
-        else:
+        elif not keep_others or row["path"] in named:
             gone.append(number)
     added = sorted(wanted.values())
     if added:
@@ -321,7 +331,7 @@ def finish_job(folder: Path, info: IndexInfo, plan: Plan, bad_clips: Sequence[Ba
     write_atomically(folder / BAD_CLIPS_FILE, "".join(json.dumps(asdict(bad)) + "\n" for bad in bad_clips))
     shutil.rmtree(work)
     embedded = sum(number in places for number in plan.todo)
-    return EmbedSummary(int(index.alive_N.sum()), embedded, len(places) - embedded, len(gone), list(bad_clips))
+    return EmbedSummary(index.alive, embedded, len(places) - embedded, len(gone), list(bad_clips))
 
 
 class VectorReader:

@@ -21,7 +21,7 @@ from frozen_fast.models.feature_tower import FeatureTower, weights_fingerprint
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.search.checkpoint_settings import check_decoder, parallel_config
 from frozen_fast.search.collection import clips_of
-from frozen_fast.search.embed import window_vectors
+from frozen_fast.search.embed import window_features
 from frozen_fast.search.embed_job import PartWriter, Progress, write_parts
 from frozen_fast.search.extract_job import (
     KEY,
@@ -221,7 +221,9 @@ def extract_clips(
     )
 
     def vectors() -> Iterator[tuple[int, Tensor]]:
-        for index, rows_ND in window_vectors(tower.encode, loader, parallel.autocast):
+        encoded = window_features(lambda x: {"vectors": tower.encode(x)}, loader, parallel.autocast)
+        for index, windows in encoded:
+            rows_ND = torch.cat([window["vectors"] for window in windows])
             yield index, rows_ND.mean(0, keepdim=True) if request.pool == "mean" else rows_ND
 
     writer = PartWriter(work, features_table)

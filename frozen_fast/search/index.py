@@ -17,8 +17,8 @@ import pyarrow as pa
 import torch
 
 from frozen_fast.errors import UserError, unknown_name
-from frozen_fast.models import DualEncoder
-from frozen_fast.search.checkpoint_settings import EmbedSettings, fingerprint, load_for_search, trained_config
+from frozen_fast.models.retrieval_model import RetrievalModel
+from frozen_fast.search.checkpoint_settings import EmbedSettings, fingerprint, load_for_search
 from frozen_fast.search.embed import one_vector, text_vectors
 from frozen_fast.search.filters import matching_rows
 from frozen_fast.search.index_folder import IndexFolder, IndexInfo
@@ -110,10 +110,10 @@ class Index:
 
     def __len__(self) -> int:
         """How many clips can be found."""
-        return int(self.folder.alive_N.sum())
+        return self.folder.alive
 
     @cached_property
-    def model(self) -> DualEncoder:
+    def model(self) -> RetrievalModel:
         """The model that made the vectors, in eval mode.
 
         Raises:
@@ -133,7 +133,7 @@ class Index:
         return load_for_search(
             self._checkpoint,
             frames=self.settings.frames,
-            trained=trained_config(self._checkpoint),
+            kind=self.info.model_kind,
             tokenizer=self.info.tokenizer,
             device=self._device,
         )
@@ -157,10 +157,10 @@ class Index:
             raise UserError(f"queries: got shape {list(queries.shape)}; allowed: [Q, {self.info.width}]")
         if k < 1:
             raise UserError(f"-k: got {k}; allowed: a whole number from 1")
-        allowed_N = self.folder.alive_N
+        allowed_N, count = self.folder.alive_N, self.folder.alive
         if where:
             allowed_N = allowed_N & matching_rows(self.rows, where)
-        count = int(allowed_N.sum())
+            count = int(np.count_nonzero(allowed_N))
         k = min(k, count)
         if not k:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)

@@ -47,6 +47,7 @@ class IndexInfo:
         dtype: of the stored vectors.
         checkpoint: path of the model.
         fingerprint: SHA-256 of its weights file.
+        model_kind: of a released file, as frozen_fast.load_model takes it; None: the checkpoint says it.
         tokenizer: name or folder that replaces the checkpoint's own; None: its own.
         settings: EmbedSettings as plain values.
         source_kind: "image" where the clips were embedded as pictures of one frame, otherwise "video".
@@ -62,6 +63,7 @@ class IndexInfo:
     checkpoint: str
     fingerprint: str
     settings: dict[str, Any]
+    model_kind: str | None = None
     tokenizer: str | None = None
     source_kind: str = "video"
     segments: tuple[tuple[str, int], ...] = ()
@@ -77,7 +79,16 @@ class IndexInfo:
 
 
 class IndexFolder:
-    """The files of an index; one process writes at a time (see lock)."""
+    """The files of an index; one process writes at a time (see lock).
+
+    Attributes:
+        path: the folder.
+        info: what index.json says.
+        table: the rows, memory-mapped.
+        alive_N: which rows count.
+        alive: how many do.
+        neighbours: what finds neighbours approximately; None: exact search.
+    """
 
     def __init__(self, path: Path, info: IndexInfo) -> None:
         """Hold an open index; use open() or create()."""
@@ -133,6 +144,7 @@ class IndexFolder:
         self.alive_N = np.ones(info.rows, bool)
         if info.removed is not None:
             self.alive_N[np.load(self.path / info.removed)] = False
+        self.alive = int(np.count_nonzero(self.alive_N))
         self.neighbours: Neighbours | None = None
         if info.neighbours["kind"] != "flat":
             about = info.neighbours

@@ -199,8 +199,8 @@ def _hnsw(rows: int, width: int, blocks: Blocks, take: Take) -> Any:
 
 
 def _ivfpq(rows: int, width: int, blocks: Blocks, take: Take) -> Any:
-    """Inverted lists, about 4 sqrt(N) of them, with one byte for every four values."""
-    lists = max(1, min(int(4 * math.sqrt(rows)), rows // 40))
+    """Inverted lists, about 2 sqrt(N) of them, with one byte for every four values."""
+    lists = max(1, min(int(2 * math.sqrt(rows)), rows // 40))
     codes = next(size for size in range(max(1, width // 4), 0, -1) if width % size == 0)
     sample = np.random.default_rng(0).permutation(rows)[: max(lists * TRAINING_ROWS_PER_LIST, 2**PQ_BITS * 40)]
     quantizer = faiss.IndexFlatIP(width)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from frozen_fast.errors import UserError
-from frozen_fast.models import DualEncoder
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.search.embed import text_vectors
 
 DEFAULT_TEMPLATES = ("{}", "a video of {}", "a clip that shows {}")
@@ -34,7 +34,7 @@ def read_lines(path: Path, field: str) -> list[str]:
     return lines
 
 
-def label_vectors(model: DualEncoder, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
+def label_vectors(model: RetrievalModel, labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Tensor:
     """One vector per label: the mean of its sentences' vectors, normalised.
 
     Args:

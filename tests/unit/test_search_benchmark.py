@@ -26,8 +26,6 @@ def test_a_row_per_kind(tmp_path: Path) -> None:
         "flat,hnsw",
         "--queries",
         "20",
-        "--device",
-        "cpu",
         "--output",
         str(output),
     ]
@@ -37,3 +35,4 @@ def test_a_row_per_kind(tmp_path: Path) -> None:
     assert (flat["kind"], flat["recall_at_10"], hnsw["kind"]) == ("flat", 1.0, "hnsw")
     assert hnsw["recall_at_10"] >= 0.9 and 0 < hnsw["p50_ms"] <= hnsw["p99_ms"]
     assert hnsw["index_bytes"] > 0 and flat["vector_bytes"] == hnsw["vector_bytes"]
+    assert all(row["anonymous_bytes"] > 0 and row["file_bytes"] > 0 for row in (flat, hnsw))

@@ -26,7 +26,7 @@ from frozen_fast.models.clip2video.clip2video_checkpoint import clip_tokenizer_f
 from frozen_fast.models.clip2video.frame_masks import aligned, key_scores, masked_mean
 from frozen_fast.models.learned_scale import with_ceiling
 from frozen_fast.models.model_folder import write_model_folder
-from frozen_fast.models.pretrained import load_weights
+from frozen_fast.models.pretrained import load_weights, read_run
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
 from frozen_fast.models.video.blocks import FusedOps
 
@@ -244,6 +244,16 @@ class Clip2Video(RetrievalModel):
             [text[name].float() @ F.normalize(video[name].float(), dim=-1).T for name in ("global", "aligned")]
         )
 
+    @property
+    def vector_width(self) -> int:
+        """The global and the aligned vector together."""
+        return 2 * self.clip.size.embedding
+
+    def vectors(self, features: Features) -> Tensor:
+        """Global and aligned vectors side by side, [N, 2E]: their dot product is the mean of both over exp(scale)."""
+        both = [F.normalize(features[name].float(), dim=-1) for name in ("global", "aligned")]
+        return torch.cat(both, dim=-1) / math.sqrt(2)
+
     def _scale(self) -> Tensor:
         """exp(logit scale) under its ceiling, [1]."""
         return with_ceiling(self.clip.logit_scale, math.log(self.max_scale)).exp()
@@ -381,4 +391,5 @@ class Clip2Video(RetrievalModel):
             )
         model = model.to_empty(device="cpu")
         load_weights(model, stored.state, path)
+        model.run = read_run(path)
         return model.eval()

@@ -177,7 +177,9 @@ def _embed_on_ranks(
     held: contextlib.ExitStack,
 ) -> tuple[EmbedSummary, dict[str, Any]]:
     """Plan on rank 0, embed on all, finish on rank 0, which keeps other writers out meanwhile."""
-    plan, listed, info = None, [], info_of(request, model, settings)
+    plan: Plan | None = None
+    listed: list[BadClip] = []
+    info = info_of(request, model, settings)
     with parallel.together():
         if parallel.is_main:
             held.enter_context(index_lock(request.output))

@@ -239,7 +239,7 @@ def test_two_ray_workers_give_the_index_of_one_process(run: SearchRun, tmp_path:
     (folder / "broken.avi").write_bytes(b"no video")
     assert embed(run, folder, tmp_path / "one") == 0
     several = tmp_path / "several"
-    leave_unfinished(run, folder, several, rows=5)
+    leave_unfinished(run, folder, several, rows=6)  # the first of them cannot be read
     command = [sys.executable, "-m", "frozen_fast", "embed", "--checkpoint", str(run.checkpoint)]
     command += ["--source", str(folder), "--output", str(several), "--device", "cpu"]
     command += ["--ray", "local", "--ray-workers", "2"]
@@ -272,8 +272,5 @@ def test_a_missing_ray_is_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert embed(run, run.videos, tmp_path / "index", "--ray", "local") == 2
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .endswith("--ray: ray is missing; allowed: pip install 'frozen-fast[ray]'")
-    )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("--ray: ray is missing; allowed: pip install 'frozen-fast[ray]'")

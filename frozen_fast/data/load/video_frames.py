@@ -76,8 +76,20 @@ def load_video(
 class TakesFrames(Protocol):
     """A model that takes frames."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    @property
+    def kind(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def mean(self) -> tuple[float, ...] | None:
+        """RGB normalisation; None: it takes no frames."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, ...] | None:
+        """Likewise."""
+        ...
 
     @property
     def resolution(self) -> int:
@@ -86,8 +98,14 @@ class TakesFrames(Protocol):
 
 
 def format_of(model: TakesFrames) -> FrameFormat:
-    """The frames that a model takes."""
+    """The frames that a model takes.
+
+    Raises:
+        UserError: it takes none.
+    """
     mean, std = model.mean, model.std
+    if mean is None or std is None:
+        raise UserError(f"model: got a {model.kind}, which takes features of clips; allowed: a model that takes frames")
     return FrameFormat(model.resolution, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 
-from frozen_fast import DualEncoder
-from frozen_fast.search import embed_videos
+from frozen_fast import load_model
 
 checkpoint, folder, sentence = sys.argv[1:]
-model = DualEncoder.from_pretrained(checkpoint)
+model = load_model(checkpoint)
 paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".mp4", ".webm", ".avi", ".mkv"))
-clips_VD = embed_videos(model, paths, windows="middle")  # rows of L2 norm 1
+clips_VD = model.embed_videos(paths, windows="middle")  # rows of L2 norm 1
 with torch.no_grad():
     scores_V = (model.encode_text([sentence]) @ clips_VD.T)[0]
 for row in scores_V.argsort(descending=True)[:5].tolist():

@@ -67,7 +67,9 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fresh", action="store_true", help="remove an existing index first")
     form.add_argument("--add", action="store_true", help="keep the index's rows of files that the source does not have")
-    parser.add_argument("--ray", metavar="local|ADDRESS", help="embed in tasks of a Ray cluster; local: on this machine")
+    parser.add_argument(
+        "--ray", metavar="local|ADDRESS", help="embed in tasks of a Ray cluster (local: a new one here)"
+    )
     parser.add_argument("--ray-workers", type=positive, default=2, metavar="N", help="number of tasks (default 2)")
 
 

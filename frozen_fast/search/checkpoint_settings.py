@@ -228,9 +228,8 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def parallel_config(run: Mapping[str, Any], device: Literal["auto", "cpu", "cuda"] = "auto") -> ExperimentConfig:
-    """The config under which processes embed: the run's precision, so that evaluation's numbers come out again."""
+def parallel_config(trained: Mapping[str, Any], device: Literal["auto", "cpu", "cuda"] = "auto") -> ExperimentConfig:
+    """The config under which processes embed: the precision of a run's config, as in its evaluation."""
     defaults = ExperimentConfig()
-    trained = run.get("config", {})
     precision = trained.get("training", {}).get("precision", defaults.training.precision)
     return replace(defaults, training=replace(defaults.training, precision=precision, device=device))

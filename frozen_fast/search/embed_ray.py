@@ -120,7 +120,7 @@ def embed_on_worker(request: EmbedRequest, rows: Sequence[Row], source_kind: str
         The clips that cannot be read.
     """
     run = read_run(request.checkpoint)
-    parallel = Parallel.start(parallel_config(run, request.device))
+    parallel = Parallel.start(parallel_config(run.get("config", {}), request.device))
     try:
         model, settings = request.load(run, parallel.device)
 

@@ -151,7 +151,7 @@ def embed_to_index(request: EmbedRequest, progress: Callable[[int], Progress]) -
         UserError: a mistake in the request, the checkpoint or the source.
     """
     run = read_run(request.checkpoint)
-    parallel = Parallel.start(parallel_config(run, request.device))
+    parallel = Parallel.start(parallel_config(run.get("config", {}), request.device))
     set_up_logging(rank=parallel.rank)
     failed = True
     try:

@@ -29,6 +29,7 @@ from frozen_fast.data import Batch, DataPosition, Source, plan_steps
 from frozen_fast.errors import UserError
 from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 from frozen_fast.profiling import measure_peak, peak_memory_bytes, reset_peak_memory
 from frozen_fast.profiling.peak import DevicePeak, device_peak
 from frozen_fast.records.environment import describe, device_description
@@ -278,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 f"--batch-size: got {options.batch_size} on {world} processes; allowed: a multiple of {world}"
             )
-        parallel = Parallel.start(config)
+        parallel = start_parallel(config)
         set_up_logging(rank=parallel.rank)
         row = measure(options, config, parallel)
         if parallel.is_main:

@@ -69,7 +69,7 @@ def make_caption_masks(arguments: argparse.Namespace) -> int:
     from frozen_fast.common.logs import set_up_logging
     from frozen_fast.config import check_for_training, load_config
     from frozen_fast.models.experts.expert_model import ExpertModel
-    from frozen_fast.parallel.base import Parallel
+    from frozen_fast.parallel.start import start_parallel
     from frozen_fast.training.caption_masks import caption_masks
     from frozen_fast.training.parts import feature_format, load_model, read_training_sources
 
@@ -78,7 +78,7 @@ def make_caption_masks(arguments: argparse.Namespace) -> int:
     check_for_training(config)
     if arguments.rank_below < 1:
         raise UserError(f"--rank-below: got {arguments.rank_below}; allowed: 1 or more")
-    parallel = Parallel.start(config)
+    parallel = start_parallel(config)
     try:
         source = next(iter(read_training_sources(config).values()))
         model = load_model(config, Path(arguments.checkpoint), parallel.device)

@@ -79,6 +79,14 @@ class RankAgreement:
             raise PeerError(f"rank {failed_rank} failed: {report[1]}")
         return bool(stopped), sums
 
+    def all_ranks(self, condition: bool) -> bool:
+        """Whether a condition holds on every rank; a collective."""
+        if self._control is None:
+            return condition
+        flag = torch.tensor([condition], dtype=torch.int64)
+        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._control)
+        return bool(flag.item())
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Run a part without collectives; if it fails on one rank, it fails on all of them."""

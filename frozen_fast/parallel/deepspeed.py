@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.errors import UserError
-from frozen_fast.optimizers import WEIGHT_AVERAGE
-from frozen_fast.parallel.base import check_optimizer_state
+from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.deepspeed_state import DeepSpeedState
 from frozen_fast.parallel.launch_settings import deepspeed_settings, read_deepspeed
-from frozen_fast.parallel.sharded import ShardedParallel, check_elementwise
+from frozen_fast.parallel.sharded_state import check_elementwise, hollow_copy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class DeepSpeedParallel(ShardedParallel):
+class DeepSpeedParallel(Parallel):
     """Parallel under DeepSpeed's ZeRO."""
 
     accelerate_types = ("DEEPSPEED",)
@@ -65,24 +65,31 @@ class DeepSpeedParallel(ShardedParallel):
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Hand model and optimizer to DeepSpeed's engine."""
-        self.keep_hollow(model)
+        hollow = hollow_copy(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._trained = {
+        trained = {
             names[id(parameter)]: index
             for index, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         }
-        super().prepare(model, optimizer)
-        engine: Any = self._wrapped
-        self._engine: Any = engine
-        self._zero: Any = engine.optimizer
-        # DeepSpeed links state to parameters after its first group's step, before the other groups have any.
-        self._allocate_state([0.0] * len(self._partitions()))
+        self._model = model
+        self._wrapped, self._optimizer = self.accelerator.prepare(model, optimizer)
+        self._engine: Any = self._wrapped
+        self.state = DeepSpeedState(
+            model,
+            self._engine.optimizer,
+            self._optimizer_kind,
+            stage=self._stage,
+            trained=trained,
+            hollow=hollow,
+            ranks=self,
+            device=self.device,
+        )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The bare optimizer, which steps on the flat partitions."""
-        return self._zero.optimizer
+        return self.state.optimizer
 
     def forward(self, *inputs: Any) -> Any:
         """The engine's forward pass under this run's autocast."""
@@ -113,144 +120,6 @@ class DeepSpeedParallel(ShardedParallel):
             from deepspeed.comm import comm
 
             comm.cdb = None
-
-    # Whole tensors
-
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one after the other; stages 1 and 2 hold them all anyway."""
-        for name, parameter in self.model.named_parameters():
-            with self._gathered([parameter]):
-                yield name, parameter.detach()
-
-    def whole_averages(self) -> Iterator[tuple[str, Tensor]]:
-        """See ShardedParallel."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if WEIGHT_AVERAGE in self._optimizer_kind.state_keys:
-            for name, parameter in self._trained_parameters():
-                yield name, safe_get_full_optimizer_state(parameter, WEIGHT_AVERAGE)
-
-    @contextlib.contextmanager
-    def whole_model(self) -> Iterator[nn.Module]:
-        """The bare model, which is whole under stages 1 and 2; under stage 3 a copy."""
-        if self._stage < 3 and WEIGHT_AVERAGE not in self._optimizer_kind.state_keys:
-            yield self.model
-        else:
-            with super().whole_model() as whole:
-                yield whole
-
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's state whole, by parameter name, on the CPU; a collective, empty but on rank 0.
-
-        Before the first step it is zero, as an optimizer makes it.
-        """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        states = [self.optimizer.state[flat] for flat in self._partitions()]
-        gathered: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self._trained_parameters():
-            tensors = {key: safe_get_full_optimizer_state(parameter, key) for key in self._optimizer_kind.state_keys}
-            if self.is_main:
-                step = states[self._flat_index(name, parameter)]["step"]
-                gathered[name] = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-                gathered[name]["step"] = torch.as_tensor(step).detach().float().cpu().clone()
-        return gathered
-
-    def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what optimizer_state() gave, under this or another strategy.
-
-        Raises:
-            UserError: it belongs to another model, or parameters of one group were not stepped equally often.
-        """
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        if not state:
-            return
-        trained = dict(self._trained_parameters())
-        check_optimizer_state(state, {name: _whole_shape(parameter) for name, parameter in trained.items()})
-        self._allocate_state(self._steps(state, trained))
-        for name, tensors in state.items():
-            for key in self._optimizer_kind.state_keys:
-                if key not in tensors:  # an average that the earlier run did not keep
-                    continue
-                whole = tensors[key].to(self.device, torch.float32)
-                safe_set_full_optimizer_state(trained[name], whole, key)
-
-    @contextlib.contextmanager
-    def edit_parameter(self, name: str) -> Iterator[dict[str, Tensor]]:
-        """Give a parameter's whole weight and optimizer state for editing in place; every rank makes the same edit."""
-        from deepspeed.utils import (
-            safe_get_full_optimizer_state,
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-        )
-
-        parameter = dict(self.model.named_parameters())[name]
-        keys = self._optimizer_kind.state_keys if name in self._trained else ()
-        state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-        with torch.no_grad(), self._gathered([parameter], modifier_rank=0):
-            yield state
-            whole = parameter.detach().clone()
-        if name in self._trained:
-            safe_set_full_fp32_param(parameter, whole)
-        for key, tensor in state.items():
-            safe_set_full_optimizer_state(parameter, tensor, key)
-
-    def weights_are_finite(self) -> bool:
-        """Whether no rank's part of the weights holds NaN or infinity (waits for the device)."""
-        return self.all_ranks(all(bool(flat.detach().isfinite().all()) for flat in self._partitions()))
-
-    def _partitions(self) -> list[Tensor]:
-        """This rank's flat fp32 weights, one tensor per parameter group (stage 3: per subgroup of one)."""
-        zero = self._zero
-        return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
-
-    def _flat_index(self, name: str, parameter: nn.Parameter) -> int:
-        """Which of _partitions() a parameter lies in."""
-        if self._stage < 3:
-            return self._trained[name]
-        return self._zero.grad_position[self._zero.get_param_id(parameter)][0]
-
-    def _trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.model.named_parameters() if name in self._trained)
-
-    def _steps(self, state: dict[str, dict[str, Tensor]], trained: dict[str, nn.Parameter]) -> list[float]:
-        """Steps done, for each of _partitions(): one number, since a flat tensor is stepped as a whole."""
-        found: list[set[float]] = [set() for _ in self._partitions()]
-        for name, tensors in state.items():
-            found[self._flat_index(name, trained[name])].add(float(tensors["step"]))
-        uneven = next((steps for steps in found if len(steps) > 1), None)
-        if uneven:
-            raise UserError(
-                f"checkpoint: got parameters of one group that were stepped {sorted(uneven)} times; allowed under "
-                "ZeRO: equally often (resume with ddp or fsdp2)"
-            )
-        return [max(steps, default=0.0) for steps in found]
-
-    def _allocate_state(self, steps: list[float]) -> None:
-        """Make the optimizer's state as its first step would, and let DeepSpeed find it by parameter."""
-        group = self.optimizer.param_groups[0]
-        on_device = group.get("fused") or group.get("capturable")
-        for flat, step in zip(self._partitions(), steps, strict=True):
-            device = flat.device if on_device else torch.device("cpu")
-            state: dict[str, Tensor] = {"step": torch.tensor(step, dtype=torch.float32, device=device)}
-            for key in self._optimizer_kind.state_keys:
-                copies = key in self._optimizer_kind.weight_copies
-                state[key] = flat.detach().clone() if copies else torch.zeros_like(flat)
-            self.optimizer.state[flat] = state
-        if self._stage < 3:
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
-
-    def _gathered(
-        self, parameters: list[nn.Parameter], modifier_rank: int | None = None
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Parameters whole inside; with a modifier_rank, that rank's edit is kept."""
-        if self._stage < 3:
-            return contextlib.nullcontext()
-        from deepspeed import zero
-
-        return zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
 def _accelerator(settings: dict[str, Any], cpu: bool) -> Accelerator:
@@ -322,7 +191,3 @@ def _check_stage_3(config: ExperimentConfig) -> None:
     for key, asked in refused.items():
         if asked:
             raise UserError(f"{key}: got true with ZeRO stage 3; allowed: false, or zero1, zero2, fsdp2, ddp")
-
-
-def _whole_shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

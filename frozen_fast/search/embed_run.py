@@ -18,6 +18,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.models.pretrained import read_run
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 from frozen_fast.search.checkpoint_settings import (
     EmbedSettings,
     fingerprint,
@@ -151,7 +152,7 @@ def embed_to_index(request: EmbedRequest, progress: Callable[[int], Progress]) -
         UserError: a mistake in the request, the checkpoint or the source.
     """
     run = read_run(request.checkpoint)
-    parallel = Parallel.start(parallel_config(run.get("config", {}), request.device))
+    parallel = start_parallel(parallel_config(run.get("config", {}), request.device))
     set_up_logging(rank=parallel.rank)
     failed = True
     try:

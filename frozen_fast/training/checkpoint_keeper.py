@@ -111,7 +111,7 @@ class CheckpointKeeper:
         parallel, model = self._parallel, self._model
         began = time.perf_counter()
         with stage.meter.section("checkpoint"):
-            if not parallel.weights_are_finite():
+            if not parallel.state.weights_are_finite():
                 raise UserError(
                     f"weights: not finite after step {position.step}; no checkpoint was written and the last one is "
                     f"good; {divergence_advice(self._config.optimizer)}"
@@ -132,11 +132,11 @@ class CheckpointKeeper:
             )
             if parallel.is_main:
                 self._writer.settle()
-            weights, optimizer = parallel.weights(), parallel.optimizer_state()
+            weights, optimizer = parallel.state.weights(), parallel.state.optimizer_state()
             with parallel.together():
                 if parallel.is_main:
                     self._writer.check(60 * self._config.checkpoints.give_up_minutes)
-                    if not parallel.gathers_copies:
+                    if not parallel.state.gathers_copies:
                         weights, optimizer = self._snapshot.take(weights, optimizer)
                     self._writer.submit(partial(self._write, state, weights, optimizer, began, time.perf_counter()))
                     if not self._config.checkpoints.asynchronous:

@@ -20,6 +20,7 @@ from frozen_fast.config import (
 from frozen_fast.errors import UserError
 from frozen_fast.optimizers import build_optimizer, divergence_advice
 from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 from frozen_fast.profiling.energy import energy_meter
 from frozen_fast.profiling.peak import device_peak
 from frozen_fast.records import environment
@@ -82,7 +83,7 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
         UserError: a mistake in config, data or launch, bad clips past their share, a loss that is not finite.
     """
     switch_on_flight_recorder(RunFolder(config.run_folder.format(name=config.name)).hangs)
-    parallel = Parallel.start(config)
+    parallel = start_parallel(config)
     set_up_logging(rank=parallel.rank)
     run = _Run(config, parallel)
     failed, at_once = True, False
@@ -118,7 +119,7 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
     Raises:
         UserError: a mistake in config, checkpoint or data, or a signal stopped it.
     """
-    parallel = Parallel.start(config)
+    parallel = start_parallel(config)
     set_up_logging(rank=parallel.rank)
     failed = True
     try:
@@ -335,7 +336,7 @@ class _Run:
         parallel.prepare(model, optimizer)
         if checkpoint is not None:
             with parallel.together():
-                parallel.load_optimizer_state(read_tensors(checkpoint)[1])
+                parallel.state.load_optimizer_state(read_tensors(checkpoint)[1])
         energy, reason = energy_meter(parallel.device)
         log.info("energy: %s", reason)
         with parallel.together():

@@ -65,7 +65,7 @@ class StageEvaluation:
         average_running_statistics(self._parallel.model)
         eager = compiling.eager() if self._config.training.compile else nullcontext()
         pages: list[GalleryPage] = []
-        with eager, self._parallel.whole_model() as whole:
+        with eager, self._parallel.state.whole_model() as whole:
             model = cast(RetrievalModel, whole)
             for source in self._sources.values():
                 found = self._task.evaluate(

@@ -64,7 +64,7 @@ def expand_frames(parallel: Parallel, model: RetrievalModel, num_frames: int, me
     encoder = cast(VideoSide, model)
     names = encoder.frame_embeddings()
     with ExitStack() as stack:
-        states = [stack.enter_context(parallel.edit_parameter(name)) for name in names]
+        states = [stack.enter_context(parallel.state.edit_parameter(name)) for name in names]
         encoder.expand_frames(num_frames, method)
         for state in states:
             for tensor_1TD in state.values():

@@ -24,7 +24,7 @@ from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
 from frozen_fast.optimizers import build_optimizer
-from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 from frozen_fast.profiling import peak_memory_bytes
 from frozen_fast.records.environment import device_description
 from frozen_fast.training import compiling
@@ -54,7 +54,7 @@ def run_steps(config: ExperimentConfig, memory_bytes: int | None) -> dict[str, A
         {"frames", "batch_size", "peak_memory_bytes", "clips_per_second", "device", "precision"}.
     """
     stage = config.curriculum.stages[0]
-    parallel = Parallel.start(config)
+    parallel = start_parallel(config)
     try:
         if memory_bytes is not None and parallel.device.type == "cuda":
             whole = torch.cuda.get_device_properties(parallel.device).total_memory

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.config.schema import TrainingConfig
-from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 
-parallel = Parallel.start(ExperimentConfig(training=TrainingConfig(device="cpu", expected_world_size=2)))
+parallel = start_parallel(ExperimentConfig(training=TrainingConfig(device="cpu", expected_world_size=2)))
 ranks = parallel.gather_objects(parallel.rank)
 Path(sys.argv[1], str(parallel.rank)).write_text(f"{ranks} {parallel.distributed_type}")
 parallel.close()

@@ -20,7 +20,7 @@ from frozen_fast.cli import main
 from frozen_fast.data import read_source
 from frozen_fast.errors import UserError
 from frozen_fast.models import DualEncoder
-from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 from frozen_fast.search import Index, embed_job, embed_videos
 from frozen_fast.search.row_table import read_table
 from frozen_fast.training.encode import encode_clips
@@ -68,7 +68,7 @@ def vector_of(folder: Path, name: str) -> np.ndarray:
 
 def evaluation_vectors(run: SearchRun) -> torch.Tensor:
     """The clips' embeddings as evaluate_source compares them, [V, D]."""
-    parallel = Parallel.start(run.config)
+    parallel = start_parallel(run.config)
     try:
         model = load_model(run.config, run.checkpoint, parallel.device)
         source = read_source(run.config.evaluation.sources[0])

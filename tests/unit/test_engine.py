@@ -25,8 +25,9 @@ from frozen_fast.models.retrieval_model import Features, RetrievalModel
 from frozen_fast.models.video.temporal import expand_temporal_embedding
 from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel import precision
-from frozen_fast.parallel.base import Parallel, check_world, seed_step
+from frozen_fast.parallel.base import Parallel, seed_step
 from frozen_fast.parallel.precision import choose_precision
+from frozen_fast.parallel.start import check_world, start_parallel
 from frozen_fast.profiling.meter import StageMeter
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.records.tracking import Trackers
@@ -40,7 +41,7 @@ from frozen_fast.training.stages import expand_frames, warm_up_steps
 
 @pytest.fixture
 def parallel() -> Iterator[Parallel]:
-    made = Parallel.start(config_from_mapping({"training": {"device": "cpu", "precision": "fp32"}}))
+    made = start_parallel(config_from_mapping({"training": {"device": "cpu", "precision": "fp32"}}))
     yield made
     made.close()
 
@@ -70,7 +71,7 @@ def test_a_launch_that_contradicts_the_config_is_refused(
         monkeypatch.setenv(name, value)
     config = config_from_mapping({"training": {"device": "cpu", "precision": "fp32", **training}})
     with pytest.raises(UserError, match=message):
-        Parallel.start(config)
+        start_parallel(config)
 
 
 def test_a_world_of_one_under_a_launcher_of_two_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +84,7 @@ def test_a_world_of_one_under_a_launcher_of_two_is_refused(monkeypatch: pytest.M
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_cuda_device_is_named() -> None:
     with pytest.raises(UserError, match="^training.device: got 'cuda', but PyTorch finds no CUDA device"):
-        Parallel.start(config_from_mapping({"training": {"device": "cuda"}}))
+        start_parallel(config_from_mapping({"training": {"device": "cuda"}}))
 
 
 @pytest.mark.parametrize(
@@ -162,17 +163,17 @@ def test_the_optimizers_state_takes_the_embeddings_map(parallel: Parallel, metho
     model = trained(parallel, 2)
     embed = model.video_model.temporal_embed
     before = embed.detach().clone()
-    state = {key: value.clone() for key, value in parallel.optimizer_state()[TEMPORAL_EMBEDDING].items()}
-    other = {key: value.clone() for key, value in parallel.optimizer_state()["other"].items()}
+    state = {key: value.clone() for key, value in parallel.state.optimizer_state()[TEMPORAL_EMBEDDING].items()}
+    other = {key: value.clone() for key, value in parallel.state.optimizer_state()["other"].items()}
     assert state["exp_avg"][:, :2].abs().min() > 0 and not state["exp_avg"][:, 2:].any()
     expand_frames(parallel, model, 5, method)  # type: ignore[arg-type]
-    after = parallel.optimizer_state()[TEMPORAL_EMBEDDING]
+    after = parallel.state.optimizer_state()[TEMPORAL_EMBEDDING]
     assert torch.equal(embed[:, :5], expand_temporal_embedding(before[:, :2], 5, method))
     for key in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(after[key][:, :5], expand_temporal_embedding(state[key][:, :2], 5, method))
         assert not after[key][:, 5:].any()
     assert torch.equal(after["step"], state["step"])
-    assert all(torch.equal(parallel.optimizer_state()["other"][key], value) for key, value in other.items())
+    assert all(torch.equal(parallel.state.optimizer_state()["other"][key], value) for key, value in other.items())
     parallel.backward(parallel.forward(5))
     parallel.update(0.0)
     assert model.learned_frames == 5 and bool(embed.isfinite().all())
@@ -182,27 +183,29 @@ def test_the_optimizers_state_takes_the_embeddings_map(parallel: Parallel, metho
 def test_frames_that_are_learned_already_are_not_destroyed(parallel: Parallel, frames: int) -> None:
     model = trained(parallel, 4)
     before = model.video_model.temporal_embed.detach().clone()
-    state = {key: value.clone() for key, value in parallel.optimizer_state()[TEMPORAL_EMBEDDING].items()}
+    state = {key: value.clone() for key, value in parallel.state.optimizer_state()[TEMPORAL_EMBEDDING].items()}
     expand_frames(parallel, model, frames, "bilinear")  # type: ignore[arg-type]
     assert model.learned_frames == 4 and torch.equal(model.video_model.temporal_embed, before)
-    assert all(torch.equal(parallel.optimizer_state()[TEMPORAL_EMBEDDING][key], value) for key, value in state.items())
+    assert all(
+        torch.equal(parallel.state.optimizer_state()[TEMPORAL_EMBEDDING][key], value) for key, value in state.items()
+    )
 
 
 def test_optimizer_state_goes_out_and_back_by_name(parallel: Parallel) -> None:
     model = trained(parallel, 2)
     saved = {
         name: {key: value.clone() for key, value in tensors.items()}
-        for name, tensors in parallel.optimizer_state().items()
+        for name, tensors in parallel.state.optimizer_state().items()
     }
     parallel.backward(parallel.forward(2))
     parallel.update(0.0)
-    parallel.load_optimizer_state(saved)
-    for name, tensors in parallel.optimizer_state().items():
+    parallel.state.load_optimizer_state(saved)
+    for name, tensors in parallel.state.optimizer_state().items():
         assert all(torch.equal(saved[name][key], value) for key, value in tensors.items())
     with pytest.raises(UserError, match="optimizer state for 'nobody'"):
-        parallel.load_optimizer_state({"nobody": {}})
+        parallel.state.load_optimizer_state({"nobody": {}})
     with pytest.raises(UserError, match=r"exp_avg of shape \[2\] for other; allowed: \[3\]"):
-        parallel.load_optimizer_state({"other": {"exp_avg": torch.zeros(2)}})
+        parallel.state.load_optimizer_state({"other": {"exp_avg": torch.zeros(2)}})
     assert model.learned_frames == 2
 
 
@@ -215,9 +218,9 @@ def test_weights_that_overflow_a_norm_are_still_finite(parallel: Parallel) -> No
     model = FramesModel(2, 1)
     parallel.prepare(model, build_optimizer(model, config_from_mapping({}).optimizer))
     model.other.data.fill_(3e30)
-    assert parallel.weights_are_finite()
+    assert parallel.state.weights_are_finite()
     model.other.data[1] = float("nan")
-    assert not parallel.weights_are_finite()
+    assert not parallel.state.weights_are_finite()
 
 
 # The journal

@@ -13,7 +13,6 @@ from frozen_fast.config import ExperimentConfig, config_from_mapping
 from frozen_fast.config.schema import TrainingConfig
 from frozen_fast.errors import UserError
 from frozen_fast.parallel import deepspeed
-from frozen_fast.parallel.base import check_gpus_are_there
 from frozen_fast.parallel.launch_settings import (
     check_precision,
     clips_per_pass,
@@ -22,6 +21,7 @@ from frozen_fast.parallel.launch_settings import (
     read_deepspeed,
     requested_strategy,
 )
+from frozen_fast.parallel.start import check_gpus_are_there
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}

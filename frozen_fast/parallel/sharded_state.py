@@ -1,4 +1,4 @@
-"""What the sharding strategies share: whole tensors on rank 0, and a whole copy of the model for evaluation."""
+"""Weights and optimizer state under a sharding strategy: whole tensors on rank 0, a whole model for evaluation."""
 
 from __future__ import annotations
 
@@ -9,24 +9,45 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.errors import UserError
-from frozen_fast.optimizers import optimizer_kind
-from frozen_fast.parallel.base import Parallel
+from frozen_fast.optimizers import OptimizerKind, optimizer_kind
+from frozen_fast.parallel.agreement import RankAgreement
+from frozen_fast.parallel.model_state import ModelState
 
 
-class ShardedParallel(Parallel, ABC):
-    """Parallel whose ranks hold parts of the model; subclasses say how a whole tensor is put together.
+class ShardedState(ModelState, ABC):
+    """ModelState whose ranks hold parts of the model; subclasses say how a whole tensor is put together.
 
     Gathering goes tensor by tensor, in the same order on every rank, so that no rank holds more than one whole tensor
     beyond its shards; rank 0 keeps them on the CPU.
     """
 
     gathers_copies = True
-    _hollow: nn.Module | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        kind: OptimizerKind,
+        *,
+        hollow: nn.Module,
+        ranks: RankAgreement,
+    ) -> None:
+        """Keep what gathering needs.
+
+        Args:
+            model: the bare model, sharded.
+            optimizer: the optimizer that steps on the shards.
+            kind: what this optimizer keeps.
+            hollow: hollow_copy() of the model, made before it was sharded.
+            ranks: this process among the others.
+        """
+        super().__init__(model, optimizer, kind)
+        self._hollow = hollow
+        self._ranks = ranks
 
     @abstractmethod
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -38,8 +59,10 @@ class ShardedParallel(Parallel, ABC):
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer whole, by name, on the CPU; a collective, empty but on rank 0."""
-        gathered = {name: tensor.detach().cpu().clone() for name, tensor in self.whole_parameters() if self.is_main}
-        if not self.is_main:
+        gathered = {
+            name: tensor.detach().cpu().clone() for name, tensor in self.whole_parameters() if self._ranks.is_main
+        }
+        if not self._ranks.is_main:
             return {}
         order = self.model.state_dict().keys()
         buffers = {name: tensor.detach().cpu().clone() for name, tensor in self.model.named_buffers() if name in order}
@@ -48,7 +71,6 @@ class ShardedParallel(Parallel, ABC):
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
         """A copy of the model with whole weights (or their averages) on this rank's device, while it is used."""
-        assert self._hollow is not None, "prepare() first"
         whole = copy.deepcopy(self._hollow)
         parameters = {name: nn.Parameter(tensor.detach().clone(), False) for name, tensor in self.whole_parameters()}
         for name, average in self.whole_averages():
@@ -61,21 +83,14 @@ class ShardedParallel(Parallel, ABC):
                 setattr(whole, name, value)
         yield whole
 
-    def keep_hollow(self, model: nn.Module) -> None:
-        """Remember the model's structure without its parameters, before a strategy takes it apart."""
-        memo: dict[int, Any] = {
-            id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-            for parameter in model.parameters()
-        }
-        self._hollow = copy.deepcopy(model, memo)
 
-    def all_ranks(self, condition: bool) -> bool:
-        """Whether a condition holds on every rank."""
-        if self._control is None:
-            return condition
-        flag = torch.tensor([condition], dtype=torch.int64)
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._control)
-        return bool(flag.item())
+def hollow_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model without its parameters' values, to be made before a strategy shards it."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
 
 
 def check_elementwise(config: ExperimentConfig, strategy: str) -> None:

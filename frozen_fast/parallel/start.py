@@ -1,0 +1,81 @@
+"""Start the processes' common work: join the group under the strategy that the launch asks for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from frozen_fast.config import ExperimentConfig, extensions
+from frozen_fast.errors import UserError
+from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.launch_settings import check_precision, requested_strategy
+from frozen_fast.parallel.precision import choose_precision
+
+
+def start_parallel(config: ExperimentConfig) -> Parallel:
+    """Join the other processes under the launch's strategy, and check that the world is what was asked for.
+
+    Raises:
+        UserError: no such device, a world of another size than asked for, or a launch that contradicts the
+            experiment.
+    """
+    training = config.training
+    strategy = requested_strategy(os.environ)
+    check_gpus_are_there(os.environ, training.device, strategy)
+    cpu = wants_cpu(training.device)
+    check_precision(os.environ, training)
+    device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    precision = choose_precision(training.precision, device)
+    kind: type[Parallel] = extensions.strategies.load(strategy)
+    accelerator = kind.accelerator_for(config, cpu, precision[0])
+    check_world(accelerator.num_processes, training.expected_world_size)
+    if accelerator.distributed_type.name not in kind.accelerate_types:
+        raise UserError(
+            f"accelerate config: got distributed type {accelerator.distributed_type.value} for {strategy}; "
+            f"allowed: {', '.join(kind.accelerate_types)}"
+        )
+    return kind(accelerator, config, precision)
+
+
+def wants_cpu(requested: str) -> bool:
+    """Whether to run on the CPU; `accelerate launch --cpu` says so in ACCELERATE_USE_CPU."""
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    if requested == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("training.device: got 'cuda', but PyTorch finds no CUDA device; allowed: auto, cpu")
+        if told_cpu:
+            raise UserError("training.device: got 'cuda', but accelerate was launched with use_cpu; make them agree")
+        return False
+    return requested == "cpu" or told_cpu or not torch.cuda.is_available()
+
+
+def check_gpus_are_there(environ: Mapping[str, str], device: str, strategy: str) -> None:
+    """Refuse an accelerate config for several GPUs on a machine without any, unless the experiment asks for the CPU.
+
+    Under DeepSpeed and FSDP2 the files for the CPU say use_cpu false too, so there several processes may share a CPU.
+
+    Raises:
+        UserError: naming the config for CPU processes.
+    """
+    told = environ.get("ACCELERATE_USE_CPU", "").lower()
+    processes = int(environ.get("WORLD_SIZE", "1"))
+    wants_gpus = strategy == "ddp" and device == "auto" and processes > 1 and told in ("false", "0", "no")
+    if wants_gpus and not torch.cuda.is_available():
+        raise UserError(
+            f"accelerate config: got use_cpu false and {processes} processes, but PyTorch finds no CUDA device; "
+            "allowed: configs/accelerate/cpu_2.yaml (CPU processes), or training.device=cpu"
+        )
+
+
+def check_world(num_processes: int, expected: int | None) -> None:
+    """Refuse a world of another size than the launcher started, or than training.expected_world_size."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != num_processes:
+        raise UserError(
+            f"number of processes: got {num_processes} where the launcher started {launched} (WORLD_SIZE); "
+            "launch with torchrun or an accelerate config from configs/accelerate/"
+        )
+    if expected is not None and expected != num_processes:
+        raise UserError(f"training.expected_world_size: got {num_processes} process(es); allowed: {expected}")

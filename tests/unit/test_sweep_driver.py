@@ -23,6 +23,7 @@ from frozen_fast.sweep.driver import Sweep
 from frozen_fast.sweep.outcome import whole_lines
 from frozen_fast.sweep.space import Trial, enumerate_trials
 from frozen_fast.sweep.sweep_file import read_sweep
+from frozen_fast.sweep.trial_runner import TrialRunner
 from frozen_fast.sweep.winner import write_winner
 from support.runs import REPOSITORY
 
@@ -55,22 +56,24 @@ stage = {"clips": 100, "clips_per_second": float(what), "stall_share": 0.1, "num
 """
 
 
-class QuickSweep(Sweep):
-    """A sweep whose trials run the stand-in instead of accelerate launch."""
+class QuickRunner(TrialRunner):
+    """Runs the stand-in instead of accelerate launch."""
 
     def command(self, trial: Trial, rung_overrides: Sequence[str], run_folder: Path) -> list[str]:
-        starts = self.folder.parent / "starts.txt"
-        overrides = [text for text in self._overrides(trial, rung_overrides) if "=" in text]
+        starts = self.folder.parent.parent / "starts.txt"
+        overrides = [text for text in self.overrides(trial, rung_overrides) if "=" in text]
         return [sys.executable, "-c", STAND_IN, *overrides, f"run_folder={run_folder}", f"name={starts}"]
 
 
-def make_sweep(folder: Path, values: Sequence[int], **keys: Any) -> QuickSweep:
+def make_sweep(folder: Path, values: Sequence[int], **keys: Any) -> Sweep:
     again = keys.pop("again", ())
     (folder / "experiment.yaml").write_text("name: x\n")
     tree = {"experiment": "experiment.yaml", "axes": {SETTING: list(values)}, "limits": {"seconds": 30}, **keys}
     (folder / "sweep.yaml").write_text(yaml.safe_dump(tree))
     config = read_sweep(folder / "sweep.yaml")
-    return QuickSweep(config, folder=folder / "results", train_script=Path("train.py"), again=again)
+    sweep = Sweep(config, folder=folder / "results", train_script=Path("train.py"), again=again)
+    sweep.runner = QuickRunner(config, folder=sweep.folder, train_script=Path("train.py"))
+    return sweep
 
 
 def starts(folder: Path) -> list[int]:
@@ -184,7 +187,7 @@ def test_listed_trials_are_always_tried_and_variables_reach_the_process(tmp_path
     sweep = make_sweep(tmp_path, range(10, 20), max_trials=2, trials=[listed], environment={"OMP_NUM_THREADS": "1"})
     assert len(sweep.trials) == 3
     trial = list(sweep.trials.values())[-1]
-    assert sweep._environment(trial) == {"OMP_NUM_THREADS": "1", "NCCL_DEBUG": "INFO"}
+    assert sweep.runner.environment(trial) == {"OMP_NUM_THREADS": "1", "NCCL_DEBUG": "INFO"}
     assert trial.overrides() == [f"{SETTING}=9"]
 
 
@@ -273,7 +276,7 @@ def test_every_trial_of_a_shipped_sweep_is_an_experiment(name: str, capsys: pyte
     sweep = dry_sweep(name)
     for trial in sweep.trials.values():
         for rung in sweep.rungs:
-            load_config(sweep.config.experiment, sweep._overrides(trial, rung))
+            load_config(sweep.config.experiment, sweep.runner.overrides(trial, rung))
         load_config(sweep.config.experiment, trial.overrides())  # the winner that it may be
     sweep.print_commands(sys.stdout)
     lines = capsys.readouterr().out.splitlines()

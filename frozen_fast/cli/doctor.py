@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from frozen_fast.common.machine import available_cores
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.errors import UserError, reason
 
@@ -359,7 +360,7 @@ def look_at_machine(run_folder: Path) -> Machine:
         nccl=torch.distributed.is_available() and torch.distributed.is_nccl_available(),
         shared_memory_bytes=shutil.disk_usage(shared).free if shared.is_dir() else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=available_cores(),
         disk_free_bytes=free,
         disk_error=refusal,
         disk_bytes_per_second=speed,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from frozen_fast.common.machine import available_cores
 from frozen_fast.common.progress import Tell, progress
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.config.schema import SourceConfig
@@ -59,7 +59,7 @@ def pack(arguments: argparse.Namespace) -> int:
     )
     decode = config.data.decode
     limits = PackLimits(
-        workers=_cores() if arguments.workers is None else arguments.workers,
+        workers=available_cores() if arguments.workers is None else arguments.workers,
         max_pixels=decode.max_pixels,
         max_bad_share=decode.max_bad_share,
         timeout_seconds=decode.read_timeout_seconds,
@@ -110,10 +110,6 @@ def _progress() -> Callable[[int, int, int], None]:
         shown[0](1 - newly_bad, newly_bad)
 
     return tell
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _number(text: str) -> int:

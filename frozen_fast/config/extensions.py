@@ -269,6 +269,21 @@ video_towers = ExtensionPoint(
 )
 """frozen_fast.models.video.video_tower.VideoTower classes."""
 
+_ATTENTION = "frozen_kernels.attention"
+attention_backends = ExtensionPoint(
+    "attention_backends",
+    "model.video.attention",
+    {
+        "auto": f"{_ATTENTION}.selection:choose_backend",
+        "reference": f"{_ATTENTION}.reference:attention_reference",
+        "sdpa": f"{_ATTENTION}.sdpa:attention_sdpa",
+        "cpu_c": f"{_ATTENTION}.cpu_c:attention_cpu_c",
+        "xformers": f"{_ATTENTION}.xformers:attention_xformers",
+        "triton": f"{_ATTENTION}.triton:attention_triton",
+    },
+)
+"""frozen_kernels holds the built-in ones and tells which can run; a plugin is a frozen_kernels.Backend."""
+
 text_towers = ExtensionPoint(
     "text_towers",
     "model.text.tower",

@@ -23,7 +23,6 @@ from frozen_fast.config.video_sizes import VIDEO_SIZES
 from frozen_fast.errors import unknown_value
 
 Expansion = Literal["zero", "nearest", "bilinear"]
-Attention = Literal["auto", "reference", "sdpa", "cpu_c", "xformers", "triton"]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Spread = Annotated[float, Field(gt=0)]
@@ -41,7 +40,7 @@ class VideoTowerConfig:
     time_layers: int | None = key(None, "timm, clip: layers of the transformer over time; null: 2 (clip: 4), or the checkpoint's", ge=1)
     heads: int | None = key(None, "attention heads of a released checkpoint's video tower, which the file does not contain; null: width / 64", ge=1)
     block: Literal["frozen_in_time", "timesformer"] | None = key(None, "space_time: residual of the space attention: frozen_in_time adds it to the block's input, timesformer to the output of time attention; null: frozen_in_time, or the checkpoint's")
-    attention: Attention = key("auto", "space_time: attention backend of frozen_kernels")
+    attention: str = key("auto", "attention of space_time and of CLIP's image towers: a backend of frozen_kernels, or a plugin's; auto: the fastest measured", names=extensions.attention_backends)
     fused_ops: Literal["auto", "plain"] = key("auto", "space_time: residual norms and bias + GELU by frozen_kernels' fastest form for the device (Triton, C), or by PyTorch's own operators")
     time_init: Literal["zero_output", "released", "random"] = key("zero_output", "space_time: initial time attention. zero_output: output projection 0; released: qkv 0 and projection 1, as released for more than one frame (queries and keys then get no gradient); random: as released for one frame")
     position_init_std: float = key(0.02, "space_time: standard deviation of the initial position embeddings; a tower trained from scratch on little data needs about 1 to use positions", ge=0)

@@ -66,12 +66,9 @@ def compare_with_paper(run: RunData) -> PaperComparison | None:
     )
 
 
-def _planned_stages(run: RunData) -> int:
-    return len((run.config.get("curriculum") or {}).get("stages") or ())
-
-
 def _projection(run: RunData, totals: list[StageTotals], clips: int, paper_clips: int) -> float | None:
-    if len(totals) < max(1, _planned_stages(run)) or not clips:
+    planned = (run.config.get("curriculum") or {}).get("stages") or ()
+    if len(totals) < max(1, len(planned)) or not clips:
         return None
     hours = 0.0
     for total in totals:

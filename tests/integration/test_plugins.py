@@ -20,6 +20,8 @@ video_towers.conv = outside_parts.conv_tower:ConvTower
 losses.hardest_negative = outside_parts.hardest_negative:HardestNegative
 metrics.mrr = outside_parts.mean_reciprocal_rank:MRR
 layouts.captions_in_names = outside_parts.captions_in_names:CAPTIONS_IN_NAMES
+decoders.opencv = outside_parts.opencv_decoder:OPENCV
+attention_backends.fp32 = outside_parts.fp32_attention:FP32
 """
 CAPTIONS = ["a dog runs", "a cat sleeps", "two people dance", "a car turns", "rain falls", "a ball rolls"]
 
@@ -91,6 +93,18 @@ def test_train_uses_the_parts_of_a_plugin_package(plugins: dict[str, Any], tmp_p
         [sys.executable, "-c", load, str(saved)], env=variables, capture_output=True, text=True, timeout=120
     )
     assert printed.stdout.strip() == "32", printed.stderr
+
+
+def test_train_uses_a_plugins_decoder_and_attention(plugins: dict[str, Any], tmp_path: Path) -> None:
+    """Forty steps by the plugin's parts and forty by the package's own end in the same losses."""
+    tower = ["model.video.tower=space_time", "model.video.options={}", "model.video.size=pico_patch16_32"]
+    mine = run_train(plugins, tmp_path / "plugin", *tower, "data.decode.backend=opencv", "model.video.attention=fp32")
+    assert mine.returncode == 0, mine.stderr
+    own = run_train(plugins, tmp_path / "own", *tower, "data.decode.backend=pyav", "model.video.attention=reference")
+    assert own.returncode == 0, own.stderr
+    chosen = read_json(tmp_path / "plugin" / "environment.json")["attention_backends"]
+    assert chosen == [{"backend": "fp32", "how": "model.video.attention"}]
+    assert losses(tmp_path / "plugin") == pytest.approx(losses(tmp_path / "own"), rel=1e-3)
 
 
 def test_without_the_package_the_names_are_unknown(plugins: dict[str, Any], tmp_path: Path) -> None:

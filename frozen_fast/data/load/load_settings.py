@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from frozen_fast.common.machine import available_cores
 from frozen_fast.config.schema import DecodeConfig
 
 MOST_WORKERS = 16
@@ -42,14 +43,9 @@ def load_settings(decode: DecodeConfig, device: torch.device, *, cores: int | No
     """
     workers, threads, ahead = decode.workers, decode.threads, decode.prefetch_batches
     if cores is None:
-        cores = _cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        cores = available_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if workers is None:
         workers = max(1, min(MOST_WORKERS, cores - 1)) if device.type == "cuda" and decode.backend != "dali" else 0
     if threads is None:
         threads = 1 if workers and decode.workers is None else 2
     return LoadSettings(workers, threads, ahead if ahead is not None else max(2, 2 * workers))
-
-
-def _cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

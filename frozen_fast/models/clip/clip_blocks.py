@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from frozen_fast.errors import UserError
+from frozen_fast.models.video.attention_plugins import known_attention
 from frozen_fast.models.video.blocks import FusedOps, ResidualNorm
 from frozen_kernels import cls_attention, divided_attention
 
@@ -173,6 +174,7 @@ class ClipTransformer(nn.Module):
         if depth < 1:
             raise UserError(f"layers: got {depth}; allowed: 1 or more")
         self.checkpointed_blocks = checkpointed_blocks
+        backend = known_attention(attention)
         self.resblocks = nn.ModuleList(
             ClipBlock(
                 width,
@@ -181,7 +183,7 @@ class ClipTransformer(nn.Module):
                 causal=causal,
                 activation=activation,
                 eps=eps,
-                attention=attention,
+                attention=backend,
                 fused_ops=fused_ops,
             )
             for _ in range(depth)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from frozen_fast.config.schema import VideoTowerConfig
 from frozen_fast.config.video_sizes import VIDEO_SIZES, VideoSize, named_size
-from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.errors import UserError
+from frozen_fast.models.video.attention_plugins import known_attention
 from frozen_fast.models.video.blocks import LAYER_NORM_EPS, Attention, Block, FusedOps, PatchEmbedding, SpaceTimeBlock
 from frozen_fast.models.video.space_time_flops import space_time_flops
 from frozen_fast.models.video.video_tower import VideoTower
@@ -97,13 +98,11 @@ class SpaceTimeTransformer(VideoTower):
             )
         if block not in ("frozen_in_time", "timesformer"):
             raise UserError(f"model.video.block: got {block!r}; allowed: frozen_in_time, timesformer")
-        if attention not in (AUTO_ATTENTION, *BACKEND_NAMES):
-            raise unknown_name("model.video.attention", attention, (AUTO_ATTENTION, *BACKEND_NAMES))
         self.size = size
         self.width, self.resolution = size.width, size.resolution
         self.max_frames = max_frames
         self.block = block
-        self.attention = attention
+        self.attention = known_attention(attention)
         self.fused_ops = fused_ops
         self.skip_time_attention_at_one_frame = skip_time_attention_at_one_frame
         self.checkpointed_blocks = checkpointed_blocks

@@ -37,14 +37,27 @@ _FUNCTIONS = {
 _loaded: dict[str, Backend] = {}
 
 
+def add_backend(name: str, backend: Backend) -> None:
+    """Let `divided_attention` take a backend from outside this package by name; `auto` does not choose it.
+
+    Raises:
+        ValueError: if the name is taken by another backend.
+    """
+    if name in BACKEND_NAMES or _loaded.get(name, backend) != backend:
+        raise ValueError(f"backend: got {name!r}; allowed: a name that is not in use")
+    _loaded[name] = backend
+
+
 def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """Import a backend.
 
     Raises:
         ValueError: if the name is unknown or the backend cannot run on the device in the dtype, with the reason.
     """
+    if name not in BACKEND_NAMES and name in _loaded:
+        return _loaded[name]
     if name not in BACKEND_NAMES:
-        raise ValueError(f"backend: got {name!r}; allowed: auto, {', '.join(BACKEND_NAMES)}")
+        raise ValueError(f"backend: got {name!r}; allowed: auto, {', '.join([*BACKEND_NAMES, *_loaded])}")
     reason = unavailable_backends(device, dtype).get(name)
     if reason:
         usable = [other for other in BACKEND_NAMES if other not in unavailable_backends(device, dtype)]

@@ -76,11 +76,11 @@ def test_commands_of_the_pages_have_options_that_exist(
             assert word.split("=")[0] in known, f"{line}: {word}"
 
 
-@pytest.mark.parametrize("page", sorted((REPOSITORY / "docs/extend").glob("*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/extend").glob("*.md")), ids=lambda path: path.stem)
 def test_pages_on_parts_include_the_file_that_they_describe(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     included = re.findall(r'^--8<-- "(.+)"$', text, re.MULTILINE)  # the snippet syntax of pymdownx
-    assert len(included) == 1 and (REPOSITORY / included[0]).is_file()
+    assert len(included) == 1 and (ROOT / included[0]).is_file()
     assert f"`{included[0]}`" in text and "tests/integration/test_plugins.py" in text
 
 

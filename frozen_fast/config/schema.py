@@ -42,6 +42,7 @@ class VideoTowerConfig:
     block: Literal["frozen_in_time", "timesformer"] | None = key(None, "space_time: residual of the space attention: frozen_in_time adds it to the block's input, timesformer to the output of time attention; null: frozen_in_time, or the checkpoint's")
     attention: str = key("auto", "attention of space_time and of CLIP's image towers: a backend of frozen_kernels, or a plugin's; auto: the fastest measured", names=extensions.attention_backends)
     fused_ops: Literal["auto", "plain"] = key("auto", "space_time: residual norms and bias + GELU by frozen_kernels' fastest form for the device (Triton, C), or by PyTorch's own operators")
+    residual_dtype: Literal["fp32", "bf16"] = key("fp32", "space_time: dtype of the residual stream under bf16 autocast; bf16 halves the bytes of residual sums and norms and rounds every sum")
     time_init: Literal["zero_output", "released", "random"] = key("zero_output", "space_time: initial time attention. zero_output: output projection 0; released: qkv 0 and projection 1, as released for more than one frame (queries and keys then get no gradient); random: as released for one frame")
     position_init_std: float = key(0.02, "space_time: standard deviation of the initial position embeddings; a tower trained from scratch on little data needs about 1 to use positions", ge=0)
     temporal_init_std: float = key(0.0, "standard deviation of the initial temporal embeddings, added at the first expansion; 0: as in the paper", ge=0)

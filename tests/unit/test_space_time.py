@@ -74,6 +74,25 @@ def test_checkpointed_blocks_change_neither_value_nor_gradient() -> None:
     assert_same(stored, recomputed, torch.randn(2, 2, 3, 48, 48), tolerance=0)
 
 
+def test_the_residual_stream_is_bf16_under_autocast_where_it_is_asked_for() -> None:
+    _, wide = plain_and_ours()
+    _, narrow = plain_and_ours(residual_dtype="bf16")
+    narrow.load_state_dict(wide.state_dict())
+    video = torch.randn(2, 2, 3, narrow.resolution, narrow.resolution)
+    streams: list[torch.dtype] = []
+    for block in narrow.blocks:
+        block.register_forward_hook(lambda module, inputs, outputs: streams.append(outputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = wide(video), narrow(video)
+    assert set(streams) == {torch.bfloat16} and found.dtype == expected.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
+    found.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in narrow.parameters())
+    streams.clear()
+    torch.testing.assert_close(narrow(video), wide(video))
+    assert set(streams) == {torch.float32}
+
+
 def test_checkpointed_blocks_hold_fewer_bytes_for_the_backward_pass() -> None:
     def saved_bytes(blocks: int) -> int:
         _, model = plain_and_ours(checkpointed_blocks=blocks)

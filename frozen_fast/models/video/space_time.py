@@ -33,6 +33,7 @@ from frozen_kernels import (
 from frozen_kernels.attention.api import load_backend
 
 TimeInit = Literal["zero_output", "released", "random"]
+ResidualDtype = Literal["fp32", "bf16"]
 
 AUTO_ATTENTION = "auto"
 INIT_STD = 0.02
@@ -67,6 +68,7 @@ class SpaceTimeTransformer(VideoTower):
         block: Block = "frozen_in_time",
         attention: str = "auto",
         fused_ops: FusedOps = "auto",
+        residual_dtype: ResidualDtype = "fp32",
         time_init: TimeInit = "zero_output",
         position_init_std: float = INIT_STD,
         temporal_init_std: float = 0.0,
@@ -82,6 +84,7 @@ class SpaceTimeTransformer(VideoTower):
             block: where the space residual adds (SpaceTimeBlock).
             attention: backend of frozen_kernels.divided_attention.
             fused_ops: residual norms and bias + GELU by frozen_kernels' fastest form, or by PyTorch's own operators.
+            residual_dtype: of the residual stream under bf16 autocast.
             time_init: how time attention starts (init_weights).
             position_init_std: spread of the spatial position embeddings' start.
             temporal_init_std: likewise of the temporal embeddings'; 0: zeros.
@@ -104,6 +107,7 @@ class SpaceTimeTransformer(VideoTower):
         self.block = block
         self.attention = known_attention(attention)
         self.fused_ops = fused_ops
+        self.residual_dtype = residual_dtype
         self.skip_time_attention_at_one_frame = skip_time_attention_at_one_frame
         self.checkpointed_blocks = checkpointed_blocks
         self.full_last_block = full_last_block
@@ -183,8 +187,10 @@ class SpaceTimeTransformer(VideoTower):
         return self.norm(x[:, 0] + branch[:, 0])
 
     def embed_tokens(self, video_BTCHW: Tensor) -> Tensor:
-        """CLS and patches with their positions, [B, S, D]."""
-        return add_positions(self.patch_embed(video_BTCHW), self.cls_token, self.pos_embed, self.temporal_embed)
+        """CLS and patches with their positions, [B, S, D], in the residual stream's dtype."""
+        x = add_positions(self.patch_embed(video_BTCHW), self.cls_token, self.pos_embed, self.temporal_embed)
+        narrow = self.residual_dtype == "bf16" and torch.is_autocast_enabled(x.device.type)
+        return x.to(torch.bfloat16) if narrow else x
 
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> SpaceTimeTransformer:
@@ -288,7 +294,8 @@ class SpaceTimeTransformer(VideoTower):
 
 def _settings(section: VideoTowerConfig) -> dict[str, Any]:
     """The keys that say how the tower computes, not what."""
-    return {key: getattr(section, key) for key in ("attention", "fused_ops", "checkpointed_blocks", "full_last_block")}
+    keys = ("attention", "fused_ops", "residual_dtype", "checkpointed_blocks", "full_last_block")
+    return {key: getattr(section, key) for key in keys}
 
 
 def init_time_attention(attention: Attention, time_init: TimeInit) -> None:

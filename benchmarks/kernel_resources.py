@@ -91,10 +91,16 @@ def layer_norm_case(width: int, stream: torch.dtype, branch: torch.dtype | None)
     x = torch.empty(ROWS, width, dtype=stream, device="meta")
     other = None if branch is None else x.to(branch)
     weight = torch.empty(width, device="meta")
-    total, normed, statistics = triton_layer_norm.launch_forward(x, other, weight, weight, 1e-6, torch.bfloat16)
-    triton_layer_norm.launch_backward(
-        torch.empty_like(total), normed, total, weight, statistics, branch if branch != stream else None
-    )
+    bias = None if branch is None else weight
+    for keep_sum in (True, False) if branch is not None else (False,):
+        _, normed, statistics = triton_layer_norm.launch_forward(
+            x, other, bias, weight, weight, 1e-6, torch.bfloat16, keep_sum
+        )
+        again = (None, None) if keep_sum else (other, bias)  # what the backward pass adds once more
+        apart = branch if not keep_sum or branch != stream else None
+        triton_layer_norm.launch_backward(
+            torch.empty_like(x), normed, x, *again, weight, statistics, apart, branch is not None, not keep_sum
+        )
 
 
 def bias_gelu_case(width: int, dtype: torch.dtype) -> None:

@@ -20,6 +20,12 @@ FUSED_CASES = [
     ("layer_norm", "float32", 7, 33),
     ("layer_norm", "float16", 3, 64),
     ("mixed_layer_norm", "bfloat16", 6, 48),
+    ("biased_layer_norm", "float32", 5, 24),
+    ("biased_layer_norm", "bfloat16", 70, 48),
+    ("mixed_biased_layer_norm", "bfloat16", 6, 48),
+    ("through_layer_norm", "float32", 5, 24),
+    ("through_layer_norm", "bfloat16", 70, 48),
+    ("mixed_through_layer_norm", "bfloat16", 6, 48),
     ("bias_gelu", "float32", 5, 24),
     ("bias_gelu", "float32", 1, 1),
     ("bias_gelu", "bfloat16", 11, 300),
@@ -40,15 +46,15 @@ def fused_errors(op: str, dtype: str, rows: int, width: int, backend: str = "tri
         ours, plain = partial(bias_gelu, backend=backend), bias_gelu_reference
         exact: Callable[..., object] = _exact_gelu
     else:
-        branch = None if op == "layer_norm" else draw(2, rows, width)
-        first = draw(2, rows, width)
-        out_dtype = kind
-        if op == "mixed_layer_norm":
-            first = first.float()
-        inputs = [first, draw(width), draw(width)] if branch is None else [first, branch, draw(width), draw(width)]
-        ours = partial(_layer_norm, partial(add_layer_norm, backend=backend, out_dtype=out_dtype), branch is None)
-        plain = partial(_layer_norm, partial(_plain_layer_norm, out_dtype=out_dtype), branch is None)
-        exact = partial(_layer_norm, _exact_layer_norm, branch is None)
+        branch = [] if op == "layer_norm" else [draw(2, rows, width)]
+        first = draw(2, rows, width).to(torch.float32 if "mixed" in op else kind)
+        inputs = [first, draw(width), draw(width), *branch]
+        if "biased" in op or "through" in op:
+            inputs.append(draw(width))
+        keep_sum = "through" not in op
+        ours = partial(_layer_norm, partial(add_layer_norm, backend=backend, out_dtype=kind), keep_sum)
+        plain = partial(_layer_norm, partial(_plain_layer_norm, out_dtype=kind), keep_sum)
+        exact = partial(_layer_norm, _exact_layer_norm, keep_sum)
     weights = torch.Generator().manual_seed(1)
     truth = _run(exact, [value.double() for value in inputs], weights)
     found, own = _run(ours, inputs, weights), _run(plain, inputs, weights)
@@ -62,19 +68,24 @@ def fused_errors(op: str, dtype: str, rows: int, width: int, backend: str = "tri
     }
 
 
-def _layer_norm(function, no_branch: bool, x: Tensor, *rest: Tensor):
-    branch, weight, bias = (None, *rest) if no_branch else rest
-    return function(x, branch, weight, bias)
+def _layer_norm(
+    function, keep_sum: bool, x: Tensor, weight: Tensor, bias: Tensor, branch=None, branch_bias=None
+) -> tuple[Tensor, Tensor]:
+    return function(x, branch, weight, bias, branch_bias_D=branch_bias, keep_sum=keep_sum)
 
 
-def _plain_layer_norm(x, branch, weight, bias, out_dtype):
-    return add_layer_norm_reference(x, branch, weight, bias, 1e-6, out_dtype)
+def _plain_layer_norm(x, branch, weight, bias, out_dtype, branch_bias_D, keep_sum):
+    return add_layer_norm_reference(
+        x, branch, weight, bias, 1e-6, out_dtype, branch_bias_D=branch_bias_D, keep_sum=keep_sum
+    )
 
 
-def _exact_layer_norm(x, branch, weight, bias):
+def _exact_layer_norm(x, branch, weight, bias, branch_bias_D, keep_sum):
     total = x if branch is None else x + branch
+    total = total if branch_bias_D is None else total + branch_bias_D
     deviation = (total.var(dim=-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-    return total, (total - total.mean(dim=-1, keepdim=True)) / deviation * weight + bias
+    normed = (total - total.mean(dim=-1, keepdim=True)) / deviation * weight + bias
+    return total if keep_sum else x, normed
 
 
 def _exact_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ def run_interpreted(group: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-POINTERS = ("qkv", "out", "grad_out", "grad_qkv", "x", "branch", "weight", "bias", "total", "normed", "grad", "narrow")
-POINTERS += ("grad_total", "grad_normed")
+POINTERS = ("qkv", "out", "grad_out", "grad_qkv", "x", "branch", "weight", "bias", "total", "normed", "grad", "stream")
+POINTERS += ("grad_stream", "grad_normed", "grad_branch", "branch_bias")
 FP32_POINTERS = ("stats", "sums", "lse", "delta", "cls_lse", "cls_delta", "query_parts", "key_parts", "value_parts")
-FP32_POINTERS += ("statistics", "weight_parts", "bias_parts", "parts")
+FP32_POINTERS += ("statistics", "weight_parts", "bias_parts", "branch_parts", "parts")
 
 
 def compile_for_hopper(kernel: Any, dtype: str, constants: dict[str, int], warps: int) -> Any:

@@ -62,16 +62,17 @@ def test_interpreted_triton_forms(case, interpreted):
     assert_close(interpreted["-".join(map(str, case))], getattr(torch, case[1]), cut_off=True)
 
 
-BOTH, NEITHER = ({"HAS_TOTAL": used, "HAS_NARROW": used} for used in (True, False))
+FORWARD = ("HAS_BRANCH", "HAS_BIAS", "KEEP_SUM")
+BACKWARD = ("HAS_STREAM", "HAS_BRANCH", "HAS_BIAS", "BRANCH_APART", "SUM_BRANCH", "THROUGH")
 
 
 @pytest.mark.parametrize(
     ("module", "kernel", "dtype", "constants"),
     [
-        ("triton_layer_norm", "forward_kernel", "bf16", {"HAS_BRANCH": True, "ROWS": 4, "DP": 1024}),
-        ("triton_layer_norm", "forward_kernel", "fp16", {"HAS_BRANCH": False, "ROWS": 4, "DP": 1024}),
-        ("triton_layer_norm", "backward_kernel", "bf16", {**BOTH, "ROWS": 64, "DP": 1024}),
-        ("triton_layer_norm", "backward_kernel", "fp16", {**NEITHER, "ROWS": 64, "DP": 1024}),
+        ("triton_layer_norm", "forward_kernel", "bf16", {**dict.fromkeys(FORWARD, True), "ROWS": 4, "DP": 1024}),
+        ("triton_layer_norm", "forward_kernel", "fp16", {**dict.fromkeys(FORWARD, False), "ROWS": 4, "DP": 1024}),
+        ("triton_layer_norm", "backward_kernel", "bf16", {**dict.fromkeys(BACKWARD, True), "ROWS": 64, "DP": 1024}),
+        ("triton_layer_norm", "backward_kernel", "fp16", {**dict.fromkeys(BACKWARD, False), "ROWS": 64, "DP": 1024}),
         ("triton_bias_gelu", "forward_kernel", "bf16", {"ROWS": 8, "COLUMNS": 256}),
         ("triton_bias_gelu", "backward_kernel", "bf16", {"ROWS": 64, "COLUMNS": 256}),
     ],
@@ -117,6 +118,8 @@ def test_mistakes_are_named():
         add_layer_norm(x, torch.zeros(2, 3, 4), weight, weight)
     with pytest.raises(ValueError, match=r"weight, bias: got \(4,\), \(8,\); allowed: \[8\]"):
         add_layer_norm(x, None, torch.ones(4), weight)
+    with pytest.raises(ValueError, match=r"branch_bias: got \(8,\) without a branch; allowed: \[8\] with a branch"):
+        add_layer_norm(x, None, weight, weight, branch_bias_D=weight)
     with pytest.raises(ValueError, match=r"bias: got shape \(4,\); allowed: \[8\]"):
         bias_gelu(x, torch.zeros(4))
     patches, cls_token, pos, temporal = positions_case()

@@ -57,8 +57,13 @@ class ResidualNorm(nn.LayerNorm):
         super().__init__(width, eps=eps)
         self.fused_ops = fused_ops
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(x + branch, its norm), both [..., D]; the norm in the dtype that matrix products take here."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None, keep_sum: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """(x + branch + branch_bias, its norm), both [..., D]; the norm in the dtype that matrix products take here.
+
+        Without keep_sum the first is x, and the sum is not written to memory.
+        """
         device_type = x.device.type
         autocast = torch.is_autocast_enabled(device_type)
         return add_layer_norm(
@@ -66,6 +71,8 @@ class ResidualNorm(nn.LayerNorm):
             branch,
             self.weight,
             self.bias,
+            branch_bias_D=branch_bias,
+            keep_sum=keep_sum,
             eps=self.eps,
             out_dtype=torch.get_autocast_dtype(device_type) if autocast else None,
             backend=_form(self.fused_ops),
@@ -84,10 +91,30 @@ class QkvLinear(nn.Linear):
         return F.linear(x_BSD[:, :1], query_weight, query_bias), F.linear(x_BSD, kv_weight, kv_bias)
 
 
+class BranchLinear(nn.Linear):
+    """The linear layer at the end of a branch; the residual norm that comes next adds its bias."""
+
+    def __init__(self, width: int, branch_width: int, fused_ops: FusedOps) -> None:
+        """Weights as nn.Linear's."""
+        super().__init__(width, branch_width)
+        self.fused_ops = fused_ops
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        """[..., K] -> ([..., D] without the bias, the bias [D]); ([..., D], None) where no kernel would add it.
+
+        The bias is a copy: under sharding the parameter's own memory is free again when the norm reads it.
+        """
+        if fused_form(_form(self.fused_ops), x.device, x.dtype) == "plain":
+            return super().forward(x), None
+        return F.linear(x, self.weight), self.bias.clone()
+
+
 class Attention(nn.Module):
     """Divided attention over one axis: qkv, attention of frozen_kernels, output projection."""
 
-    def __init__(self, width: int, heads: int, axis: Literal["time", "space"], backend: str) -> None:
+    def __init__(
+        self, width: int, heads: int, axis: Literal["time", "space"], backend: str, fused_ops: FusedOps
+    ) -> None:
         """Hold the two linear layers under their released names."""
         super().__init__()
         self.heads = heads
@@ -95,10 +122,10 @@ class Attention(nn.Module):
         self.backend = backend
         self.backend_at: dict[int, str] = {}  # frames -> what "auto" chose beforehand, where it cannot while it runs
         self.qkv = QkvLinear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.proj = BranchLinear(width, width, fused_ops)
 
-    def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False) -> Tensor:
-        """[B, S, D] -> [B, S, D], or [B, 1, D] with cls_only: keys and values of all tokens, the query of CLS only."""
+    def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] -> BranchLinear's [B, S, D] and bias; [B, 1, D] with cls_only, the query of CLS on all tokens."""
         if not cls_only:
             qkv_BS3ND = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1))
             backend = self.backend_at.get(num_frames, self.backend)
@@ -130,10 +157,10 @@ class Mlp(nn.Module):
         """Hold the two linear layers under their released names."""
         super().__init__()
         self.fc1 = GeluLinear(width, hidden, fused_ops)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = BranchLinear(hidden, width, fused_ops)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., D] -> BranchLinear's [..., D] and bias."""
         return self.fc2(self.fc1(x))
 
 
@@ -142,7 +169,8 @@ class SpaceTimeBlock(nn.Module):
 
     time = timeattn(norm3(x)); space = attn(norm1(x + time)); then Frozen in Time adds space to the block's INPUT,
     y = x + space, and TimeSformer's divided block adds it to x + time; out = y + mlp(norm2(y)). The last sum is left
-    to who comes next, which adds and normalises in one pass: a block takes and returns (stream, branch still to add).
+    to the next block's norm, which adds and normalises in one pass: a block takes and returns the stream, the branch
+    that is still to be added, and the branch's bias where its linear layer has not added it.
     """
 
     def __init__(
@@ -161,27 +189,31 @@ class SpaceTimeBlock(nn.Module):
         self.residual_from_input = block == "frozen_in_time"
         self.skip_time_at_one_frame = skip_time_at_one_frame
         self.norm1 = ResidualNorm(width, fused_ops)
-        self.attn = Attention(width, heads, "space", attention)
-        self.timeattn = Attention(width, heads, "time", attention)
+        self.attn = Attention(width, heads, "space", attention, fused_ops)
+        self.timeattn = Attention(width, heads, "time", attention, fused_ops)
         self.norm2 = ResidualNorm(width, fused_ops)
         self.mlp = Mlp(width, hidden, fused_ops)
         self.norm3 = ResidualNorm(width, fused_ops)
 
     def forward(
-        self, x_BSD: Tensor, branch: Tensor | None, num_frames: int, cls_only: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """(stream, branch) [B, S, D] -> the same, or their CLS rows [B, 1, D] with cls_only."""
+        self,
+        x_BSD: Tensor,
+        branch: Tensor | None,
+        branch_bias: Tensor | None,
+        num_frames: int,
+        cls_only: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(stream, branch [B, S, D], bias [D]) -> the same; with cls_only the CLS rows of stream and branch."""
         if num_frames == 1 and self.skip_time_at_one_frame:
-            x_BSD = x_BSD if branch is None else x_BSD + branch
-            time = self._skipped_time(x_BSD)
+            x_BSD = add_branch(x_BSD, branch, branch_bias)
+            time, time_bias = self._skipped_time(x_BSD), None
         else:
-            x_BSD, normed = self.norm3(x_BSD, branch)
-            time = self.timeattn(normed, num_frames)
-        with_time, normed = self.norm1(x_BSD, time)
-        space = self.attn(normed, num_frames, cls_only=cls_only)
-        residual = x_BSD if self.residual_from_input else with_time
-        y, normed = self.norm2(residual[:, :1] if cls_only else residual, space)
-        return y, self.mlp(normed)
+            x_BSD, normed = self.norm3(x_BSD, branch, branch_bias)
+            time, time_bias = self.timeattn(normed, num_frames)
+        residual, normed = self.norm1(x_BSD, time, time_bias, keep_sum=not self.residual_from_input)
+        space, space_bias = self.attn(normed, num_frames, cls_only=cls_only)
+        y, normed = self.norm2(residual[:, :1] if cls_only else residual, space, space_bias)
+        return y, *self.mlp(normed)
 
     def _skipped_time(self, x_BSD: Tensor) -> Tensor:
         """Zeros that keep the branch's parameters in the graph.
@@ -189,7 +221,16 @@ class SpaceTimeBlock(nn.Module):
         DDP refuses parameters without a gradient, and ZeRO-3 applies the gradient of an earlier step to them.
         """
         branch = (*self.norm3.parameters(), *self.timeattn.parameters())
-        return (0.0 * torch.stack([parameter.flatten()[0] for parameter in branch]).sum()).expand_as(x_BSD)
+        return (
+            (0.0 * torch.stack([parameter.flatten()[0] for parameter in branch]).sum()).to(x_BSD.dtype).expand_as(x_BSD)
+        )
+
+
+def add_branch(x: Tensor, branch: Tensor | None, branch_bias: Tensor | None) -> Tensor:
+    """The residual sum without a norm, in the stream's dtype."""
+    for addend in (branch, branch_bias):
+        x = x if addend is None else (x + addend).to(x.dtype)
+    return x
 
 
 def _form(fused_ops: FusedOps) -> str:

@@ -18,7 +18,15 @@ from frozen_fast.config.schema import VideoTowerConfig
 from frozen_fast.config.video_sizes import VIDEO_SIZES, VideoSize, named_size
 from frozen_fast.errors import UserError
 from frozen_fast.models.video.attention_plugins import known_attention
-from frozen_fast.models.video.blocks import LAYER_NORM_EPS, Attention, Block, FusedOps, PatchEmbedding, SpaceTimeBlock
+from frozen_fast.models.video.blocks import (
+    LAYER_NORM_EPS,
+    Attention,
+    Block,
+    FusedOps,
+    PatchEmbedding,
+    SpaceTimeBlock,
+    add_branch,
+)
 from frozen_fast.models.video.space_time_flops import space_time_flops
 from frozen_fast.models.video.video_tower import VideoTower
 from frozen_fast.models.video.vit_weights import load_vit_weights
@@ -176,15 +184,16 @@ class SpaceTimeTransformer(VideoTower):
         num_frames = video_BTCHW.shape[1]
         x = self.embed_tokens(video_BTCHW)
         branch: Tensor | None = None
+        branch_bias: Tensor | None = None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            arguments = (x, branch, num_frames, index == last and not self.full_last_block)
+            arguments = (x, branch, branch_bias, num_frames, index == last and not self.full_last_block)
             if index < self.checkpointed_blocks and torch.is_grad_enabled():
-                x, branch = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x, branch, branch_bias = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, branch = block(*arguments)
+                x, branch, branch_bias = block(*arguments)
         assert branch is not None, "a tower has at least one block"
-        return self.norm(x[:, 0] + branch[:, 0])
+        return self.norm(add_branch(x[:, 0], branch[:, 0], branch_bias).to(self.norm.weight.dtype))
 
     def embed_tokens(self, video_BTCHW: Tensor) -> Tensor:
         """CLS and patches with their positions, [B, S, D], in the residual stream's dtype."""

@@ -15,27 +15,35 @@ NONE = -1
 
 
 def _library(
-    total: torch.dtype,
+    stream: torch.dtype,
     normed: torch.dtype,
     *,
     x: torch.dtype | None = None,
     branch: torch.dtype | None = None,
-    narrow: torch.dtype | None = None,
+    grad_branch: torch.dtype | None = None,
 ) -> ctypes.CDLL:
-    kinds = {"X": x or total, "BRANCH": branch, "TOTAL": total, "NORMED": normed, "NARROW": narrow}
+    kinds = {"X": x or stream, "BRANCH": branch, "STREAM": stream, "NORMED": normed, "GRAD_BRANCH": grad_branch}
     return load_kernels("layer_norm.c", {name: NONE if kind is None else KINDS[kind] for name, kind in kinds.items()})
 
 
 def launch_forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, normalised, mean and 1/deviation [R, 2]); the sum is a copy of x where there is no branch."""
+    """(sum, or nothing without keep_sum; normalised; mean and 1/deviation [R, 2])."""
     width = x.shape[-1]
     x = x.contiguous()
     branch = None if branch is None else branch.contiguous()
     dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
     library = _library(dtype, out_dtype, x=x.dtype, branch=None if branch is None else branch.dtype)
-    total, normed = (torch.empty_like(x, dtype=kind) for kind in (dtype, out_dtype))
+    total = torch.empty_like(x, dtype=dtype) if keep_sum else x.new_empty(0, dtype=dtype)
+    normed = torch.empty_like(x, dtype=out_dtype)
     statistics = torch.empty(x.numel() // width, 2)
     in_parallel(
         library.layer_norm_forward,
@@ -44,9 +52,10 @@ def launch_forward(
         ctypes.c_float(eps),
         x,
         branch,
+        None if branch_bias is None else branch_bias.float().contiguous(),
         weight.float().contiguous(),
         bias.float().contiguous(),
-        total,
+        total if keep_sum else None,
         normed,
         statistics,
     )
@@ -54,36 +63,43 @@ def launch_forward(
 
 
 def launch_backward(
-    grad_total: Tensor | None,
+    grad_stream: Tensor | None,
     grad_normed: Tensor,
-    total: Tensor,
+    stream: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
     weight: Tensor,
     statistics: Tensor,
-    narrow_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the sum, in its dtype and in narrow_dtype (or empty), of the weight and of the bias.
-
-    The last two are added over the parts in a fixed order.
-    """
-    width = total.shape[-1]
-    rows = total.numel() // width
-    library = _library(total.dtype, grad_normed.dtype, narrow=narrow_dtype)
-    grad = torch.empty_like(total)
-    narrow = torch.empty_like(total, dtype=narrow_dtype) if narrow_dtype else total.new_empty(0)
+    branch_dtype: torch.dtype | None,
+    sum_branch: bool,
+    through: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See triton_layer_norm.launch_backward; the last three are added over the parts in a fixed order."""
+    width = stream.shape[-1]
+    rows = stream.numel() // width
+    stream = stream.contiguous()
+    recomputed = None if branch is None else branch.dtype
+    library = _library(stream.dtype, grad_normed.dtype, branch=recomputed, grad_branch=branch_dtype)
+    grad = torch.empty_like(stream)
+    grad_branch = torch.empty_like(stream, dtype=branch_dtype) if branch_dtype else stream.new_empty(0)
     tasks = max(1, min(TASKS, rows))
-    parts = torch.empty(2, tasks, width)
+    parts = torch.empty(2 + sum_branch, tasks, width)
     in_parallel(
         library.layer_norm_backward,
         tasks,
         *(ctypes.c_long(size) for size in (rows, width)),
-        None if grad_total is None else grad_total.contiguous(),
+        *(ctypes.c_int(flag) for flag in (sum_branch, through)),
+        None if grad_stream is None else grad_stream.contiguous(),
         grad_normed.contiguous(),
-        total,
+        stream,
+        None if branch is None else branch.contiguous(),
+        None if branch_bias is None else branch_bias.float().contiguous(),
         weight.float().contiguous(),
         statistics,
         grad,
-        narrow,
+        grad_branch,
         parts,
     )
-    grad_weight, grad_bias = parts.sum(dim=1).to(weight.dtype).unbind(0)
-    return grad, narrow, grad_weight.clone(), grad_bias.clone()
+    sums = parts.sum(dim=1)
+    grad_weight, grad_bias = (part.to(weight.dtype, copy=True) for part in sums[:2].unbind(0))
+    return grad, grad_branch, grad_weight, grad_bias, sums[2].clone() if sum_branch else sums.new_empty(0)

@@ -1,4 +1,4 @@
-"""Residual sum and LayerNorm in one pass: the sum is written once and normalised while it is in registers.
+"""Residual sum and LayerNorm in one pass: the sum is normalised while it is in registers.
 
 The plain form is `add_layer_norm_reference`; the others are frozen_kernels.fused.triton_layer_norm and
 cpu_c_layer_norm. Legend: R rows (all axes but the last), D width.
@@ -18,12 +18,22 @@ from frozen_kernels.fused.forms import fused_form
 
 
 def add_layer_norm_reference(
-    x: Tensor, branch: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float, out_dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    *,
+    branch_bias_D: Tensor | None = None,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(x + branch, LayerNorm of it in out_dtype), statistics in fp32."""
+    """(x + branch + branch_bias or x, LayerNorm of the sum in out_dtype), statistics in fp32."""
     total = x if branch is None else x + branch
+    if branch_bias_D is not None:
+        total = (total + branch_bias_D).to(total.dtype)
     normed = layer_norm(total.float(), (total.shape[-1],), weight_D.float(), bias_D.float(), eps)
-    return total, normed.to(out_dtype)
+    return total if keep_sum else x, normed.to(out_dtype)
 
 
 def _kernels(form: str) -> ModuleType:
@@ -31,79 +41,136 @@ def _kernels(form: str) -> ModuleType:
     return import_module(f"frozen_kernels.fused.{form}_layer_norm")
 
 
+def sum_dtype(x: Tensor, branch: Tensor | None) -> torch.dtype:
+    """The wider of both dtypes."""
+    return x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
+
+
 @torch.library.custom_op("frozen_kernels::add_layer_norm", mutates_args=())
 def _forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, form: str
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep_sum: bool,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(form).launch_forward(x, branch, weight, bias, eps, out_dtype)
+    return _kernels(form).launch_forward(x, branch, branch_bias, weight, bias, eps, out_dtype, keep_sum)
 
 
 @_forward.register_fake
 def _(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, form: str
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    keep_sum: bool,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    rows = x.numel() // x.shape[-1]
-    total, normed = (x.new_empty(x.shape, dtype=kind) for kind in (dtype, out_dtype))
-    return total, normed, x.new_empty(rows, 2, dtype=torch.float32)
+    total = x.new_empty(x.shape if keep_sum else 0, dtype=sum_dtype(x, branch))
+    return total, x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("frozen_kernels::add_layer_norm_backward", mutates_args=())
 def _backward(
-    grad_total: Tensor | None,
+    grad_stream: Tensor | None,
     grad_normed: Tensor,
-    total: Tensor,
+    stream: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
     weight: Tensor,
     statistics: Tensor,
-    narrow_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None,
+    sum_branch: bool,
+    through: bool,
     form: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _kernels(form).launch_backward(grad_total, grad_normed, total, weight, statistics, narrow_dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _kernels(form).launch_backward(
+        grad_stream, grad_normed, stream, branch, branch_bias, weight, statistics, branch_dtype, sum_branch, through
+    )
 
 
 @_backward.register_fake
 def _(
-    grad_total: Tensor | None,
+    grad_stream: Tensor | None,
     grad_normed: Tensor,
-    total: Tensor,
+    stream: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
     weight: Tensor,
     statistics: Tensor,
-    narrow_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None,
+    sum_branch: bool,
+    through: bool,
     form: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    narrow = torch.empty_like(total, dtype=narrow_dtype) if narrow_dtype else total.new_empty(0)
-    return torch.empty_like(total), narrow, torch.empty_like(weight), torch.empty_like(weight)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_branch = torch.empty_like(stream, dtype=branch_dtype) if branch_dtype else stream.new_empty(0)
+    grad_branch_bias = weight.new_empty(stream.shape[-1] if sum_branch else 0, dtype=torch.float32)
+    return torch.empty_like(stream), grad_branch, torch.empty_like(weight), torch.empty_like(weight), grad_branch_bias
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, branch, weight, bias, _, _, ctx.form = inputs
-    ctx.dtypes = (x.dtype, None if branch is None else branch.dtype, bias.dtype)
-    ctx.set_materialize_grads(False)  # the last block's sum goes nowhere
-    ctx.save_for_backward(output[0], weight, output[2])
+class _AddLayerNorm(torch.autograd.Function):
+    """The two custom operators; where the sum is not kept, the stream is handed through and its gradient added."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        branch_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        out_dtype: torch.dtype,
+        keep_sum: bool,
+        form: str,
+    ) -> tuple[Tensor, Tensor]:
+        total, normed, statistics = _forward(x, branch, branch_bias, weight, bias, eps, out_dtype, keep_sum, form)
+        ctx.set_materialize_grads(False)  # the last block's sum goes nowhere
+        ctx.keep_sum, ctx.form = keep_sum, form
+        ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (x, branch, branch_bias, bias))
+        if keep_sum:
+            ctx.save_for_backward(total, None, None, weight, statistics)
+            return total, normed
+        ctx.save_for_backward(x, branch, branch_bias, weight, statistics)
+        return x.view_as(x), normed
 
-def _differentiate(
-    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, unused: None
-) -> tuple[Tensor | None, ...]:
-    total, weight, statistics = ctx.saved_tensors
-    x_dtype, branch_dtype, bias_dtype = ctx.dtypes
-    if grad_normed is None:
-        grad_normed = torch.zeros_like(total)
-    narrow_dtype = next((kind for kind in (branch_dtype, x_dtype) if kind not in (None, total.dtype)), None)
-    grad, narrow, grad_weight, grad_bias = _backward(
-        grad_total, grad_normed, total, weight, statistics, narrow_dtype, ctx.form
-    )
-    by_dtype = {total.dtype: grad, narrow_dtype: narrow}
-
-    def gradient(dtype: torch.dtype) -> Tensor:
-        # bf16 and fp16 add up to fp32: then two dtypes are narrower than the sum's
-        return by_dtype[dtype] if dtype in by_dtype else grad.to(dtype)
-
-    grad_branch = None if branch_dtype is None else gradient(branch_dtype)
-    return gradient(x_dtype), grad_branch, grad_weight, grad_bias.to(bias_dtype), None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_stream, grad_normed = grads
+        stream, branch, branch_bias, weight, statistics = ctx.saved_tensors
+        x_dtype, branch_dtype, branch_bias_dtype, bias_dtype = ctx.dtypes
+        if grad_normed is None:
+            grad_normed = torch.zeros_like(stream)
+        # With the sum kept, stream and branch get the same gradient: one tensor serves both where their dtypes agree.
+        apart = branch_dtype is not None and (not ctx.keep_sum or branch_dtype != stream.dtype)
+        grad, grad_branch, grad_weight, grad_bias, grad_branch_bias = _backward(
+            grad_stream,
+            grad_normed,
+            stream,
+            branch,
+            branch_bias,
+            weight,
+            statistics,
+            branch_dtype if apart else None,
+            branch_bias_dtype is not None,
+            not ctx.keep_sum,
+            ctx.form,
+        )
+        return (
+            grad.to(x_dtype),
+            (grad_branch if apart else grad) if branch_dtype is not None else None,
+            grad_branch_bias.to(branch_bias_dtype) if branch_bias_dtype is not None else None,
+            grad_weight,
+            grad_bias.to(bias_dtype),
+            *(None,) * 4,
+        )
 
 
 def add_layer_norm(
@@ -112,6 +179,8 @@ def add_layer_norm(
     weight_D: Tensor,
     bias_D: Tensor,
     *,
+    branch_bias_D: Tensor | None = None,
+    keep_sum: bool = True,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -123,12 +192,17 @@ def add_layer_norm(
         branch: [..., D], what is added to it, in any of these dtypes; None: nothing.
         weight_D: LayerNorm weight.
         bias_D: LayerNorm bias.
+        branch_bias_D: added to the branch: the bias of the linear layer that made it. Its gradient is reduced where
+            the branch's is computed, so that no pass over the branch's gradient is left for it.
+        keep_sum: return the sum; otherwise return x, and the sum is not written to memory. The gradient of the
+            returned x is then added in the same backward pass.
         eps: added to the variance; 1e-6 in the released model.
         out_dtype: dtype of the normalised result; none: that of the sum.
         backend: auto (Triton on CUDA, C on a CPU), plain, triton, or cpu_c.
 
     Returns:
-        (x + branch [..., D] in the wider of both dtypes, its LayerNorm [..., D]); differentiable in all tensors.
+        (x + branch + branch_bias [..., D] in the wider dtype of x and branch, or x; the LayerNorm of the sum [..., D]);
+        differentiable in all tensors.
 
     Raises:
         ValueError: for shapes that differ or a backend that cannot run here.
@@ -137,10 +211,16 @@ def add_layer_norm(
         raise ValueError(f"branch: got shape {tuple(branch.shape)}; allowed: that of x, {tuple(x.shape)}")
     if weight_D.shape != x.shape[-1:] or bias_D.shape != x.shape[-1:]:
         raise ValueError(f"weight, bias: got {tuple(weight_D.shape)}, {tuple(bias_D.shape)}; allowed: [{x.shape[-1]}]")
-    dtype = x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
-    out_dtype = out_dtype or dtype
-    form = fused_form(backend, x.device, dtype)
+    if branch_bias_D is not None and (branch is None or branch_bias_D.shape != x.shape[-1:]):
+        got = f"{tuple(branch_bias_D.shape)} with{'out' if branch is None else ''} a branch"
+        raise ValueError(f"branch_bias: got {got}; allowed: [{x.shape[-1]}] with a branch")
+    out_dtype = out_dtype or sum_dtype(x, branch)
+    form = fused_form(backend, x.device, sum_dtype(x, branch))
     if form == "plain":
-        return add_layer_norm_reference(x, branch, weight_D, bias_D, eps, out_dtype)
-    total, normed, _ = _forward(x, branch, weight_D, bias_D, eps, out_dtype, form)
-    return total, normed
+        return add_layer_norm_reference(
+            x, branch, weight_D, bias_D, eps, out_dtype, branch_bias_D=branch_bias_D, keep_sum=keep_sum
+        )
+    keep_sum = keep_sum and branch is not None  # without a branch the sum is x
+    arguments = (x, branch, branch_bias_D, weight_D, bias_D, eps, out_dtype, keep_sum, form)
+    stream, normed = _AddLayerNorm.apply(*arguments)  # type: ignore[no-untyped-call]
+    return stream, normed

@@ -78,15 +78,13 @@ PRODUCTS_OF = {"triton_attention": 2, "triton_attention_backward": {"time": 5, "
 
 @dataclass(frozen=True)
 class Variant:
-    """A step with one thing changed; projected: the code cannot do it yet."""
+    """A step with one thing changed."""
 
     name: str
     attention: str = "triton"
     fused: bool = True
     full_last_block: bool = False
     residual_dtype: ResidualDtype = "fp32"
-    bias_gradients: bool = True
-    projected: bool = False
 
 
 BUILT = Variant("as built: triton attention, fused ops, CLS only in the last block")
@@ -96,8 +94,6 @@ VARIANTS = (
     replace(BUILT, name="PyTorch's own norms and GELU", fused=False),
     replace(BUILT, name="last block in full", full_last_block=True),
     replace(BUILT, name="residual stream in bf16", residual_dtype="bf16"),
-    replace(BUILT, name="bias gradients from kernels that hold the values", bias_gradients=False, projected=True),
-    replace(BUILT, name="both of these", residual_dtype="bf16", bias_gradients=False, projected=True),
 )
 
 
@@ -126,7 +122,7 @@ class Counter(TorchDispatchMode):
             return out
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        kind = "optimizer" if self.optimizing else class_of(name, tensors)
+        kind = "optimizer" if self.optimizing else class_of(name, tensors, args)
         count = self.counts.setdefault((kind, name), Count())
         count.operators += 1
         axis = next((value for value in args if value in qkv_layout.AXES), "") if kind == "attention" else ""
@@ -138,7 +134,7 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def class_of(name: str, tensors: list[Tensor]) -> str:
+def class_of(name: str, tensors: list[Tensor], args: Any) -> str:
     """Which class an operator belongs to."""
     if name in PRODUCTS:
         return "products"
@@ -147,7 +143,7 @@ def class_of(name: str, tensors: list[Tensor]) -> str:
     for word, kind in (("norm", "norms"), ("gelu", "gelu"), ("_to_copy", "casts")):
         if word in name:
             return kind
-    if name == "sum" and tensors and tensors[0].dim() == 2:
+    if name == "sum" and tensors and tensors[0].dim() == 2 and list(args[1]) == [0]:  # over rows
         return "bias gradients"
     return "copies" if name in COPIES else "elementwise"
 
@@ -212,8 +208,7 @@ def count_step(variant: Variant, frames: int, batch: int, size: str = SIZE) -> d
             cls_BD.backward(torch.empty_like(cls_BD))
             counter.optimizing = True
             optimizer.step()
-    counts = counter.counts
-    return counts if variant.bias_gradients else {k: v for k, v in counts.items() if k[0] != "bias gradients"}
+    return counter.counts
 
 
 def project(counts: dict[tuple[str, str], Count], flops: float, device: str) -> dict[str, Any]:
@@ -254,7 +249,6 @@ def row_of(variant: Variant, frames: int, batch: int, size: str) -> dict[str, An
         held.flops += count.flops
     return {
         "variant": variant.name,
-        "projected_change": variant.projected,
         "frames": frames,
         "batch": batch,
         "operators": sum(count.operators for count in classes.values()),
@@ -277,8 +271,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{100 * one['projected_mfu_datasheet']:.0f} %)"
             for one in row["projection"]
         )
-        name = row["variant"] + (" (not built)" if row["projected_change"] else "")
-        lines.append(f"| {row['frames']} | {row['batch']} | {name} | {row['operators']} | {moved:.0f} | {cells} |")
+        lines.append(
+            f"| {row['frames']} | {row['batch']} | {row['variant']} | {row['operators']} | {moved:.0f} | {cells} |"
+        )
     return "\n".join(lines)
 
 

@@ -53,9 +53,8 @@ def test_a_norms_bytes_are_its_tensors(model: ModuleType) -> None:
 
 def test_each_change_moves_what_it_says(model: ModuleType) -> None:
     built = model.count_step(model.BUILT, 2, 3, SIZE)
-    assert total(built, "bias gradients") > 0
-    assert total(model.count_step(replace(model.BUILT, bias_gradients=False), 2, 3, SIZE), "bias gradients") == 0
     plain = model.count_step(replace(model.BUILT, fused=False), 2, 3, SIZE)
+    assert 0 < total(built, "bias gradients") < 0.5 * total(plain, "bias gradients")
     assert ("norms", "native_layer_norm") in plain and ("gelu", "gelu") in plain
     through_sdpa = model.count_step(replace(model.BUILT, attention="sdpa"), 2, 3, SIZE)
     assert total(through_sdpa, "copies") > 2 * total(built, "copies")

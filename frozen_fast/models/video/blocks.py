@@ -6,7 +6,7 @@ training, which fetches parameters when a module is called, finds them. Axis let
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,16 +79,62 @@ class ResidualNorm(nn.LayerNorm):
         )
 
 
-class QkvLinear(nn.Linear):
-    """Queries, keys and values in one matrix product."""
+class _QueryBiasLinear(torch.autograd.Function):
+    """A linear layer whose first outputs have a bias; its gradient is reduced from theirs alone."""
 
-    def forward(self, x_BSD: Tensor, cls_only: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
-        """[B, S, D] -> [B, S, 3*D]; with cls_only the CLS query [B, 1, D] and all keys and values [B, S, 2*D]."""
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, query_bias: Tensor) -> Tensor:
+        device_type = x.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
+        x, cast_weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, cast_weight)
+        ctx.dtypes = (weight.dtype, query_bias.dtype)
+        ctx.query_width = query_bias.shape[0]
+        bias = F.pad(query_bias.to(dtype), (0, weight.shape[0] - query_bias.shape[0]))
+        return F.linear(x, cast_weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        rows = grad.flatten(0, -2)
+        grad_weight = (rows.mT @ x.flatten(0, -2)).to(weight_dtype)
+        grad_bias = rows[:, : ctx.query_width].sum(dim=0, dtype=torch.float32).to(bias_dtype)
+        return grad @ weight, grad_weight, grad_bias
+
+
+class QkvLinear(nn.Linear):
+    """Queries, keys and values in one matrix product.
+
+    Where kernels add biases, only the queries get theirs here. A bias of all keys moves a query's scores by one number,
+    which softmax leaves out. A bias of all values comes out of the attention as it is, because probabilities add up to
+    1: the output projection takes it (BranchLinear).
+    """
+
+    def __init__(self, width: int, fused_ops: FusedOps) -> None:
+        """Weights as nn.Linear's."""
+        super().__init__(width, 3 * width)
+        self.fused_ops = fused_ops
+
+    def forward(  # type: ignore[override]
+        self, x_BSD: Tensor, cls_only: bool = False
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | None]:
+        """[B, S, D] -> [B, S, 3*D]; with cls_only the CLS query [B, 1, D] and all keys and values [B, S, 2*D].
+
+        The second result is the bias of the values [D], a copy, where the values are without it.
+        """
+        width = self.in_features
+        plain = fused_form(_form(self.fused_ops), x_BSD.device, x_BSD.dtype) == "plain"
+        if plain and not cls_only:
+            return super().forward(x_BSD), None
+        query_bias, key_bias, value_bias = self.bias.split(width)
+        later = None if plain else value_bias.clone()
         if not cls_only:
-            return super().forward(x_BSD)
-        sizes = (self.in_features, 2 * self.in_features)  # split: its backward pass fills no zeros, as a slice's does
-        (query_weight, kv_weight), (query_bias, kv_bias) = self.weight.split(sizes), self.bias.split(sizes)
-        return F.linear(x_BSD[:, :1], query_weight, query_bias), F.linear(x_BSD, kv_weight, kv_bias)
+            return _QueryBiasLinear.apply(x_BSD, self.weight, query_bias), later  # type: ignore[no-untyped-call]
+        query_weight, kv_weight = self.weight.split((width, 2 * width))  # a slice's backward pass would fill zeros
+        kv_bias = torch.cat([key_bias, value_bias]) if plain else None
+        return (F.linear(x_BSD[:, :1], query_weight, query_bias), F.linear(x_BSD, kv_weight, kv_bias)), later
 
 
 class BranchLinear(nn.Linear):
@@ -99,14 +145,18 @@ class BranchLinear(nn.Linear):
         super().__init__(width, branch_width)
         self.fused_ops = fused_ops
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, x_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """[..., K] -> ([..., D] without the bias, the bias [D]); ([..., D], None) where no kernel would add it.
 
-        The bias is a copy: under sharding the parameter's own memory is free again when the norm reads it.
+        x_bias [K] is still to be added to x: its product goes into the bias. The bias is a copy: under sharding the
+        parameter's own memory is free again when the norm reads it.
         """
         if fused_form(_form(self.fused_ops), x.device, x.dtype) == "plain":
             return super().forward(x), None
-        return F.linear(x, self.weight), self.bias.clone()
+        bias = self.bias.clone() if x_bias is None else torch.addmv(self.bias, self.weight, x_bias)
+        return F.linear(x, self.weight), bias
 
 
 class Attention(nn.Module):
@@ -121,18 +171,19 @@ class Attention(nn.Module):
         self.axis = axis
         self.backend = backend
         self.backend_at: dict[int, str] = {}  # frames -> what "auto" chose beforehand, where it cannot while it runs
-        self.qkv = QkvLinear(width, 3 * width)
+        self.qkv = QkvLinear(width, fused_ops)
         self.proj = BranchLinear(width, width, fused_ops)
 
     def forward(self, x_BSD: Tensor, num_frames: int, cls_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] -> BranchLinear's [B, S, D] and bias; [B, 1, D] with cls_only, the query of CLS on all tokens."""
         if not cls_only:
-            qkv_BS3ND = self.qkv(x_BSD).unflatten(-1, (3, self.heads, -1))
+            qkv_BSE, value_bias = self.qkv(x_BSD)
             backend = self.backend_at.get(num_frames, self.backend)
-            return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=backend))
-        query_B1D, kv_BSD = self.qkv(x_BSD, cls_only=True)
+            qkv_BS3ND = qkv_BSE.unflatten(-1, (3, self.heads, -1))
+            return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=backend), value_bias)
+        (query_B1D, kv_BSD), value_bias = self.qkv(x_BSD, cls_only=True)
         query_B1ND, kv_BS2ND = query_B1D.unflatten(-1, (self.heads, -1)), kv_BSD.unflatten(-1, (2, self.heads, -1))
-        return self.proj(cls_attention(query_B1ND, kv_BS2ND))
+        return self.proj(cls_attention(query_B1ND, kv_BS2ND), value_bias)
 
 
 class GeluLinear(nn.Linear):

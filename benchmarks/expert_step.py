@@ -40,7 +40,7 @@ from frozen_fast.data.sources import read_source
 from frozen_fast.losses import build_loss
 from frozen_fast.models.experts.expert_model import CollaborativeExperts
 from frozen_fast.optimizers import build_optimizer
-from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 from frozen_fast.records.environment import device_description
 from frozen_fast.training.parts import build_training_loader
 from frozen_fast.training.step import forward_backward, update
@@ -321,7 +321,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         [f"data.sources[0].path={path}", "data.sources[0].split=''", f"training.precision={options.precision}"],
     )
     write_synthetic_store(folder, config, options.videos)
-    parallel = Parallel.start(config)
+    parallel = start_parallel(config)
     device, size = parallel.device, config.curriculum.stages[0].global_batch_size
     torch.manual_seed(0)
     model = CollaborativeExperts.from_config(config.model).to(device)

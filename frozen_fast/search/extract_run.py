@@ -18,7 +18,7 @@ from frozen_fast.data.load.for_model import FrameFormat, build_evaluation_loader
 from frozen_fast.data.plan.frame_sampling import Segments
 from frozen_fast.errors import UserError
 from frozen_fast.models.feature_tower import FeatureTower, weights_fingerprint
-from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 from frozen_fast.search.checkpoint_settings import check_decoder, parallel_config
 from frozen_fast.search.collection import clips_of
 from frozen_fast.search.embed import window_features
@@ -108,7 +108,7 @@ def extract_to_store(
         UserError: a mistake in the request, the network or the source.
     """
     request.check()
-    parallel = Parallel.start(parallel_config({"training": {"precision": request.precision}}, request.device))
+    parallel = start_parallel(parallel_config({"training": {"precision": request.precision}}, request.device))
     set_up_logging(rank=parallel.rank)
     failed = True
     try:

@@ -40,6 +40,7 @@ from frozen_fast.data.sources import read_source
 from frozen_fast.losses import build_loss
 from frozen_fast.models.experts.expert_model import CollaborativeExperts
 from frozen_fast.optimizers import build_optimizer
+from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
 from frozen_fast.records.environment import device_description
 from frozen_fast.training.parts import build_training_loader

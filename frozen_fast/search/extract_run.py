@@ -18,6 +18,7 @@ from frozen_fast.data.load.for_model import FrameFormat, build_evaluation_loader
 from frozen_fast.data.plan.frame_sampling import Segments
 from frozen_fast.errors import UserError
 from frozen_fast.models.feature_tower import FeatureTower, weights_fingerprint
+from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
 from frozen_fast.search.checkpoint_settings import check_decoder, parallel_config
 from frozen_fast.search.collection import clips_of

@@ -17,7 +17,7 @@ import torch
 from frozen_fast.data import BadClip
 from frozen_fast.errors import UserError
 from frozen_fast.models.pretrained import read_run
-from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.start import start_parallel
 from frozen_fast.search.checkpoint_settings import parallel_config
 from frozen_fast.search.embed_job import EmbedSummary, Progress, finish_job, share_of
 from frozen_fast.search.embed_run import EmbedRequest, build_neighbours, embed_share, info_of, plan_request
@@ -120,7 +120,7 @@ def embed_on_worker(request: EmbedRequest, rows: Sequence[Row], source_kind: str
         The clips that cannot be read.
     """
     run = read_run(request.checkpoint)
-    parallel = Parallel.start(parallel_config(run.get("config", {}), request.device))
+    parallel = start_parallel(parallel_config(run.get("config", {}), request.device))
     try:
         model, settings = request.load(run, parallel.device)
 

@@ -256,7 +256,7 @@ def leave_unfinished(run: SearchRun, source: Path, output: Path, *, rows: int) -
     """What an embedding leaves behind that was killed after some rows."""
     request = embed_run.EmbedRequest(checkpoint=run.checkpoint, source=str(source), output=output, device="cpu")
     found = read_run(run.checkpoint)
-    parallel = embed_run.Parallel.start(embed_run.parallel_config(found["config"], "cpu"))
+    parallel = embed_run.start_parallel(embed_run.parallel_config(found["config"], "cpu"))
     try:
         model, settings = request.load(found, parallel.device)
         with index_lock(output):

@@ -38,7 +38,7 @@ read_launch_arguments() {
 
 count_gpus() {
     if command -v nvidia-smi >/dev/null; then
-        nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | wc -l
+        nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -c '^[0-9]' || true # without a driver it fails
     else
         echo 0
     fi
@@ -49,7 +49,7 @@ count_gpus() {
 # mistake, 75 for a run that was stopped after a checkpoint.
 launch_training() {
     local experiment="${train_arguments[0]}" overrides=("${train_arguments[@]:1}") launch_file="$2"
-    local command=("$python" -m accelerate.commands.launch "$@" "$root/train.py" --config "$experiment" --resume auto
+    local command=("$python" -m accelerate.commands.launch "$@" --quiet "$root/train.py" --config "$experiment" --resume auto
         "${overrides[@]}")
     "$python" "$root/train.py" --config "$experiment" --print-config "${overrides[@]}" >/dev/null || exit
     if [ "$dry_run" = 1 ]; then
@@ -89,5 +89,8 @@ run_once() {
     [ "$status" = 0 ] && return 0 # a launcher that was told to stop never ends with 0
     own="$("$python" "$root/launch/run_state.py" --since "$started" --exit-code "$experiment" "${overrides[@]}")"
     [ "$own" = unknown ] || status="$own"
+    if [ "$status" = 2 ]; then # the mistake again, below the tracebacks that torchrun prints for its processes
+        "$python" "$root/launch/run_state.py" --since "$started" --message "$experiment" "${overrides[@]}" >&2
+    fi
     return "$status"
 }

@@ -1,6 +1,6 @@
-"""Print how a run stands: running, done, stopped, failed, dead (killed without a word), or "unknown" since a time.
+"""Print the state of a run: running, done, stopped, failed, dead (its process was killed), or unknown.
 
-usage: python launch/run_state.py [--since UNIX_SECONDS] [--exit-code] EXPERIMENT.yaml [key=value ...]
+usage: python launch/run_state.py [--since UNIX_SECONDS] [--exit-code | --message] EXPERIMENT.yaml [key=value ...]
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from frozen_fast.records.run_lock import is_alive
 
 
 def read_status(run_folder: Path, since: float, field: str) -> str:
-    """A field of a run folder's status.json, "unknown" where there is none or it is older than `since`.
+    """A field of a run folder's status.json, "unknown" if there is none or it is older than `since`.
 
-    A run that says "running" while no process holds its folder is "dead".
+    The state is "dead" if status.json says "running" but no process holds the lock of the folder.
     """
     folder = RunFolder(run_folder)
     if not folder.status.exists() or folder.status.stat().st_mtime < since:
@@ -33,10 +33,10 @@ def read_status(run_folder: Path, since: float, field: str) -> str:
 
 
 def may_restart(run_folder: Path, futile_starts: int) -> tuple[bool, str]:
-    """Whether a run that ended without finishing should be started again.
+    """Whether a run that ended without finishing should be restarted.
 
-    Each call counts as one start: restarts.json in the run folder holds the last checkpoint's step and how many starts
-    in a row have saved none.
+    Each call counts as one start: restarts.json in the run folder holds the step of the last checkpoint and the number
+    of consecutive starts that saved none.
 
     Returns:
         (the answer, one line with the reason).
@@ -44,7 +44,7 @@ def may_restart(run_folder: Path, futile_starts: int) -> tuple[bool, str]:
     folder = RunFolder(run_folder)
     status = folder.last_status()
     if not status:
-        return False, "the run has not got as far as its status.json"
+        return False, "the run failed before it wrote status.json"
     if status.get("state") in ("done", "stopped") or status.get("exit_code") == 2:
         return False, f"the run is {status.get('state')} with exit code {status.get('exit_code')}"
     path = run_folder / "restarts.json"
@@ -57,16 +57,17 @@ def may_restart(run_folder: Path, futile_starts: int) -> tuple[bool, str]:
     futile = 0 if checkpoint is not None and checkpoint != before else futile + 1
     write_json(path, {"checkpoint": checkpoint, "futile_starts": futile})
     if futile >= futile_starts:
-        return False, f"giving up: {futile} starts in a row have saved no checkpoint (the last is {checkpoint})"
-    return True, f"starting again from checkpoint {checkpoint}"
+        return False, f"not restarting: {futile} starts in a row saved no checkpoint (the last is {checkpoint})"
+    return True, f"restarting from checkpoint {checkpoint}"
 
 
 def main() -> int:
-    """Print the state; 2 for a mistake in the experiment file, 1 where --restart says no."""
+    """Print the state; returns 2 for a mistake in the experiment file, 1 if --restart refuses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--since", type=float, default=0.0, help="ignore what was written earlier, unix seconds")
-    parser.add_argument("--exit-code", action="store_true", help="the run's own exit code instead of its state")
-    parser.add_argument("--restart", action="store_true", help="exit with 0 if a run that ended should start again")
+    parser.add_argument("--since", type=float, default=0.0, help="ignore a status.json older than this (Unix seconds)")
+    parser.add_argument("--exit-code", action="store_true", help="print the exit code of the run instead of its state")
+    parser.add_argument("--message", action="store_true", help="print the error of a failed run instead of its state")
+    parser.add_argument("--restart", action="store_true", help="exit with 0 if a failed run should be restarted")
     parser.add_argument("experiment", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
@@ -80,6 +81,11 @@ def main() -> int:
         restart, why = may_restart(run_folder, int(os.environ.get("FROZEN_FAST_FUTILE_STARTS", "3")))
         print(why)
         return 0 if restart else 1
+    if options.message:
+        message = read_status(run_folder, options.since, "message")
+        if message != "unknown":
+            print("\n".join(f"error: {line}" for line in message.splitlines()))
+        return 0
     field = "exit_code" if options.exit_code else "state"
     print(read_status(run_folder, options.since, field))
     return 0

@@ -27,6 +27,7 @@ from frozen_fast.evaluation.metrics import (
 )
 
 PROTOCOLS = ("plain", "several_captions", "paragraph")
+"""Protocols that evaluation.protocol selects."""
 
 
 def choose_protocol(captions: Sequence[Sequence[str]]) -> str:

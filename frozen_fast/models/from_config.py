@@ -14,6 +14,7 @@ from frozen_fast.config.schema import ModelConfig, TextTowerConfig, VideoTowerCo
 from frozen_fast.errors import UserError
 from frozen_fast.models.dual_encoder import DualEncoder
 from frozen_fast.models.pretrained import StoredModel, own_tokenizer, read_model
+from frozen_fast.models.text.tokenizer import TOKENIZER_FORMS
 from frozen_fast.models.text.transformers_tower import load_tokenizer
 from frozen_fast.models.video.video_tower import IMAGENET_MEAN, IMAGENET_STD, VideoTower, check_frames
 
@@ -99,7 +100,7 @@ def _from_checkpoint(config: ModelConfig, max_frames: int, first_frames: int, re
     model = load_checkpoint(config, max_frames=max_frames, keep_rows=resuming, compare=not resuming)
     model.expand_frames(max(first_frames, model.learned_frames), config.expansion)
     if model.text_model.tokenizer is None:
-        raise UserError("model.text.tokenizer: got none, and the checkpoint carries none; allowed: a name or folder")
+        raise UserError(f"model.text.tokenizer: got none, and the checkpoint has none; allowed: {TOKENIZER_FORMS}")
     return model.train()
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from frozen_fast.config.extensions import models
-from frozen_fast.errors import UserError, unknown_name
+from frozen_fast.errors import UserError, reason, unknown_name
 from frozen_fast.models.hub import checkpoint_path
+from frozen_fast.models.pretrained import checkpoints_below
 from frozen_fast.models.retrieval_model import RetrievalModel
 
 CONFIG_FILE = "config.json"
@@ -73,7 +74,10 @@ def stored_kind(folder: Path) -> str:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint: got {folder}, whose {CONFIG_FILE} cannot be read ({error})") from error
+        found = checkpoints_below(folder)
+        raise UserError(
+            f"checkpoint: got {folder}, whose {CONFIG_FILE} cannot be read ({reason(error)}){found}"
+        ) from error
     kind = config.get("kind", KIND_OF_FORMAT.get(str(config.get("format")))) if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise UserError(f"checkpoint: got {folder}; allowed: a folder that frozen_fast wrote, or a released file")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from frozen_fast.common.checksums import MANIFEST, find_damage
 from frozen_fast.common.files import write_json
 from frozen_fast.config.model_defaults import TEXT_TOWER, VIDEO_TOWER
-from frozen_fast.errors import UserError, some
+from frozen_fast.errors import UserError, reason, some
 from frozen_fast.models.released.frozen import read_released, shape_of, text_config, video_size
 from frozen_fast.models.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from frozen_fast.models.text.transformers_tower import default_max_tokens, load_tokenizer
@@ -129,7 +129,9 @@ def checkpoint_of_run(path: Path) -> Path:
         return path
     found = [folder / "best"] if (folder / "best").is_dir() else sorted(folder.glob("step_*"))
     if not found:
-        raise UserError(f"checkpoint: got {str(path)!r}, a run folder without checkpoints; allowed: one with some")
+        raise UserError(
+            f"checkpoint: got {str(path)!r}, a run folder without checkpoints; allowed: one with checkpoints"
+        )
     return found[-1]
 
 
@@ -149,6 +151,12 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
         raise UserError(f"checkpoint: got {checkpoint}, whose {STATE_FILE} lacks the run's config")
     return found
+
+
+def checkpoints_below(path: Path) -> str:
+    """Text for an error about a folder that is not a checkpoint: the checkpoints in it, if there are any."""
+    found = sorted(path.glob("step_*")) or sorted(path.glob("checkpoints/step_*"))
+    return f"; it contains {some([str(one) for one in reversed(found)])}" if found else ""
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -212,7 +220,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint: got {path.parent}, whose {CONFIG_FILE} cannot be read ({error})") from error
+        folder = f"{path.parent}, whose {CONFIG_FILE} cannot be read ({reason(error)})"
+        raise UserError(f"checkpoint: got {folder}{checkpoints_below(path.parent)}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f"checkpoint: got {path.parent}; allowed: a folder that frozen_fast wrote, or a released file")
     if config.get("format_version") != FORMAT_VERSION:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 WEIGHT_AVERAGE = "weight_average"
+"""Key of the average in the optimizer's state."""
 
 
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:

@@ -12,6 +12,7 @@ import yaml
 from frozen_fast.errors import unknown_name
 
 HARDWARE_NOTE = "The paper's Table 4 does not state its hardware, so hours are not comparable device by device."
+"""Note beside every comparison with the paper's hours."""
 
 
 @dataclass(frozen=True, kw_only=True)

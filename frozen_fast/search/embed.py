@@ -22,6 +22,7 @@ from frozen_fast.data.load.for_model import build_evaluation_loader
 from frozen_fast.data.load.video_frames import format_of, kind_of
 from frozen_fast.errors import UserError
 from frozen_fast.models.retrieval_model import Features, RetrievalModel
+from frozen_fast.models.text.tokenizer import TOKENIZER_FORMS
 from frozen_fast.search.checkpoint_settings import EmbedSettings, check_decoder, settings_for, with_frames_of
 
 TEXTS_AT_ONCE = 64
@@ -154,7 +155,7 @@ def text_vectors(model: RetrievalModel, texts: Sequence[str]) -> Tensor:
         UserError: the model has no tokenizer.
     """
     if model.tokenizer is None:
-        raise UserError("--tokenizer: got none, and the checkpoint carries none; allowed: a name or folder")
+        raise UserError(f"--tokenizer: got none, and the checkpoint has none; allowed: {TOKENIZER_FORMS}")
     blocks = [list(texts[first : first + TEXTS_AT_ONCE]) for first in range(0, len(texts), TEXTS_AT_ONCE)]
     rows = [model.vectors(model.text_features(block)).cpu() for block in blocks]
     return torch.cat(rows) if rows else torch.empty(0, model.vector_width)

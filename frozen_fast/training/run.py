@@ -18,6 +18,7 @@ from frozen_fast.config import (
     to_plain,
 )
 from frozen_fast.errors import UserError
+from frozen_fast.models.pretrained import checkpoints_below
 from frozen_fast.optimizers import build_optimizer, divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
@@ -423,7 +424,8 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Survey:
         return found
     path = Path(resume).resolve() if Path(resume).is_symlink() else Path(resume)  # checkpoints/best
     if not (path / "state.json").is_file():
-        raise UserError(f"--resume: got {resume!r}; allowed: none, auto, or a checkpoint folder of a run (step_...)")
+        got = f"got {resume!r}{checkpoints_below(path)}"
+        raise UserError(f"--resume: {got}; allowed: none, auto, or a checkpoint folder of a run (step_...)")
     verify(path)
     if path.resolve().parent != folder.checkpoints.resolve():
         folder.refuse_to_overwrite()

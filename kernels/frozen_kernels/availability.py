@@ -13,6 +13,7 @@ from frozen_kernels.cpu_c.library import why_not_cpu_c
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_NAMES = ("reference", "sdpa", "cpu_c", "xformers", "triton")
+"""Attention backends, on every device."""
 
 
 def unavailable_backends(device: torch.device | str, dtype: torch.dtype) -> dict[str, str]:

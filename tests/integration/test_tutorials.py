@@ -27,7 +27,7 @@ from support.released import ReleasedModel, write_released_checkpoint
 from support.runs import make_data, tiny_mapping, write_clip
 from support.towers import make_text_tower
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 PARTS = (
     "frozen_fast",
@@ -108,7 +108,7 @@ class Checkout:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1200,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout

@@ -34,13 +34,13 @@ class Block:
 def blocks_of(page: Path) -> list[Block]:
     """The bash blocks of a page, and its indented blocks that begin with a command, in order."""
     text = page.read_text(encoding="utf-8")
-    fenced = r"(?P<indent> *)```bash\n(?P<fenced>.*?)```|(?P<other>```.*?```)|(?P<indented>(?:\n {4}[^\n]+)+)"
+    fence = r"(?:\A|\n) *```(?P<language>\w*)\n(?P<fenced>.*?)\n *```"
     blocks = []
-    for match in re.finditer(fenced, text, re.DOTALL):
-        lines = match["fenced"] or match["indented"] or ""
+    for match in re.finditer(rf"{fence}|(?P<indented>(?:\n {{4}}[^\n]+)+)", text, re.DOTALL):
+        lines = match["indented"] or (match["fenced"] if match["language"] == "bash" else "")
         joined = re.sub(r"\\\n *", "", lines)
         commands = tuple(without_comment(line) for line in joined.splitlines() if line.strip())
-        if match["fenced"] is not None or (match["indented"] and re.match(PROGRAMS, commands[0])):
+        if commands and (match["language"] == "bash" or re.match(PROGRAMS, commands[0])):
             blocks.append(Block(page.relative_to(ROOT).as_posix(), commands))
     return blocks
 

@@ -289,7 +289,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         (lambda folder: edit_config(folder, embedding_width=8), r"txt_proj.1.weight has shape|vid_proj.0.weight has"),
         (lambda folder: (folder / "model.safetensors").unlink(), "whose model.safetensors cannot be read"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"12"), "whose model.safetensors cannot be read"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "which is no tokenizer file"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "which is not a tokenizer file"),
     ],
 )
 def test_a_damaged_folder_is_named(tower_folder: Path, tmp_path: Path, damage: object, message: str) -> None:

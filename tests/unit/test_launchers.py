@@ -287,7 +287,7 @@ def test_single_node_restarts_a_run_that_crashed_until_it_is_done(tmp_path: Path
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "starts").read_text() == "x\n" * 3
-    assert "starting again from checkpoint 7" in result.stderr
+    assert "restarting from checkpoint 7" in result.stderr
 
 
 def test_a_launcher_asks_the_doctor_before_it_starts(tmp_path: Path) -> None:

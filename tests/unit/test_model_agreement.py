@@ -154,7 +154,7 @@ def test_the_tokenizer_of_a_released_file_is_its_text_towers_own(
 
 
 def test_without_any_tokenizer_training_says_which_key_names_one(released: Path) -> None:
-    with pytest.raises(UserError, match="model.text.tokenizer: got none, and the checkpoint carries none"):
+    with pytest.raises(UserError, match="model.text.tokenizer: got none, and the checkpoint has none.*package:"):
         build_model(experiment({"checkpoint": str(released)}), CPU)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 from torch import Tensor
 
 Kind = Literal["video", "image"]
+"""Kind of a clip's file."""
 Cause = Literal[
     "missing", "directory", "empty", "not_a_video", "no_frames", "too_large", "truncated", "decode_failed", "timeout"
 ]
+"""Why a clip cannot be read; see ClipError."""
 
 
 class ClipError(Exception):

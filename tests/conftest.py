@@ -39,6 +39,16 @@ def untouched_log() -> None:
             logging.getLogger(name).disabled = False  # a library's dictConfig may have switched it off
 
 
+FAST_INTEGRATION_TESTS = ("test_train.py", "test_evaluate.py", "test_loss_two_processes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every integration test slow but those of a few files, so that `-m "not slow"` takes three minutes."""
+    for item in items:
+        if item.path.parent.name == "integration" and item.path.name not in FAST_INTEGRATION_TESTS:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked gpu where there is no CUDA device; with FAIL_WITHOUT_CUDA=1 they fail instead."""
     if item.get_closest_marker("gpu") is None:

@@ -22,6 +22,7 @@ def interpreted():
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+@pytest.mark.slow
 def test_interpreted_forward_and_gradients(case, interpreted):
     assert interpreted["interpreted"], "the kernels were not interpreted"
     assert_close(interpreted["cases"]["-".join(map(str, case))], getattr(torch, case[1]), cut_off=True)

@@ -92,6 +92,7 @@ save(Path(sys.argv[1]), 2, keep=1)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_previous_one_good(tmp_path: Path) -> None:
     save(tmp_path, 1, value=0.5, keep=1)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

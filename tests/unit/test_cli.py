@@ -118,6 +118,7 @@ def test_other_ranks_let_rank_0_speak_first(
     assert len(waits) == 1 and waits[0] > 1
 
 
+@pytest.mark.slow
 def test_a_mistake_under_two_processes_is_told_once() -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = run(*launcher, "train.py", "--config", "nowhere.yaml", OMP_NUM_THREADS="1")

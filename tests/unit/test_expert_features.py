@@ -247,6 +247,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_conversion_does_not_load_the_features(tmp_path: Path) -> None:
     """60 MiB of features are converted with less than half of that more memory than before."""
     videos = [f"v{number}" for number in range(750)]

@@ -57,6 +57,7 @@ def interpreted():
 
 
 @pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+@pytest.mark.slow
 def test_interpreted_triton_forms(case, interpreted):
     assert interpreted["interpreted"]
     assert_close(interpreted["-".join(map(str, case))], getattr(torch, case[1]), cut_off=True)

@@ -198,6 +198,7 @@ def test_single_node_checks_the_config_before_it_starts_anything() -> None:
     assert "optimizer.learning_rate: got -1" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_stop_reaches_train_and_waits_for_its_checkpoint(tmp_path: Path) -> None:
     """The launcher dies of TERM at once, as Accelerate's does; its child needs a second to save."""
     run_folder = tmp_path / "run"
@@ -290,6 +291,7 @@ def test_single_node_restarts_a_run_that_crashed_until_it_is_done(tmp_path: Path
     assert "restarting from checkpoint 7" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_launcher_asks_the_doctor_before_it_starts(tmp_path: Path) -> None:
     """Two processes are wanted and one would start."""
     result = call(

@@ -29,6 +29,7 @@ def test_on_a_cpu(attention, fused_ops, plain):
     assert largest_gap(loss_curve(attention, fused_ops), plain) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_triton_interpreted():
     pytest.importorskip("triton")
     plain = loss_curve("reference", "plain", INTERPRETED)

@@ -164,6 +164,7 @@ def test_an_unknown_tracker_is_found_when_the_config_is_read() -> None:
 
 @needs_tensorboard
 @needs_wandb
+@pytest.mark.slow
 def test_tensorboard_and_wandb_together_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

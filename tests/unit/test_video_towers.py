@@ -261,6 +261,7 @@ def _average_on_a_rank(rank: int, store: str, results: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_running_averages_are_the_mean_over_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_average_on_a_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

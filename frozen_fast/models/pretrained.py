@@ -156,7 +156,7 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
 def checkpoints_below(path: Path) -> str:
     """Text for an error about a folder that is not a checkpoint: the checkpoints in it, if there are any."""
     found = sorted(path.glob("step_*")) or sorted(path.glob("checkpoints/step_*"))
-    return f"; it contains {some([str(one) for one in reversed(found)])}" if found else ""
+    return f"; it contains {some([str(one) for one in found])}" if found else ""
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -49,5 +49,5 @@ def test_what_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_checkpoints_is_answered_with_their_names(tmp_path: Path) -> None:
     for step in (3, 12):
         (tmp_path / "run" / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
-    with pytest.raises(UserError, match="it contains .*step_00000012, .*step_00000003"):
+    with pytest.raises(UserError, match="it contains .*step_00000003, .*step_00000012"):
         frozen_fast.load_model(tmp_path / "run" / "checkpoints")

@@ -5,9 +5,10 @@
 
 Renders clips of smooth drifting texture under a little noise (456x256, 250 frames at 25 a second, a key frame every
 125), encodes each as VP9 and as H.264 with B-frames, packs the H.264 ones (8 frames a clip), and times the training
-loader on one form after the other: draw frames, read, decode, crop, resize, normalise, stack. No model; captions cost
-nothing. Files are in the page cache, so disks are not measured. Clips per CPU second (all
-threads of the loader's process) tell the cost where other work shares the machine; they are not told of --workers.
+loader on one form after the other: draw frames, read, decode, crop, resize, stack. With --resize device on a CPU a
+batch ends where its copy to a GPU would begin, so that the resize is not part of it. No model; captions cost nothing.
+Files are in the page cache, so disks are not measured. Clips per CPU second (all threads of the loader's process) tell
+the cost where other work shares the machine; they are not told of --workers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,21 @@ ENCODERS = {
     "h264": ("libx264", ".mp4", {"preset": "veryfast", "crf": "23", "bf": "3", "g": str(KEY_FRAME_EVERY)}),
 }
 AUGMENTATION = AugmentationConfig()
+RESOLUTION = 224
+RESIZES = ("cpu", "device")
+
+
+class HandOver:
+    """Stands for the copy to a GPU: batches end where it would begin."""
+
+    def sent(self, batches: Iterator[Batch], move: Callable[[Batch], Batch]) -> Iterator[tuple[Batch, None]]:
+        """The batches as the loader made them."""
+        for batch in batches:
+            yield batch, None
+
+    def received(self, batches: Iterator[tuple[Batch, None]]) -> Iterator[Batch]:
+        """The same."""
+        return (batch for batch, _ in batches)
 
 
 def render(path: Path, seed: int, encoder: str, options: dict[str, str], frames: int) -> None:
@@ -98,28 +114,39 @@ def endless(loader: TrainingLoader, source: Source, frames: int, batch: int) -> 
     )
 
 
-def rates(source: Source, frames: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def rates(
+    source: Source, frames: int, resize: str, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
     """Clips a second over windows of about --window-seconds each, after warm-up."""
+    later = resize == "device"
     decoder = partial(
         build_decoder,
         options.backend,
         device="cpu" if options.workers else device,
-        resolution=224,
-        mean=AUGMENTATION.mean,
-        std=AUGMENTATION.std,
+        resolution=RESOLUTION,
         threads=options.threads,
         max_pixels=10**7,
+        crops_only=later,
     )
     ahead = 2 * max(1, options.workers)
     decode = DecodeConfig(threads=options.threads, workers=options.workers, prefetch_batches=ahead)
     loader = TrainingLoader(
-        {source.name: source}, decoder, no_tokens, augmentation=AUGMENTATION, decode=decode, device=device
+        {source.name: source},
+        decoder,
+        no_tokens,
+        augmentation=AUGMENTATION,
+        decode=decode,
+        device=device,
+        resolution=RESOLUTION,
+        transfer=HandOver() if later and device.type == "cpu" else None,
     )
     backends: set[str] = set()
     try:
         batches = endless(loader, source, frames, options.batch_size)
         for _ in range(2 + 2 * options.workers):
-            backends |= set(next(batches).backends)
+            batch = next(batches)
+            backends |= set(batch.backends)
+        moved = sum(tensor.nbytes for tensor in batch.tensors())
         began = time.perf_counter()
         for _ in range(2):
             next(batches)
@@ -137,6 +164,8 @@ def rates(source: Source, frames: int, options: argparse.Namespace, device: torc
     timing = summarize(seconds, steps)
     clips = {name: options.batch_size / getattr(timing, name) for name in ("median", "p20", "p80")}
     return {
+        "resize": resize,
+        "bytes_per_clip": moved / options.batch_size,
         "backends": sorted(backends),
         "clips_per_second": clips["median"],
         "clips_per_second_p20": clips["p80"],  # slow windows have few clips a second
@@ -151,11 +180,11 @@ def tell(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         row["shards_are_faster_by"] = rows[-1]["clips_per_second"] / row["clips_per_second"]
         cpu = f"{row['clips_per_cpu_second']:8.1f} per CPU second" if row["clips_per_cpu_second"] else ""
-        print(
-            f"{row['frames']} frames  {row['form']:7s} {row['clips_per_second']:8.1f} clips/s {cpu} "
-            f"(shards: {row['shards_are_faster_by']:.1f} x)  {', '.join(row['backends'])}",
-            flush=True,
+        head = (
+            f"{row['frames']} frames  {row['form']:7s} resize {row['resize']:6s} {row['bytes_per_clip'] / 1000:.0f} kB"
         )
+        faster = f"(shards: {row['shards_are_faster_by']:.1f} x)"
+        print(head, f"{row['clips_per_second']:8.1f} clips/s {cpu} {faster}  {', '.join(row['backends'])}", flush=True)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -167,6 +196,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2, help="decoding threads")
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0: a background thread")
+    parser.add_argument("--resize", default="cpu,device", help="data.decode.resize: cpu, device, or both")
     parser.add_argument("--backend", default="auto", help="decoder of the videos")
     parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--windows", type=int, default=5)
@@ -177,6 +207,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.frames = [int(text) for text in options.frames.split(",")]
     except ValueError:
         parser.error(f"--frames: got {options.frames!r}; allowed: whole numbers, comma-separated")
+    options.resize = options.resize.split(",")
+    for one in options.resize:
+        if one not in RESIZES:
+            parser.error(f"--resize: got {one!r}; allowed: {', '.join(RESIZES)}, comma-separated")
     return options
 
 
@@ -190,9 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             found, size = sources(Path(scratch), options)
             for frames in options.frames:
-                for form, source in found.items():
-                    rows.append({"frames": frames, "form": form, **rates(source, frames, options, device)})
-                tell(rows[-len(found) :])
+                for resize in options.resize:
+                    for form, source in found.items():
+                        rows.append({"frames": frames, "form": form, **rates(source, frames, resize, options, device)})
+                    tell(rows[-len(found) :])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

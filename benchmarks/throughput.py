@@ -161,7 +161,7 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup-steps", type=int, default=5)
     parser.add_argument("--text-tokens", type=int, default=32, help="tokens of a synthetic caption")
     parser.add_argument("--stage-seconds", type=float, default=900.0, help="limit for one stage's processes")
-    parser.add_argument("--measure-peak", action="store_true", help="MFU against a peak measured here")
+    parser.add_argument("--measure-peak", action="store_true", help="MFU against a peak measured here too")
     parser.add_argument("--small", action="store_true", help="a tiny model and batch: exercises every line on a CPU")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys of the experiment file")
 

@@ -15,6 +15,9 @@ from frozen_fast.profiling.paper import table_4
 BEST_FIRST = ("end_to_end", "model")
 """Modes whose speed a projection may use: with input where it was measured, otherwise the model alone, said so."""
 
+PEAKS = {"datasheet": "n/a (a device that is not in the table)", "measured_peak": "n/a (--measure-peak times one)"}
+"""The peaks of MFU, and what is said where one is missing."""
+
 
 def speed(stage: dict[str, Any], mode: str) -> dict[str, float] | None:
     """Clips/s over all devices in a mode: median, p20 and p80 of the windows; None where it was not measured."""
@@ -49,12 +52,18 @@ def bound(stage: dict[str, Any]) -> str:
     return f"{ratio}; end to end {both['median'] / min(model['median'], data['median']):.0%} of that speed"
 
 
-def mfu(stage: dict[str, Any], mode: str) -> float | None:
-    """Model FLOPs per second over the peak of all devices; None where FLOPs, peak or speed are unknown."""
-    rate, flops, peak = speed(stage, mode), stage.get("flops_per_clip"), stage.get("peak_flops_per_second")
+def mfu(stage: dict[str, Any], mode: str, kind: str) -> float | None:
+    """Executed FLOPs per second over the peak of all devices; None where FLOPs, peak or speed are unknown.
+
+    Args:
+        stage: as throughput_stage.py writes it.
+        mode: whose speed.
+        kind: of the peak, "datasheet" or "measured_peak".
+    """
+    rate, flops, peak = speed(stage, mode), stage.get("flops_per_clip"), (stage.get("peaks") or {}).get(kind)
     if rate is None or not flops or not peak:
         return None
-    return float(rate["median"] * flops / (peak * stage["num_devices"]))
+    return float(rate["median"] * flops / (peak["flops_per_second"] * stage["num_devices"]))
 
 
 def project(clips: float, stage: dict[str, Any], mode: str) -> dict[str, float] | None:
@@ -113,7 +122,8 @@ def stage_table(stages: list[dict[str, Any]]) -> list[list[str]]:
             "model clips/s (p20-p80)",
             "input clips/s",
             "end to end clips/s",
-            "MFU (model)",
+            "MFU, datasheet (model)",
+            "MFU, measured peak (model)",
             "peak GiB",
             "bound",
         ]
@@ -121,7 +131,7 @@ def stage_table(stages: list[dict[str, Any]]) -> list[list[str]]:
     for stage in stages:
         head = [str(stage["frames"]), str(stage["batch_size"]), stage["attention"]]
         if stage["cause"] != "ok":
-            lines.append([*head, f"{stage['cause']}: {stage['message']}", "", "", "", "", ""])
+            lines.append([*head, f"{stage['cause']}: {stage['message']}", "", "", "", "", "", ""])
             continue
         cells = []
         for mode in ("model", "input", "end_to_end"):
@@ -129,7 +139,8 @@ def stage_table(stages: list[dict[str, Any]]) -> list[list[str]]:
             spread = f"{number(rate['median'])} ({number(rate['p20'])}-{number(rate['p80'])})" if rate else "n/a"
             cells.append(spread)
         memory = max((m["peak_memory_bytes"] or 0) for m in stage["modes"].values() if "peak_memory_bytes" in m)
-        lines.append([*head, *cells, number(mfu(stage, "model"), "{:.1%}"), f"{memory / 2**30:.2f}", bound(stage)])
+        used = [number(mfu(stage, "model", kind), "{:.1%}") for kind in PEAKS]
+        lines.append([*head, *cells, *used, f"{memory / 2**30:.2f}", bound(stage)])
     return lines
 
 
@@ -217,7 +228,9 @@ def heading(result: dict[str, Any]) -> list[str]:
         one = measured[0]
         versions = ", ".join(f"{name} {version}" for name, version in one["environment"]["versions"].items() if version)
         lines.append(f"Machine: {one['num_devices']} x {one['device']}; precision {one['precision']}; {versions}")
-        lines.append(f"Peak for MFU: {one['peak_source'] or 'n/a (unknown device; --measure-peak times one)'}")
+        for kind, absent in PEAKS.items():
+            peak = one["peaks"][kind]
+            lines.append(f"Peak for MFU, {kind.replace('_', ' ')}: {peak['source'] if peak else absent}")
     if not result["small"]:
         lines.append(
             "GPU-hours are projections from measured windows"

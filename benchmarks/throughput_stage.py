@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
 from frozen_fast.profiling import measure_peak, peak_memory_bytes, reset_peak_memory
-from frozen_fast.profiling.peak import DevicePeak, device_peak
+from frozen_fast.profiling.peak import device_peak
 from frozen_fast.records.environment import describe, device_description
 from frozen_fast.training import compiling
 from frozen_fast.training.parts import build_model, build_training_loader, flops_counter, read_training_sources
@@ -207,7 +207,9 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
         measured[mode] = {"windows": windows, "peak_memory_bytes": peak_memory_bytes(parallel.device)}
     if "model" in options.modes and parallel.world_size > 1:
         measured["model_without_exchange"] = {"windows": measure_model(setup, exchange=False)}
-    peak = find_peak(options.measure_peak, parallel)
+    datasheet = device_peak(device_description(parallel.device), parallel.precision)
+    measured_peak = measure_peak(parallel.device, parallel.precision) if options.measure_peak else None
+    flops = flops_per_clip(options.frames, options.text_tokens, options.batch_size)
     return {
         "frames": options.frames,
         "batch_size": options.batch_size,
@@ -218,9 +220,12 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
         "precision": parallel.precision,
         "num_devices": parallel.world_size,
         "device": device_description(parallel.device),
-        "flops_per_clip": flops_per_clip(options.frames, options.text_tokens, options.batch_size),
-        "peak_flops_per_second": peak.flops_per_second if peak else None,
-        "peak_source": peak.source if peak else None,
+        "flops_per_clip": flops.executed if flops else None,
+        "nominal_flops_per_clip": flops.nominal if flops else None,
+        "peaks": {
+            name: asdict(peak) if peak else None
+            for name, peak in (("datasheet", datasheet), ("measured_peak", measured_peak))
+        },
         "modes": measured,
         "environment": describe(
             devices=[device_description(parallel.device)],
@@ -230,13 +235,6 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
             precision_reason=parallel.precision_reason,
         ),
     }
-
-
-def find_peak(measured: bool, parallel: Parallel) -> DevicePeak | None:
-    """The peak that MFU is told against: measured on request, otherwise the datasheet's, None where unknown."""
-    if measured:
-        return measure_peak(parallel.device, parallel.precision)
-    return device_peak(device_description(parallel.device), parallel.precision)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -251,7 +249,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window-steps", type=int, default=None, help="instead of --window-seconds")
     parser.add_argument("--warmup-steps", type=int, default=5)
     parser.add_argument("--text-tokens", type=int, default=32, help="tokens of a synthetic caption")
-    parser.add_argument("--measure-peak", action="store_true", help="tell MFU against a peak measured here")
+    parser.add_argument("--measure-peak", action="store_true", help="tell MFU against a peak measured here too")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_args(arguments)

@@ -212,7 +212,8 @@ class DecodeConfig:
     backend: str = key("auto", "decoder: dali, torchcodec, decord, pyav, or a plugin's; auto selects the fastest that supports the codec on this device", names=extensions.decoders)
     threads: int | None = key(None, "decoding threads of one loader process or background thread; null: by device (docs/data.md)", ge=1)
     workers: int | None = key(None, "loader processes (torchcodec, decord, pyav); 0: a background thread; null: on a GPU one per core of a rank except one (dali: 0), on a CPU 0", ge=0)
-    prefetch_batches: int | None = key(None, "batches decoded ahead; null: twice the workers, at least 2", ge=1)
+    prefetch_batches: int | None = key(None, "batches decoded ahead; null: two parts of a batch per worker, or 2 batches with the background thread", ge=1)
+    resize: Literal["auto", "cpu", "device"] = key("auto", "where training crops are resized to the model's resolution: cpu: after decoding; device: on the training device, one resize per batch (crops with more than twice the model's pixels are always resized on the CPU); auto: device on a GPU, cpu otherwise")
     on_bad_clip: Literal["auto", "error", "skip"] = key("auto", "auto: skip in training, error in evaluation")
     max_bad_share: float = key(0.05, "a run fails if the share of unreadable clips exceeds this", ge=0, le=1)
     max_pixels: int = key(50_000_000, "a picture or frame with more pixels is a bad clip", ge=1)
@@ -384,6 +385,7 @@ class TrainingConfig:
     compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
     expected_world_size: int | None = key(None, "end with an error if the number of processes differs", ge=1)
     log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)", ge=1)
+    measure_peak: Literal["auto", "on", "off"] = key("auto", "time a large matrix product before the first stage, for mfu_measured_peak; takes about a second on a GPU; auto: on a GPU")
     profile_steps: int = key(0, "number of steps of each stage to trace with torch.profiler: writes a Chrome trace to traces/ and the most expensive kernels to the report", ge=0)
 
 

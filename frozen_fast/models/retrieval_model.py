@@ -32,7 +32,7 @@ TextInput = Sequence[str] | Mapping[str, Tensor]
 """Strings, or what the model's tokenizer makes of them."""
 
 VideoInput = Tensor | Mapping[str, Tensor]
-"""Frames [V, T, 3, H, W], or a dict of tensors for models that read pre-computed features."""
+"""Frames [V, T, 3, H, W], uint8 pixels or normalised floats; or a dict of tensors, for models that read features."""
 
 
 class RetrievalModel(nn.Module, ABC):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frozen_fast.errors import UserError
+from frozen_fast.models.pixels import PixelNormalisation
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.models.video.temporal import expand_temporal_embedding
 from frozen_fast.models.video.video_tower import IMAGENET_MEAN, IMAGENET_STD, VideoTower, frames_in_words
@@ -59,6 +60,7 @@ class VideoSide(RetrievalModel):
         self.std = tuple(float(value) for value in std)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean, std: got {self.mean}, {self.std}; allowed: three numbers each, std above 0")
+        self.pixels = PixelNormalisation(self.mean, self.std)
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +93,11 @@ class VideoSide(RetrievalModel):
                 "temporal embedding (from_pretrained(..., num_frames=T) or expand_frames(T, method) makes more)"
             )
         self.video_model.check_video(video_BTCHW)
-        output_BD: Tensor = self.video_model(self._normalised(video_BTCHW))
+        output_BD: Tensor
+        if self.video_model.folds_normalisation and video_BTCHW.dtype == torch.uint8 and self.device.type == "cuda":
+            output_BD = self.video_model(video_BTCHW.to(self.device), self.pixels)
+        else:
+            output_BD = self.video_model(self._normalised(video_BTCHW))
         return output_BD
 
     def _normalised(self, video_BTCHW: Tensor) -> Tensor:
@@ -103,9 +109,7 @@ class VideoSide(RetrievalModel):
             return video.to(dtype)
         if video.dtype != torch.uint8:
             raise ValueError(f"video: got dtype {video.dtype}; allowed: normalised floats, or uint8")
-        mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
-        return (video.float().div_(255).sub_(mean).div_(std)).to(dtype)
+        return self.pixels(video).to(dtype)
 
     def _check_range(self, video: Tensor) -> None:
         """Refuse float pixels that were not normalised; on a CUDA device only outside training, which it would stop."""

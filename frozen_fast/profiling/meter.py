@@ -9,13 +9,14 @@ sections: inside a window a step's `seconds` are the host's, and only their sum 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from frozen_fast.profiling.flops import TrainingFlops
 from frozen_fast.profiling.memory import peak_memory_bytes, reset_peak_memory
 from frozen_fast.profiling.peak import DevicePeak
 
@@ -79,7 +80,7 @@ class StepTime:
     warmup: bool = False
     clips: int = 0
     video_frames: int = 0
-    flops: float | None = None
+    flops: TrainingFlops | None = None
     seconds: float = 0.0
     stall_seconds: float = 0.0
     _clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
@@ -98,11 +99,10 @@ class StepTime:
             if self._ready is None:
                 self._ready = self._timer.mark()
 
-    def count(self, clips: int, frames: int, flops_per_clip: float | None = None) -> None:
+    def count(self, clips: int, frames: int, flops_per_clip: TrainingFlops | None = None) -> None:
         """Add a forward pass: clips over all ranks, frames of each, and model FLOPs (forward and backward) of one."""
-        if self.clips and self.flops is None:
-            flops_per_clip = None  # an earlier part is unknown
-        self.flops = None if flops_per_clip is None else (self.flops or 0.0) + clips * flops_per_clip
+        added = None if flops_per_clip is None else flops_per_clip * clips
+        self.flops = _sum(self.flops, added) if self.clips else added
         self.clips += clips
         self.video_frames += clips * frames
 
@@ -153,8 +153,8 @@ class StageMeter:
         self._device_seconds = {part: float(carried.get("device_seconds", {}).get(part, 0.0)) for part in PARTS}
         self._wall = float(carried.get("wall_seconds", 0.0))
         self._counts = {name: int(carried.get(name, 0)) for name in ("steps", "clips", "video_frames", "timed_clips")}
-        self._flops: float | None = carried.get("flops", 0.0)
-        self._timed_flops: float | None = carried.get("timed_flops", 0.0)
+        self._flops = _carried_flops(carried, "flops")
+        self._timed_flops = _carried_flops(carried, "timed_flops")
         self._peak_memory = int(carried.get("peak_memory_bytes", 0))
         reset_peak_memory(self.device)
         self._timer.synchronize()
@@ -197,26 +197,42 @@ class StageMeter:
             "device_seconds": dict(self._device_seconds),
             "wall_seconds": self._wall_seconds(),
             **self._counts,
-            "flops": self._flops,
-            "timed_flops": self._timed_flops,
+            "flops": None if self._flops is None else astuple(self._flops),
+            "timed_flops": None if self._timed_flops is None else astuple(self._timed_flops),
             "peak_memory_bytes": self._memory(),
         }
 
     def stage_row(
-        self, *, peak: DevicePeak | None = None, recompilations: int = 0, joules: float | None = None
+        self,
+        *,
+        peak: DevicePeak | None = None,
+        measured_peak: DevicePeak | None = None,
+        recompilations: int = 0,
+        joules: float | None = None,
     ) -> dict[str, Any]:
         """The stage's entry of stages.json.
 
-        clips_per_second, stall_share and mfu are of steps after warm-up (null where there is none); gpu_hours hold
-        training, stall, warm-up and checkpoints; mfu is null without FLOPs or without a known peak.
+        clips_per_second, stall_share and MFU are of steps after warm-up (null where there is none); gpu_hours hold
+        training, stall, warm-up and checkpoints. MFU is of executed FLOPs, null without FLOPs or without the peak.
+
+        Args:
+            peak: of the device's datasheet.
+            measured_peak: of a matrix product timed on this device.
+            recompilations: graphs compiled in the stage.
+            joules: energy of the devices.
         """
         self._settle()
         seconds, wall = self._seconds, self._wall_seconds()
         timed = seconds["training"] + seconds["stall"]
         device_seconds = self._device_seconds["training"] + self._device_seconds["stall"]
-        mfu = None
-        if peak is not None and self._timed_flops and device_seconds:
-            mfu = self._timed_flops / device_seconds / peak.flops_per_second
+
+        def mfu(of: DevicePeak | None) -> float | None:
+            if of is None or self._timed_flops is None or not self._timed_flops.executed or not device_seconds:
+                return None
+            return self._timed_flops.executed / device_seconds / of.flops_per_second
+
+        clips, flops = self._counts["clips"], self._flops
+        known = flops is not None and flops.executed > 0 and clips > 0
         charged = sum(self._device_seconds[part] for part in CHARGED_PARTS)
         return {
             "stage": self.stage,
@@ -235,9 +251,12 @@ class StageMeter:
             "clips_per_second": self._counts["timed_clips"] / timed if timed else None,
             "stall_share": seconds["stall"] / timed if timed else None,
             "peak_memory_bytes": self._memory(),
-            "flops_per_clip": self._flops / self._counts["clips"] if self._flops and self._counts["clips"] else None,
-            "mfu": mfu,
+            "flops_per_clip": flops.executed / clips if known and flops is not None else None,
+            "nominal_flops_per_clip": flops.nominal / clips if known and flops is not None else None,
+            "mfu_datasheet": mfu(peak),
+            "mfu_measured_peak": mfu(measured_peak),
             "peak_source": peak.source if peak is not None else None,
+            "measured_peak_source": measured_peak.source if measured_peak is not None else None,
             "recompilations": recompilations,
             "joules": joules,
         }
@@ -292,6 +311,12 @@ class StageMeter:
         return max(self._peak_memory, peak_memory_bytes(self.device))
 
 
-def _sum(total: float | None, value: float | None) -> float | None:
+def _sum(total: TrainingFlops | None, value: TrainingFlops | None) -> TrainingFlops | None:
     """A sum that is unknown once a part of it is."""
     return None if total is None or value is None else total + value
+
+
+def _carried_flops(carried: Mapping[str, Any], name: str) -> TrainingFlops | None:
+    """A total of state_dict(); unknown where an older version wrote one number."""
+    value = carried.get(name, (0.0, 0.0))
+    return TrainingFlops(*value) if isinstance(value, list | tuple) else None

@@ -90,7 +90,8 @@ def _stage_lines(runs: list[RunData], stage: int) -> list[list[str]]:
         [f"{label}: clips/s", *(total(run, lambda t: significant(t.clips_per_second)) for run in runs)],
         [f"{label}: stall", *(total(run, lambda t: percent(t.stall_share)) for run in runs)],
         [f"{label}: device-hours", *(row(run, lambda r: significant(r["gpu_hours"])) for run in runs)],
-        [f"{label}: MFU", *(row(run, lambda r: percent(r.get("mfu"))) for run in runs)],
+        [f"{label}: MFU, datasheet", *(row(run, lambda r: percent(r.get("mfu_datasheet"))) for run in runs)],
+        [f"{label}: MFU, measured peak", *(row(run, lambda r: percent(r.get("mfu_measured_peak"))) for run in runs)],
         [f"{label}: peak memory", *(row(run, lambda r: gibibytes(r["peak_memory_bytes"])) for run in runs)],
         [f"{label}: energy", *(row(run, lambda r: joules(r.get("joules"))) for run in runs)],
     ]

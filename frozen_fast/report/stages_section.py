@@ -28,7 +28,7 @@ def stages_section(run: RunData) -> Section:
     if not totals:
         return Section("Stages", [Text("No optimizer step has finished.")])
     header = ["Stage", "Frames", "Batch", "Steps", "Clips", "Wall time", hours_name(run), "Clips/s", "Stall"]
-    header += ["Peak memory", "MFU", "Energy", "Graphs compiled"]
+    header += ["Peak memory", "MFU, datasheet", "MFU, measured peak", "Energy", "Graphs compiled"]
     rows = [_stage_cells(run, total) for total in totals]
     blocks: list[Block] = []
     if len(rows) > 1:
@@ -38,7 +38,7 @@ def stages_section(run: RunData) -> Section:
         sums = ["all", "", "", count(sum(t.steps for t in totals)), count(sum(t.clips for t in totals))]
         used = [row["joules"] for row in run.stages if row.get("joules") is not None]
         energy = sum(used) if finished and len(used) == len(totals) else None
-        rows.append([*sums, duration(wall), significant(hours), "", "", "", "", joules(energy), ""])
+        rows.append([*sums, duration(wall), significant(hours), "", "", "", "", "", joules(energy), ""])
     blocks.append(Table(header, rows, total=len(totals) > 1))
     plot = hours_plot(run)
     if plot:
@@ -61,7 +61,7 @@ def _stage_cells(run: RunData, total: StageTotals) -> list[str]:
     if row is None:
         unfinished = [f"{cells[0]} (unfinished)", cells[1], "n/a", count(total.steps), count(total.clips)]
         speed = [significant(total.clips_per_second), percent(total.stall_share)]
-        return [*unfinished, duration(total.seconds), "n/a", *speed, "n/a", "n/a", "n/a", "n/a"]
+        return [*unfinished, duration(total.seconds), "n/a", *speed, "n/a", "n/a", "n/a", "n/a", "n/a"]
     sizes = row["batch_sizes"]
     batch = str(next(iter(sizes.values()))) if len(sizes) == 1 else ", ".join(f"{k} {v}" for k, v in sizes.items())
     return [
@@ -74,7 +74,8 @@ def _stage_cells(run: RunData, total: StageTotals) -> list[str]:
         significant(total.clips_per_second),
         percent(total.stall_share),
         gibibytes(row["peak_memory_bytes"]),
-        percent(row.get("mfu")),
+        percent(row.get("mfu_datasheet")),
+        percent(row.get("mfu_measured_peak")),
         joules(row.get("joules")),
         count(row.get("recompilations")),
     ]
@@ -98,8 +99,15 @@ def _stage_notes(run: RunData) -> str:
     if any(row.get("joules") is not None for row in run.stages):
         source = run.environment.get("energy", "source not recorded")
         notes.append(f"Energy: of the devices alone, over the whole wall time of a stage ({source}).")
-    peaks = sorted({row["peak_source"] for row in run.stages if row.get("peak_source")})
-    if any(row.get("mfu") is not None for row in run.stages):
-        peak = f" over the peak of {'; '.join(peaks)}" if peaks else ""
-        notes.append(f"MFU: model FLOPs per second after the warm-up{peak}.")
+    for name, key in (("datasheet", "peak_source"), ("measured peak", "measured_peak_source")):
+        peaks = sorted({row[key] for row in run.stages if row.get(key)})
+        if any(row.get(f"mfu_{name.replace(' ', '_')}") is not None for row in run.stages):
+            notes.append(f"MFU, {name}: executed FLOPs per second after the warm-up over {'; '.join(peaks)}.")
+    counted = [row for row in run.stages if row.get("nominal_flops_per_clip")]
+    if counted:
+        each = ", ".join(
+            f"{row['flops_per_clip'] / 1e9:.3g} ({row['nominal_flops_per_clip'] / 1e9:.3g}) at {row['frames']} frames"
+            for row in {row["frames"]: row for row in counted}.values()
+        )
+        notes.append(f"GFLOP of a training clip, executed (and of the published model in full): {each}.")
     return " ".join(notes)

@@ -18,6 +18,7 @@ from frozen_fast.data.load.for_model import FrameFormat, build_evaluation_loader
 from frozen_fast.data.plan.frame_sampling import Segments
 from frozen_fast.errors import UserError
 from frozen_fast.models.feature_tower import FeatureTower, weights_fingerprint
+from frozen_fast.models.pixels import PixelNormalisation
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
 from frozen_fast.search.checkpoint_settings import check_decoder, parallel_config
@@ -221,8 +222,10 @@ def extract_clips(
         segments=Segments(1 / request.rate if request.rate else 0.0, request.max_vectors),
     )
 
+    pixels = PixelNormalisation(mean, std).to(parallel.device)
+
     def vectors() -> Iterator[tuple[int, Tensor]]:
-        encoded = window_features(lambda x: {"vectors": tower.encode(x)}, loader, parallel.autocast)
+        encoded = window_features(lambda x: {"vectors": tower.encode(pixels(x))}, loader, parallel.autocast)
         for index, windows in encoded:
             rows_ND = torch.cat([window["vectors"] for window in windows])
             yield index, rows_ND.mean(0, keepdim=True) if request.pool == "mean" else rows_ND

@@ -47,7 +47,7 @@ class Outcome:
         peak_memory_bytes: on one device, largest of the run's stages.
         host_memory_bytes: most resident memory that its processes had together, launcher included.
         stall_share: share of training time in which the device waited for input.
-        mfu: model FLOPs utilisation, None where the peak is unknown.
+        mfu_datasheet: executed FLOPs over the datasheet's peak, None where that is unknown.
     """
 
     trial: str
@@ -62,7 +62,7 @@ class Outcome:
     peak_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
     stall_share: float | None = None
-    mfu: float | None = None
+    mfu_datasheet: float | None = None
 
     def to_row(self) -> dict[str, Any]:
         """A JSON-able row for results.jsonl."""
@@ -119,8 +119,8 @@ def read_figures(run_folder: Path, *, epoch_clips: int) -> dict[str, Any]:
             clips += stage["clips"]
             seconds += stage["clips"] / speed
             stall += stage["stall_share"] * stage["clips"] / speed
-            if stage["mfu"] is not None:
-                used += stage["mfu"] * stage["clips"] / speed
+            if stage["mfu_datasheet"] is not None:
+                used += stage["mfu_datasheet"] * stage["clips"] / speed
                 known += stage["clips"] / speed
     if not seconds:
         raise ValueError(f"{path.name}: no measured steps after warm-up")
@@ -130,5 +130,5 @@ def read_figures(run_folder: Path, *, epoch_clips: int) -> dict[str, Any]:
         "gpu_hours_per_epoch": epoch_clips * seconds / clips * devices / 3600,
         "peak_memory_bytes": max(stage["peak_memory_bytes"] or 0 for stage in stages) or None,
         "stall_share": stall / seconds,
-        "mfu": used / known if known else None,
+        "mfu_datasheet": used / known if known else None,
     }

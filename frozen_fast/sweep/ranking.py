@@ -57,7 +57,7 @@ def table_rows(outcomes: Sequence[Outcome], trials: Mapping[str, Trial]) -> list
                 shown(gib(row.peak_memory_bytes), "{:.2f}"),
                 shown(gib(row.host_memory_bytes), "{:.2f}"),
                 shown(row.stall_share, "{:.0%}"),
-                shown(row.mfu, "{:.1%}"),
+                shown(row.mfu_datasheet, "{:.1%}"),
                 f"{row.seconds:.0f}",
                 row.cause if row.cause == "ok" else f"{row.cause}: {row.message}"[:200],
                 trials[row.trial].label() if row.trial in trials else row.trial,

@@ -118,7 +118,8 @@ class Engine:
         joules = stage.energy.joules()
         with parallel.together():
             if parallel.is_main:
-                row = meter.stage_row(peak=self._parts.peak, recompilations=graphs, joules=joules)
+                peaks = {"peak": self._parts.peak, "measured_peak": self._parts.measured_peak}
+                row = meter.stage_row(**peaks, recompilations=graphs, joules=joules)
                 self._folder.put_stage_row(row)
                 kernels = model.kernels_used(parallel.device, compiled=config.training.compile)
                 decoders = {name: dict(counts) for name, counts in self._feed.decode_backends.items()}

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.models.video_side import VideoSide
 from frozen_fast.optimizers import freeze_groups
-from frozen_fast.profiling.flops import clip_flops
+from frozen_fast.profiling.flops import TrainingFlops, clip_flops
 from frozen_fast.training.build_classifier import build_classifier
 
 log = logging.getLogger(__name__)
@@ -189,6 +189,7 @@ def build_training_loader(
         decode=config.data.decode,
         sampling=config.data.sampling,
         device=device,
+        resolution=model.resolution,
     )
 
 
@@ -269,10 +270,10 @@ def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat
     return FrameFormat(model.resolution, augmentation.mean, augmentation.std)
 
 
-def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int, int, int], float | None]:
+def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int, int, int], TrainingFlops | None]:
     """What counts a clip's model FLOPs from (frames, text tokens, clips of a global batch).
 
-    What nothing reads of a video tower's last block is not computed, and not counted unless
+    What nothing reads of a video tower's last block is not computed, and counted in the nominal FLOPs only, unless
     model.video.full_last_block asks for it. A tower whose FLOPs are not known gives None: no FLOPs, no MFU.
 
     Args:
@@ -283,40 +284,37 @@ def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int
         log.info("no FLOPs and no MFU for a model of kind %s", model.kind)
         return lambda frames, tokens, clips: None
     video = model.video_model
-    video_flops = {number: video.forward_flops(number) for number in sorted(set(frames))}
+    video_flops = {
+        number: (video.forward_flops(number), video.forward_flops(number, executed=False), video.pixel_flops(number))
+        for number in sorted(set(frames))
+    }
     video_learns = any(parameter.requires_grad for parameter in video.parameters())
-    if isinstance(model, Classifier):
-        classes = len(model.classes)
+    text = model.text_model if isinstance(model, DualEncoder) else None
+    classes = len(model.classes) if isinstance(model, Classifier) else 0
 
-        def classifier_flops(frames: int, tokens: int, clips: int) -> float | None:
-            if (forward := video_flops[frames]) is None:
-                return None
-            return clip_flops(
-                forward,
-                0.0,
-                widths=(video.width, 0),
-                embedding_width=classes,
-                global_batch_size=0,
-                frozen=0.0 if video_learns else forward,
-            ).training
+    @cache
+    def text_flops(tokens: int) -> tuple[float | None, float]:
+        return (0.0, 0.0) if text is None else (text.forward_flops(tokens), text.frozen_flops(tokens))
 
-        return classifier_flops
-    assert isinstance(model, DualEncoder)
-    text = model.text_model
-    text_flops = cache(lambda tokens: (text.forward_flops(tokens), text.frozen_flops(tokens)))
-
-    def training_flops(frames: int, tokens: int, clips: int) -> float | None:
-        forward, (caption, frozen) = video_flops[frames], text_flops(tokens)
-        if forward is None or caption is None:
+    def training_flops(frames: int, tokens: int, clips: int) -> TrainingFlops | None:
+        (executed, nominal, of_pixels), (caption, frozen) = video_flops[frames], text_flops(tokens)
+        if executed is None or nominal is None or caption is None:
             return None
-        return clip_flops(
-            forward,
-            caption,
-            widths=(video.width, text.width),
-            embedding_width=model.embedding_width,
-            global_batch_size=clips,
-            frozen=frozen if video_learns else frozen + forward,
-        ).training
+        of_a_clip = partial(
+            clip_flops,
+            text=caption,
+            widths=(video.width, 0 if text is None else text.width),
+            embedding_width=model.embedding_width if isinstance(model, DualEncoder) else classes,
+            global_batch_size=0 if text is None else clips,
+        )
+        if not video_learns:
+            return TrainingFlops(
+                of_a_clip(executed, frozen=frozen + executed).training,
+                of_a_clip(nominal, frozen=frozen + nominal).training,
+            )
+        return TrainingFlops(
+            of_a_clip(executed, frozen=frozen, of_pixels=of_pixels).training, of_a_clip(nominal, frozen=frozen).training
+        )
 
     return training_flops
 

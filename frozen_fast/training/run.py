@@ -23,7 +23,7 @@ from frozen_fast.optimizers import build_optimizer, divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
 from frozen_fast.profiling.energy import energy_meter
-from frozen_fast.profiling.peak import device_peak
+from frozen_fast.profiling.peak import device_peak, measure_peak
 from frozen_fast.records import environment
 from frozen_fast.records.checkpoint import RunState, read_state, read_tensors, verify
 from frozen_fast.records.checkpoint_folder import (
@@ -338,6 +338,8 @@ class _Run:
         if checkpoint is not None:
             with parallel.together():
                 parallel.state.load_optimizer_state(read_tensors(checkpoint)[1])
+        wanted = config.training.measure_peak
+        measured = wanted == "on" or (wanted == "auto" and parallel.device.type == "cuda")
         energy, reason = energy_meter(parallel.device)
         log.info("energy: %s", reason)
         with parallel.together():
@@ -353,6 +355,7 @@ class _Run:
             plans=plans,
             flops_per_clip=flops_per_clip,
             peak=device_peak(devices[0], parallel.precision),
+            measured_peak=measure_peak(parallel.device, parallel.precision) if measured else None,
             energy=energy,
             teachers=teachers,
             watchdog=self._watchdog,

@@ -10,6 +10,7 @@ from frozen_fast.data import Source, TrainingLoader
 from frozen_fast.data.load.feature_loader import FeatureTrainingLoader
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.profiling.energy import EnergyMeter
+from frozen_fast.profiling.flops import TrainingFlops
 from frozen_fast.profiling.peak import DevicePeak
 from frozen_fast.training.task import Task
 from frozen_fast.training.teachers import Teachers
@@ -30,7 +31,8 @@ class RunParts:
         plans: the stages, every number settled.
         flops_per_clip: (frames, text tokens, clips of a global batch) -> model FLOPs of one training clip, None where
             they are not known.
-        peak: this device's peak, where known.
+        peak: this device's datasheet peak, where known.
+        measured_peak: a peak measured on this device before the first stage (training.measure_peak).
         energy: this device's energy meter, where there is one.
         teachers: whose similarities the model follows, where the config names some.
         watchdog: watches the time of each phase.
@@ -43,8 +45,9 @@ class RunParts:
     fingerprints: Mapping[str, str]
     loader: TrainingLoader | FeatureTrainingLoader
     plans: Sequence[StagePlan]
-    flops_per_clip: Callable[[int, int, int], float | None]
+    flops_per_clip: Callable[[int, int, int], TrainingFlops | None]
     peak: DevicePeak | None
+    measured_peak: DevicePeak | None = None
     energy: EnergyMeter | None = None
     teachers: Teachers | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)

@@ -19,7 +19,6 @@ from support import datasets, videos
 FRAMES = 20
 RESOLUTION = 96
 SMALL = PackSettings(frames_per_clip=4, shard_bytes=20_000)
-MEAN, STD = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
 
 
 def write_vp9(path: Path, number: int) -> None:
@@ -45,9 +44,7 @@ def pack(source: Source, folder: Path, settings: PackSettings = SMALL, **limits:
 
 def decoder(backend: str = "pyav", threads: int = 1) -> ClipDecoder:
     """A decoder whose frames are pixel values 0-255."""
-    return build_decoder(
-        backend, device="cpu", resolution=RESOLUTION, mean=MEAN, std=STD, threads=threads, max_pixels=10**6
-    )
+    return build_decoder(backend, device="cpu", resolution=RESOLUTION, threads=threads, max_pixels=10**6)
 
 
 def codes(frames_TCHW: torch.Tensor) -> list[int]:

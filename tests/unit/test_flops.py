@@ -14,7 +14,7 @@ from frozen_fast.config.video_sizes import VIDEO_SIZES, VideoSize
 from frozen_fast.models.counted_flops import counted_flops
 from frozen_fast.models.text.text_shape import TextShape
 from frozen_fast.models.video.space_time import SpaceTimeTransformer
-from frozen_fast.models.video.space_time_flops import space_time_flops
+from frozen_fast.models.video.space_time_flops import embedding_flops, space_time_flops
 from frozen_fast.profiling.flops import clip_flops
 from support.towers import make_text_tower
 
@@ -22,12 +22,17 @@ DISTILBERT = TextShape.from_config(DistilBertConfig())
 SIZE = VideoSize(resolution=48, patch=16, width=24, depth=3, heads=2)
 
 
-@pytest.mark.parametrize(("frames", "gflop"), [(1, 147), (4, 562), (8, 1116)])
-def test_base_model_with_32_text_tokens(frames: int, gflop: float) -> None:
-    video = space_time_flops(VIDEO_SIZES["base_patch16_224"], frames)
-    flops = clip_flops(video, DISTILBERT.forward_flops(32), widths=(768, 768), global_batch_size=96)
-    assert flops.training / 1e9 == pytest.approx(gflop, rel=0.02)
-    assert flops.training == 3 * (flops.video + flops.text + flops.loss)
+@pytest.mark.parametrize(("frames", "executed", "nominal"), [(1, 140, 147), (4, 533, 562), (8, 1058, 1116)])
+def test_base_model_with_32_text_tokens(frames: int, executed: float, nominal: float) -> None:
+    base = VIDEO_SIZES["base_patch16_224"]
+    sides = {"text": DISTILBERT.forward_flops(32), "widths": (768, 768), "global_batch_size": 96}
+    full = clip_flops(space_time_flops(base, frames), **sides)
+    assert full.training / 1e9 == pytest.approx(nominal, rel=0.005)
+    assert full.training == 3 * (full.video + full.text + full.loss)
+    patches = embedding_flops(base, frames)
+    done = clip_flops(space_time_flops(base, frames, executed=True), of_pixels=patches, **sides)
+    assert done.training / 1e9 == pytest.approx(executed, rel=0.005)
+    assert done.training == 3 * done.forward - patches, "pixels need no gradient"
 
 
 @pytest.mark.parametrize("executed", [False, True])
@@ -42,6 +47,7 @@ def test_video_tower_against_pytorchs_counter(frames: int, executed: bool, skip:
         out = tower(clip)
     forward = counter.get_total_flops()
     expected = 2 * space_time_flops(SIZE, frames, executed=executed, skip_time_attention_at_one_frame=skip)
+    assert tower.pixel_flops(frames) == embedding_flops(SIZE, frames)
     assert 2 * tower.forward_flops(frames) == expected
     # On a CPU the last block's CLS row is sums of elementwise products, which the counter does not see.
     unseen = 2 * 2 * 2 * (1 + frames * SIZE.patches_per_frame) * SIZE.width if executed else 0
@@ -49,8 +55,7 @@ def test_video_tower_against_pytorchs_counter(frames: int, executed: bool, skip:
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
     # Pixels need no gradient: the patch embedding has one product in the backward pass, not two.
-    embedding = 2 * 2 * frames * SIZE.patches_per_frame * 3 * SIZE.patch**2 * SIZE.width
-    assert counter.get_total_flops() == pytest.approx(2 * expected - embedding, rel=0.005)
+    assert counter.get_total_flops() == pytest.approx(2 * expected - 2 * embedding_flops(SIZE, frames), rel=0.005)
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from frozen_fast.profiling import DevicePeak, StageMeter
+from frozen_fast.profiling.flops import TrainingFlops
 from frozen_fast.profiling.memory import peak_memory_bytes, reset_peak_memory
 
 
@@ -53,7 +55,7 @@ def run_step(meter: StageMeter, clock: Clock, stall: float, compute: float, *, w
     with meter.step(warmup=warmup) as step:
         with step.stall():
             clock.pass_seconds(stall)
-        step.count(8, 4, flops_per_clip=2e9)
+        step.count(8, 4, TrainingFlops(2e9, 3e9))
         clock.pass_seconds(compute)
 
 
@@ -148,12 +150,26 @@ def test_mfu_is_model_flops_over_the_named_peak() -> None:
     meter = build(clock, num_devices=2)
     run_stage(meter, clock)
     peak = DevicePeak(device="x", dtype="bf16", flops_per_second=1e10, bytes_per_second=None, source="a test")
-    row = meter.stage_row(peak=peak, recompilations=3)
-    # 32 clips of 2 GFLOP in 8 s of training and stall on two devices.
-    assert row["mfu"] == pytest.approx(32 * 2e9 / 8.0 / 2 / 1e10)
-    assert row["flops_per_clip"] == pytest.approx(2e9)
-    assert (row["peak_source"], row["recompilations"]) == ("a test", 3)
-    assert meter.stage_row()["mfu"] is None and meter.stage_row()["peak_source"] is None
+    measured = replace(peak, flops_per_second=8e9, source="a product")
+    row = meter.stage_row(peak=peak, measured_peak=measured, recompilations=3)
+    # 32 clips of 2 GFLOP executed in 8 s of training and stall on two devices.
+    assert row["mfu_datasheet"] == pytest.approx(32 * 2e9 / 8.0 / 2 / 1e10)
+    assert row["mfu_measured_peak"] == pytest.approx(32 * 2e9 / 8.0 / 2 / 8e9)
+    assert (row["flops_per_clip"], row["nominal_flops_per_clip"]) == (pytest.approx(2e9), pytest.approx(3e9))
+    assert (row["peak_source"], row["measured_peak_source"], row["recompilations"]) == ("a test", "a product", 3)
+    bare = meter.stage_row()
+    assert all(bare[key] is None for key in ("mfu_datasheet", "mfu_measured_peak", "peak_source"))
+
+
+def test_a_meter_carries_both_counts_of_flops_on() -> None:
+    clock = Clock()
+    first = build(clock)
+    run_step(first, clock, 0.0, 1.0)
+    second = build(clock, state=json.loads(json.dumps(first.state_dict())))
+    run_step(second, clock, 0.0, 1.0)
+    assert second.stage_row()["nominal_flops_per_clip"] == pytest.approx(3e9)
+    older = build(clock, state={**first.state_dict(), "flops": 16e9})
+    assert older.stage_row()["flops_per_clip"] is None, "a checkpoint of an older version tells one number only"
 
 
 def test_unknown_flops_make_the_stage_unknown() -> None:
@@ -161,12 +177,12 @@ def test_unknown_flops_make_the_stage_unknown() -> None:
     meter = build(clock)
     with meter.step() as step:
         step.count(4, 1, flops_per_clip=None)
-        step.count(4, 1, flops_per_clip=1e9)
+        step.count(4, 1, TrainingFlops(1e9, 1e9))
         clock.pass_seconds(1.0)
     run_step(meter, clock, 0.0, 1.0)
     peak = DevicePeak(device="x", dtype="bf16", flops_per_second=1e10, bytes_per_second=None, source="a test")
     row = meter.stage_row(peak=peak)
-    assert row["flops_per_clip"] is None and row["mfu"] is None
+    assert row["flops_per_clip"] is None and row["mfu_datasheet"] is None
 
 
 def test_a_stage_without_timed_steps_claims_no_speed() -> None:
@@ -174,7 +190,7 @@ def test_a_stage_without_timed_steps_claims_no_speed() -> None:
     meter = build(clock)
     run_step(meter, clock, 0.0, 1.0, warmup=True)
     row = meter.stage_row()
-    assert row["clips_per_second"] is None and row["stall_share"] is None and row["mfu"] is None
+    assert row["clips_per_second"] is None and row["stall_share"] is None and row["mfu_datasheet"] is None
     assert row["clips"] == 8
 
 

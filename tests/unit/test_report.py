@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 
 from frozen_fast.config.extensions import report_sections
 from frozen_fast.errors import UserError
-from frozen_fast.profiling.trace import most_expensive
+from frozen_fast.profiling.trace import device_use, most_expensive
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.records.run_lock import RunLock
 from frozen_fast.report import loss_section, plots, retrieval, stages_section
@@ -380,13 +380,16 @@ def test_what_was_left_out_when_the_sets_were_read_is_counted_by_cause(run: Path
 def test_the_most_expensive_kernels_are_a_table(run: Path) -> None:
     assert "## Profile" not in report_of(run)[0]
     rows = [{"name": "gemm<float>", "calls": 24, "milliseconds": 12.5, "share": 0.25}]
-    table = {"stage": 1, "what": "kernel", "steps": 2, "total_milliseconds": 50.0, "rows": rows}
+    use = {"host_milliseconds": 40.0, "launches": 1400.0, "busy_milliseconds": 15.0, "copy_milliseconds": 2.0}
+    use["idle_share"] = 0.6
+    table = {"stage": 1, "what": "kernel", "steps": 2, "total_milliseconds": 50.0, "rows": rows, "use": use}
     (run / "traces").mkdir()
     (run / "traces" / "stage_1.kernels.json").write_text(json.dumps(table))
     (run / "traces" / "stage_2.kernels.json").write_text("{")
     markdown, html = report_of(run)
     assert table_after(markdown, "Profile", "Kernel") == [["gemm\\<float>", "24", "12.5", "25.0 %"]]
     assert "Stage 2, 2 steps traced after warm-up, 50.0 ms of kernels on the device" in markdown
+    assert "40.0 ms on the host" in markdown and "the device is idle for 60.0 % of the time" in markdown
     assert "gemm&lt;float&gt;" in html and "traces/stage_2.kernels.json cannot be read" in markdown
 
 
@@ -413,6 +416,30 @@ def test_kernels_are_the_devices_own_and_operators_count_without_what_they_call(
     assert total == 8.0
     rows, total = most_expensive(entries, on_cuda=False)
     assert [(row["name"], row["share"]) for row in rows] == [("aten::mm", 0.75), ("aten::add", 0.25)]
+
+
+def test_idle_time_copies_and_launches_are_told_apart() -> None:
+    def event(name: str, kind: DeviceType, start: float, end: float) -> Any:
+        return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [
+        event("cudaLaunchKernel", DeviceType.CPU, 0, 5),
+        event("cudaLaunchKernelExC", DeviceType.CPU, 5, 10),
+        event("cudaGraphLaunch", DeviceType.CPU, 10, 12),
+        event("cudaDeviceSynchronize", DeviceType.CPU, 12, 4012),
+        event("aten::mm", DeviceType.CPU, 0, 9),
+        event("gemm", DeviceType.CUDA, 1000, 4000),
+        event("norm", DeviceType.CUDA, 3000, 5000),
+        event("Memcpy HtoD", DeviceType.CUDA, 4500, 6000),
+        event("gemm", DeviceType.CUDA, 9000, 11000),
+    ]
+    use = device_use(events, steps=2, seconds=0.020)
+    assert use["launches"] == 1.5 and use["host_milliseconds"] == pytest.approx((20 - 4) / 2)
+    assert use["busy_milliseconds"] == pytest.approx((4 + 2) / 2), "overlapping kernels count once"
+    assert use["copy_milliseconds"] == pytest.approx(1.5 / 2)
+    assert use["idle_share"] == pytest.approx(3 / 10)
+    on_cpu = device_use([events[4]], steps=1, seconds=0.5)
+    assert on_cpu["host_milliseconds"] == 500 and on_cpu["idle_share"] is None and on_cpu["launches"] is None
 
 
 def test_backends_versions_and_config_are_shown(run: Path) -> None:
@@ -450,7 +477,7 @@ def test_the_attention_choices_are_a_table_of_figures(run: Path) -> None:
 def test_notes_explain_columns_that_are_there(run: Path) -> None:
     markdown, _ = report_of(run)
     assert "Twins:" in markdown and "One frame at best:" in markdown
-    assert "Loss: the training loss" not in markdown and "Energy:" not in markdown and "MFU:" not in markdown
+    assert "Loss: the training loss" not in markdown and "Energy:" not in markdown and "MFU, datasheet:" not in markdown
 
     def plain(value: dict[str, Any]) -> None:
         for row in value["evaluations"]:
@@ -458,10 +485,15 @@ def test_notes_explain_columns_that_are_there(run: Path) -> None:
             row["metrics"] = {key: number for key, number in row["metrics"].items() if "/" in key}
 
     edit_json(run / "metrics.json", plain)
-    edit_json(run / "stages.json", lambda stages: stages[0].update(joules=5.0, mfu=0.5, peak_source="a table"))
+    edit_json(
+        run / "stages.json", lambda stages: stages[0].update(joules=5.0, mfu_datasheet=0.5, peak_source="a table")
+    )
     markdown, _ = report_of(run)
     assert "R@k in percent" in markdown and "win" not in markdown.split("## Stages")[0].lower().replace("windows", "")
-    assert "Energy: of the devices alone" in markdown and "after the warm-up over the peak of a table." in markdown
+    assert (
+        "Energy: of the devices alone" in markdown
+        and "MFU, datasheet: executed FLOPs per second after the warm-up over a table." in markdown
+    )
     assert "Loss: the training loss" not in markdown, "no table of this report has the column"
 
 
@@ -588,7 +620,7 @@ def test_energies(energy: float | None, text: str) -> None:
 
 def test_energy_is_shown_per_stage_and_in_sum_only_where_all_of_it_is_known(run: Path) -> None:
     def shown() -> list[str]:
-        return [row[11] for row in table_after(report_of(run)[0], "Stages", "Energy")]
+        return [row[12] for row in table_after(report_of(run)[0], "Stages", "Energy")]
 
     assert shown() == ["n/a"] * 4
     edit_json(run / "stages.json", lambda stages: [stage.update(joules=1500.0) for stage in stages])

@@ -33,7 +33,7 @@ def throughput_result() -> dict[str, Any]:
         "num_devices": 1,
         "modes": {"model": {"windows": windows, "peak_memory_bytes": 2**30}},
         "flops_per_clip": None,
-        "peak_flops_per_second": None,
+        "peaks": {"datasheet": None, "measured_peak": None},
     }
     return {
         "command": ["python", "benchmarks/throughput.py"],

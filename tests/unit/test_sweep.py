@@ -131,20 +131,20 @@ def stage(**changes: object) -> dict[str, object]:
         "stall_share": 0.1,
         "num_devices": 2,
         "peak_memory_bytes": 7,
-        "mfu": None,
+        "mfu_datasheet": None,
     }
     return {**row, **changes}
 
 
 def test_figures_weigh_stages_by_their_clips(tmp_path: Path) -> None:
-    stages = [stage(), stage(clips=300, clips_per_second=10.0, stall_share=0.5, peak_memory_bytes=9, mfu=0.4)]
+    stages = [stage(), stage(clips=300, clips_per_second=10.0, stall_share=0.5, peak_memory_bytes=9, mfu_datasheet=0.4)]
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     figures = read_figures(tmp_path, epoch_clips=4000)
     seconds = 100 / 50 + 300 / 10
     assert figures["clips_per_second_per_device"] == pytest.approx(400 / seconds / 2)
     assert figures["gpu_hours_per_epoch"] == pytest.approx(4000 * seconds / 400 * 2 / 3600)
     assert figures["stall_share"] == pytest.approx((0.1 * 2 + 0.5 * 30) / seconds)
-    assert (figures["peak_memory_bytes"], figures["mfu"]) == (9, 0.4)
+    assert (figures["peak_memory_bytes"], figures["mfu_datasheet"]) == (9, 0.4)
 
 
 def test_a_run_without_measured_steps_has_no_figures(tmp_path: Path) -> None:

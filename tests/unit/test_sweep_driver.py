@@ -51,7 +51,7 @@ if what == 5:
 if what == 6:
     raise RuntimeError("of its own")
 stage = {"clips": 100, "clips_per_second": float(what), "stall_share": 0.1, "num_devices": 1,
-         "peak_memory_bytes": 7, "mfu": None}
+         "peak_memory_bytes": 7, "mfu_datasheet": None}
 (folder / "stages.json").write_text(json.dumps([stage]))
 """
 

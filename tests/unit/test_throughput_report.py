@@ -25,6 +25,14 @@ def result_of(small: bool) -> dict[str, object]:
     return {"small": small, "row_stages": {"1": [[1, 8, 1.0]]}, "stages": stages, "clips_per_row": 2_500_000}
 
 
+def test_mfu_is_told_against_both_peaks(report: ModuleType) -> None:
+    (stage,) = result_of(small=False)["stages"]  # type: ignore[misc]
+    peaks = {"datasheet": {"flops_per_second": 1e12, "source": "a table"}, "measured_peak": None}
+    stage = {**stage, "flops_per_clip": 1e9, "peaks": peaks}
+    assert report.mfu(stage, "end_to_end", "datasheet") == pytest.approx(100 * 1e9 / 1e12)
+    assert report.mfu(stage, "end_to_end", "measured_peak") is None
+
+
 def test_a_smoke_run_projects_no_hours(report: ModuleType) -> None:
     assert report.projected_rows(result_of(small=True)) == []
     small = {**result_of(small=True), "command": ["x"], "stages": [], "paper_hardware": "not stated"}

@@ -30,22 +30,20 @@ class DecoderSettings:
     Attributes:
         device: device of the frames.
         resolution: side of the frames, pixels.
-        mean: normalisation mean, RGB in [0, 1].
-        std: normalisation standard deviation.
         threads: decoding threads.
         max_pixels: a frame or picture with more pixels is a bad clip.
+        crops_only: training crops are resized later (ViewTransform).
     """
 
     device: torch.device
     resolution: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     threads: int
     max_pixels: int
+    crops_only: bool = False
 
     def transform(self) -> ViewTransform:
-        """The transform from decoded frames to the model's input."""
-        return ViewTransform(self.resolution, self.mean, self.std, self.device)
+        """The transform from decoded frames to the requested view."""
+        return ViewTransform(self.resolution, crops_only=self.crops_only)
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,6 @@ def _dali(settings: DecoderSettings) -> Decoder:
     return DaliDecoder(
         device=settings.device,
         resolution=settings.resolution,
-        mean=settings.mean,
-        std=settings.std,
         threads=settings.threads,
         max_pixels=settings.max_pixels,
         pictures=pictures,
@@ -124,10 +120,9 @@ def build_decoder(
     *,
     device: torch.device | str,
     resolution: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
     threads: int,
     max_pixels: int,
+    crops_only: bool = False,
 ) -> Decoder:
     """Build a decoder; call it in the thread or process that will use it.
 
@@ -135,10 +130,9 @@ def build_decoder(
         backend: a name of extensions.decoders; auto: the fastest that supports a clip's codec.
         device: device of the frames.
         resolution: side of the frames, pixels.
-        mean: normalisation mean, RGB in [0, 1].
-        std: normalisation standard deviation.
         threads: decoding threads.
         max_pixels: a frame or picture with more pixels is a bad clip.
+        crops_only: training crops are resized later (ViewTransform); dali resizes them itself.
 
     Raises:
         UserError: an unknown backend, or one that is not installed.
@@ -151,10 +145,9 @@ def build_decoder(
         DecoderSettings(
             device=torch.device(device),
             resolution=resolution,
-            mean=mean,
-            std=std,
             threads=threads,
             max_pixels=max_pixels,
+            crops_only=crops_only,
         )
     )
 

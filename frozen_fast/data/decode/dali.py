@@ -1,4 +1,4 @@
-"""DALI: decode, crop, resize, flip and normalise in one pipeline on the training device.
+"""DALI: decode, crop, resize and flip in one pipeline on the training device.
 
 Each clip has its own list of frame numbers. DALI decodes a file from its start to the last requested frame (see
 excerpt.py), and may return black frames if decoding fails, so black frames are checked with PyAV.
@@ -64,8 +64,6 @@ class DaliDecoder:
         *,
         device: torch.device,
         resolution: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
         threads: int,
         max_pixels: int,
         pictures: ThreadedDecoder,
@@ -75,7 +73,6 @@ class DaliDecoder:
         self._others = others
         self._device = device
         self._resolution = resolution
-        self._mean, self._std = mean, std
         self._threads = threads
         self._max_pixels = max_pixels
         self._pictures = pictures
@@ -188,8 +185,6 @@ class DaliDecoder:
                 threads=self._threads,
                 device=self._device,
                 resolution=self._resolution,
-                mean=self._mean,
-                std=self._std,
             )
             copies = CopyStream(self._device) if self._device.type == "cuda" else None
             self._pipelines[slot] = (pipeline, copies)

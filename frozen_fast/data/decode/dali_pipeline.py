@@ -1,4 +1,4 @@
-"""The DALI graphs, from encoded clips to normalised frames."""
+"""The DALI graphs, from encoded clips to uint8 frames of the model's resolution."""
 
 from __future__ import annotations
 
@@ -49,10 +49,8 @@ def build_pipeline(
     threads: int,
     device: torch.device,
     resolution: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
 ) -> Any:
-    """Build the graph: decode, resize (where the view does so first), crop, resize, flip, normalise.
+    """Build the graph: decode, resize (where the view does so first), crop, resize, flip.
 
     Args:
         graph: which one.
@@ -60,8 +58,6 @@ def build_pipeline(
         threads: CPU threads.
         device: "cuda": decoding and all else on that GPU ("mixed"); otherwise the CPU.
         resolution: side of the output, pixels.
-        mean: normalisation mean, RGB in [0, 1].
-        std: normalisation standard deviation.
     """
     import nvidia.dali.fn
     import nvidia.dali.types
@@ -91,9 +87,7 @@ def build_pipeline(
             viewed,
             output_layout="FCHW",
             mirror=given["mirror"],
-            mean=[255 * value for value in mean],
-            std=[255 * value for value in std],
-            dtype=types.FLOAT,
+            dtype=types.UINT8,
         )
         pipeline.set_outputs(frames, peaks)
     pipeline.build()
@@ -114,7 +108,7 @@ def run_pipeline(
             resize), `start` and `shape` [2] int32 (the crop), `mirror` scalar int32.
 
     Returns:
-        Per clip: float32 frames [T, 3, R, R] on the device, and each decoded frame's largest value [T].
+        Per clip: uint8 frames [T, 3, R, R] on the device, and each decoded frame's largest value [T].
 
     Raises:
         RuntimeError: DALI could not decode one of the clips; the pipeline cannot be used again.
@@ -155,7 +149,7 @@ class CopyStream:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         compute = torch.cuda.current_stream(self._device)
-        clips = [torch.empty(output.shape(), dtype=torch.float32, device=self._device) for output in outputs]
+        clips = [torch.empty(output.shape(), dtype=torch.uint8, device=self._device) for output in outputs]
         self._stream.wait_stream(compute)  # memory that was freed before may still be read there
         for output, clip in zip(outputs, clips, strict=True):
             feed_ndarray(output, clip, cuda_stream=self._stream)

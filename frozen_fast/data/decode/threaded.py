@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from frozen_fast.data.decode.frame_index import ClipIndex
 from frozen_fast.data.decode.pictures import read_picture
@@ -75,22 +74,19 @@ class ThreadedDecoder:
             expected = (len(distinct), index.info.height, index.info.width, 3)
             if frames_NHWC.shape != expected:
                 raise ClipError("decode_failed", f"frames of shape {frames_NHWC.shape}, expected {expected}", path)
-            frames_NCHW = self._transform(frames_NHWC, request.view)
+            decoded = self._transform(frames_NHWC, request.view, self.name)
         except ClipError as error:
             error.__traceback__ = None  # it would keep the frames of this call alive
             return error
         except OSError as error:
             return ClipError("decode_failed", f"cannot be read: {error.strerror or error}", path)
-        if len(order) != len(distinct) or (np.diff(order) != 1).any():
-            frames_NCHW = frames_NCHW[torch.from_numpy(order).to(frames_NCHW.device)]
-        return Decoded(frames_NCHW, self.name)
+        return decoded.ordered(order)
 
     def _decode_picture(self, path: str, request: DecodeRequest) -> Decoded:
         info = probe(path, "image", max_pixels=self._max_pixels)
         check_frame_indices(request, info.num_frames)
-        frames_NCHW = self._transform(read_picture(path, max_pixels=self._max_pixels), request.view)
-        copies = len(request.frame_indices)
-        return Decoded(frames_NCHW if copies == 1 else frames_NCHW.repeat(copies, 1, 1, 1), "pil")
+        decoded = self._transform(read_picture(path, max_pixels=self._max_pixels), request.view, "pil")
+        return decoded.ordered(np.zeros(len(request.frame_indices), np.int64))
 
     def close(self) -> None:
         """Stop the pool's threads."""

@@ -6,11 +6,12 @@ Axis letters: T frames, C channels (RGB), H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Kind = Literal["video", "image"]
@@ -130,12 +131,21 @@ class Decoded:
     """One decoded clip.
 
     Attributes:
-        frames_TCHW: float32, normalised, [T, 3, resolution, resolution] on the decoder's device.
+        frames_TCHW: uint8 RGB, [T, 3, resolution, resolution]; a decoder of crops (ViewTransform) gives the crop of the
+            stored frames, [T, 3, h, w].
         backend: the backend that decoded it ("dali", "torchcodec", "decord", "pyav"; for pictures "dali" or "pil").
+        flip: for a crop, whether it is mirrored after the resize; None: the frames are not resized any more.
     """
 
     frames_TCHW: Tensor
     backend: str
+    flip: bool | None = None
+
+    def ordered(self, order: np.ndarray) -> Decoded:
+        """The frames with these places, [T] whole numbers; itself where that changes nothing."""
+        if len(order) == len(self.frames_TCHW) and (np.diff(order) == 1).all():
+            return self
+        return replace(self, frames_TCHW=self.frames_TCHW[torch.from_numpy(order).to(self.frames_TCHW.device)])
 
 
 class Decoder(Protocol):

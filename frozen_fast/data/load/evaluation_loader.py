@@ -19,6 +19,7 @@ from frozen_fast.config.schema import DecodeConfig, SamplingConfig
 from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, TestView
 from frozen_fast.data.decode.threads import map_in_threads
 from frozen_fast.data.load.bad_clips import BadClip
+from frozen_fast.data.load.crops import mapped, pinned, stacked
 from frozen_fast.data.load.load_settings import load_settings
 from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, stream_from_workers
 from frozen_fast.data.load.reading import probe
@@ -26,10 +27,8 @@ from frozen_fast.data.load.training_loader import (
     Policy,
     Prober,
     fixed_rate,
-    pinned,
     probe_clip,
     resolve_policy,
-    stacked,
     unreadable,
 )
 from frozen_fast.data.plan.frame_sampling import FixedRate, Segments, stride_in_frames, test_windows
@@ -46,7 +45,7 @@ class EvaluationBatch:
     """A batch of windows; the windows of one clip may span batches.
 
     Attributes:
-        windows: float32, normalised [N, T, 3, H, W], N at most the batch size; with padded short clips a dict of
+        windows: uint8 RGB [N, T, 3, H, W], N at most the batch size; with padded short clips a dict of
             "video" and "frame_mask" [N, T].
         clip_indices: the clip of each window, as an index into source.clips.
         clip_windows: for each window, the number of windows of its clip, each crop counted.
@@ -58,16 +57,11 @@ class EvaluationBatch:
 
     def pin_memory(self) -> EvaluationBatch:
         """Return a copy in page-locked memory."""
-        if isinstance(self.windows, dict):
-            return replace(self, windows={name: pinned(tensor) for name, tensor in self.windows.items()})
-        return replace(self, windows=pinned(self.windows))
+        return replace(self, windows=mapped(pinned, self.windows))
 
     def to(self, device: torch.device) -> EvaluationBatch:
         """Return a copy on a device; copies from page-locked memory are asynchronous."""
-        if isinstance(self.windows, dict):
-            moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.windows.items()}
-            return replace(self, windows=moved)
-        return replace(self, windows=self.windows.to(device, non_blocking=True))
+        return replace(self, windows=mapped(partial(Tensor.to, device=device, non_blocking=True), self.windows))
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ class _Window(NamedTuple):
 
     clip: int
     clip_windows: int
-    frames_TCHW: Tensor
+    decoded: Decoded
 
 
 @dataclass(frozen=True)
@@ -154,12 +148,13 @@ class _WindowReader:
             decoder.close()
 
     def _windows(self, piece: _Piece, decoded: Decoded) -> list[_Window]:
-        return [_Window(piece.index, piece.clip_windows, window) for window in piece.unpack(decoded.frames_TCHW)]
+        unpacked = piece.unpack(decoded.frames_TCHW)
+        return [_Window(piece.index, piece.clip_windows, replace(decoded, frames_TCHW=frames)) for frames in unpacked]
 
     def _batch(self, ready: deque[_Window]) -> EvaluationBatch:
         taken = [ready.popleft() for _ in range(min(self.batch_size, len(ready)))]
         batch = EvaluationBatch(
-            stacked([window.frames_TCHW for window in taken], None if self.rule is None else self._num_frames),
+            stacked([window.decoded for window in taken], None if self.rule is None else self._num_frames),
             [window.clip for window in taken],
             [window.clip_windows for window in taken],
         )

@@ -39,17 +39,18 @@ def decoder_factory(decode: DecodeConfig, frames: FrameFormat, device: torch.dev
     """Return a picklable function that creates a decoder in the thread or process that uses it.
 
     Loader processes decode on the CPU; the background thread decodes on the model's device if the backend supports it.
+    data.decode.resize sets where training crops are resized.
     """
+    on_device = decode.resize == "device" or (decode.resize == "auto" and device.type == "cuda")
     settings = load_settings(decode, device)
     return partial(
         build_decoder,
         decode.backend,
         device=torch.device("cpu") if settings.workers else device,
         resolution=frames.resolution,
-        mean=frames.mean,
-        std=frames.std,
         threads=settings.threads,
         max_pixels=decode.max_pixels,
+        crops_only=on_device,
     )
 
 

@@ -20,7 +20,7 @@ class LoadSettings:
     Attributes:
         workers: loader processes; 0: a background thread.
         threads: decoding threads of each.
-        prefetch_batches: batches read ahead.
+        prefetch_batches: batches read ahead; parts of batches where data.decode.prefetch_batches is null.
     """
 
     workers: int
@@ -33,8 +33,8 @@ def load_settings(decode: DecodeConfig, device: torch.device, *, cores: int | No
 
     On a CPU the model needs the cores: one background thread with two decoding threads, two batches ahead. On a GPU
     a thread of the training process would share its interpreter lock with the thread that launches the kernels, so
-    loader processes of one thread each read, one for each core of this rank but one, and twice as many batches are
-    read ahead. The backend dali decodes on the GPU, which takes the background thread.
+    loader processes of one thread each read, one for each core of this rank but one, and two parts of a batch for
+    each are read ahead. The backend dali decodes on the GPU, which takes the background thread.
 
     Args:
         decode: the config's section.

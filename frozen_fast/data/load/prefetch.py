@@ -80,7 +80,7 @@ class ThreadPrefetcher(Generic[T]):
 
     def __init__(
         self,
-        make: Callable[[], Generator[T, None, None]],
+        make: Callable[[], Iterator[T]],
         *,
         depth: int,
         timeout_seconds: float,
@@ -89,7 +89,7 @@ class ThreadPrefetcher(Generic[T]):
         """Start the thread.
 
         Args:
-            make: called in the thread; its generator is closed there too.
+            make: called in the thread; a generator is closed there too.
             depth: largest number of prefetched items, at least 1.
             timeout_seconds: a consumer that waits longer gets a UserError.
             describe: describes the next item, for messages.
@@ -111,7 +111,8 @@ class ThreadPrefetcher(Generic[T]):
                     if not self._put(item):
                         return
             finally:
-                items.close()
+                if isinstance(items, Generator):
+                    items.close()
             self._put(_END)
         except BaseException as error:  # noqa: BLE001  the consumer raises it
             self._put(_Failure(error))
@@ -271,6 +272,8 @@ class WorkerPrefetcher(Generic[T]):
         """The next item. torch's own time-out is used as a poll, which also finds a process that died."""
         deadline = time.monotonic() + self._timeout_seconds + (_WORKER_START_SECONDS if self._starting else 0)
         while True:
+            if self._iterator is None:  # closed by another thread
+                raise StopIteration
             try:
                 return self._pump.take(max(0.0, deadline - time.monotonic()) + 2 * _WORKER_POLL_SECONDS)
             except queue.Empty:

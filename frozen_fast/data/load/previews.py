@@ -47,8 +47,6 @@ def _packed_frame(clip: Clip) -> torch.Tensor:
         "auto",
         device="cpu",
         resolution=PACKED_RESOLUTION,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
         threads=1,
         max_pixels=MAX_PIXELS,
     )
@@ -62,4 +60,4 @@ def _packed_frame(clip: Clip) -> torch.Tensor:
         raise UserError(f"path: got {clip.path!r}, which cannot be read ({error.cause}: {error.message})") from None
     finally:
         decoder.close()
-    return (outcome.frames_TCHW[0] * 255).round().clamp(0, 255).byte()
+    return outcome.frames_TCHW[0]

@@ -68,10 +68,9 @@ def build_decoder(
     *,
     device: torch.device | str,
     resolution: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
     threads: int,
     max_pixels: int,
+    crops_only: bool = False,
 ) -> ClipDecoder:
     """Build a decoder of files and of packed clips; call it in the thread or process that will use it.
 
@@ -79,10 +78,9 @@ def build_decoder(
         backend: backend for files, as in decode.build_decoder; packed clips always use "jpeg".
         device: device of the frames.
         resolution: side of the frames, pixels.
-        mean: normalisation mean, RGB in [0, 1].
-        std: normalisation standard deviation.
         threads: decoding threads.
         max_pixels: a frame or picture with more pixels is a bad clip.
+        crops_only: training crops are resized later (ViewTransform).
 
     Raises:
         UserError: an unknown backend, or one that is not installed.
@@ -92,13 +90,12 @@ def build_decoder(
         backend,
         device=device,
         resolution=resolution,
-        mean=mean,
-        std=std,
         threads=threads,
         max_pixels=max_pixels,
+        crops_only=crops_only,
     )
     packed = PackedFrameDecoder(
-        ViewTransform(resolution, mean, std, torch.device(device)), threads=threads, max_pixels=max_pixels
+        ViewTransform(resolution, crops_only=crops_only), threads=threads, max_pixels=max_pixels
     )
     if backend == "auto":
         return ClipDecoder(backend, make, packed)

@@ -9,7 +9,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from itertools import chain, islice, pairwise
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from frozen_fast.config.schema import AugmentationConfig, DecodeConfig, Sampling
 from frozen_fast.data.decode import ClipError, Decoded, Decoder, DecodeRequest, VideoInfo
 from frozen_fast.data.decode.threads import map_in_threads
 from frozen_fast.data.load.bad_clips import BadClip
+from frozen_fast.data.load.crops import finished, joined_videos, mapped, pinned, stacked
 from frozen_fast.data.load.load_settings import load_settings
-from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, map_in_workers
+from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, WorkerPrefetcher, map_in_workers
 from frozen_fast.data.load.reading import probe
+from frozen_fast.data.load.transfer import CudaTransfer, Transfer
 from frozen_fast.data.plan.frame_sampling import FixedRate, train_frames
 from frozen_fast.data.plan.samplers import BatchSpec
 from frozen_fast.data.plan.seeds import keyed_rng
@@ -28,11 +31,15 @@ from frozen_fast.data.plan.views import draw_train_view
 from frozen_fast.data.sources import Clip, Source
 from frozen_fast.errors import UserError
 
+T = TypeVar("T")
 Policy = Literal["error", "skip"]
 Tokenizer = Callable[[list[str]], dict[str, Tensor]]
 Prober = Callable[..., VideoInfo]
 
 MAX_ATTEMPTS = 20
+PART_CLIPS = 8
+"""Fewest clips of a part of a batch that a loader process reads."""
+_START_SECONDS = 90.0  # a loader process starts, and its own time-out is found first
 _DRAWS_FOR_A_NEW_CLIP = 100
 
 
@@ -41,8 +48,9 @@ class Batch:
     """The clips of one forward pass on one rank.
 
     Attributes:
-        video: float32, normalised, [B, T, 3, resolution, resolution]; for a model that reads several tensors per clip,
-            a dict of tensors with first axis B: with padded short clips "video", and "frame_mask" [B, T], 1 on frames.
+        video: uint8 RGB, [B, T, 3, resolution, resolution]; for a model that reads several tensors per clip, a dict of
+            tensors with first axis B: with padded short clips "video", and "frame_mask" [B, T], 1 on frames. Before
+            `to`, crops that are resized on the device have the form of crops.stacked.
         text: the tokenizer's output, input_ids and attention_mask, [B, L] each.
         captions: the drawn captions.
         clip_ids: ids of the clips; a replacement has its own id.
@@ -67,47 +75,27 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Return a copy in page-locked memory, so that copies to the device are asynchronous."""
-        return replace(self, video=_map(pinned, self.video), text=_map(pinned, self.text))
+        return replace(self, video=mapped(pinned, self.video), text=mapped(pinned, self.text))
 
-    def to(self, device: torch.device) -> Batch:
-        """Return a copy on a device; copies from page-locked memory are asynchronous."""
+    def to(self, device: torch.device, *, resolution: int | None = None) -> Batch:
+        """Return a copy on a device; copies from page-locked memory are asynchronous.
+
+        Args:
+            device: the device.
+            resolution: crops are resized on the device to resolution x resolution.
+        """
         move = partial(torch.Tensor.to, device=device, non_blocking=True)
-        return replace(self, video=_map(move, self.video), text=_map(move, self.text))
+        return replace(self, video=finished(mapped(move, self.video), resolution), text=mapped(move, self.text))
+
+    def tensors(self) -> list[Tensor]:
+        """Those of video and text."""
+        values = [self.video, self.text]
+        return [one for value in values for one in (value.values() if isinstance(value, dict) else [value])]
 
     @property
     def text_tokens(self) -> int:
         """L, tokens of the longest caption."""
         return next(iter(self.text.values())).shape[1]
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to a tensor or to each tensor of a dict."""
-    return {name: function(tensor) for name, tensor in value.items()} if isinstance(value, dict) else function(value)
-
-
-def pinned(tensor: Tensor) -> Tensor:
-    """A CPU tensor in page-locked memory; a CUDA tensor as it is."""
-    return tensor if tensor.is_cuda else tensor.pin_memory()
-
-
-def stacked(clips: Sequence[Tensor], num_frames: int | None) -> Tensor | dict[str, Tensor]:
-    """Clips [T, 3, H, W] as one tensor.
-
-    Args:
-        clips: of one size; of one T where num_frames is None.
-        num_frames: pad every clip with zeros to this number of frames and return a frame mask.
-
-    Returns:
-        [B, T, 3, H, W], or {"video": that, "frame_mask": [B, num_frames], 1 on real frames}.
-    """
-    if num_frames is None:
-        return torch.stack(list(clips))
-    video = clips[0].new_zeros(len(clips), num_frames, *clips[0].shape[1:])
-    mask = clips[0].new_zeros(len(clips), num_frames, dtype=torch.float32)
-    for row, clip_TCHW in enumerate(clips):
-        video[row, : len(clip_TCHW)] = clip_TCHW
-        mask[row, : len(clip_TCHW)] = 1
-    return {"video": video, "frame_mask": mask}
 
 
 def fixed_rate(sampling: SamplingConfig | None) -> FixedRate | None:
@@ -161,7 +149,7 @@ class ClipReader:
     Attributes:
         sources: by name.
         decoder: this thread's or process's own.
-        tokenizer: captions to tensors.
+        tokenizer: captions to tensors; None: the batch gets no text.
         augmentation: crop and flip.
         policy: skip or error, for unreadable clips.
         max_pixels: a larger frame is a bad clip.
@@ -172,7 +160,7 @@ class ClipReader:
 
     sources: Mapping[str, Source]
     decoder: Decoder
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     augmentation: AugmentationConfig
     policy: Policy
     max_pixels: int
@@ -201,8 +189,8 @@ class ClipReader:
         decoded = [slot.decoded for slot in slots if slot.decoded is not None]
         captions = [slot.caption for slot in slots]
         return Batch(
-            video=stacked([item.frames_TCHW for item in decoded], None if self.rule is None else frames),
-            text=self.tokenizer(captions),
+            video=stacked(decoded, None if self.rule is None else frames),
+            text={} if self.tokenizer is None else self.tokenizer(captions),
             captions=captions,
             clip_ids=[slot.clip.id for slot in slots],
             source=source.name,
@@ -293,7 +281,7 @@ class _ReaderFactory:
 
     sources: Mapping[str, Source]
     decoder_factory: Callable[[], Decoder]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     augmentation: AugmentationConfig
     decode: DecodeConfig
     threads: int
@@ -317,6 +305,40 @@ class _ReaderFactory:
         return self.reader().read
 
 
+def parts_of(spec: BatchSpec, workers: int) -> list[BatchSpec]:
+    """A batch in parts of 8 clips or more, at most one a worker: a slow file delays its part alone."""
+    clips = len(spec.positions)
+    count = max(1, min(workers, clips // PART_CLIPS))
+    bounds = [clips * number // count for number in range(count + 1)]
+    return [
+        replace(spec, positions=spec.positions[first:last], clip_indices=spec.clip_indices[first:last])
+        for first, last in pairwise(bounds)
+    ]
+
+
+def joined_batch(parts: Sequence[Batch], spec: BatchSpec, tokenizer: Tokenizer, *, pin: bool) -> Batch:
+    """The parts of a batch as one.
+
+    Args:
+        parts: what was read for parts_of(spec).
+        spec: of the batch.
+        tokenizer: captions to tensors; all captions of a batch have the length of its longest.
+        pin: tensors in page-locked memory.
+    """
+    captions = [caption for part in parts for caption in part.captions]
+    text = tokenizer(captions)
+    return replace(
+        parts[0],
+        video=joined_videos([part.video for part in parts], pin=pin) if pin or len(parts) > 1 else parts[0].video,
+        text=mapped(pinned, text) if pin else text,
+        captions=captions,
+        clip_ids=[clip for part in parts for clip in part.clip_ids],
+        bad_clips=[bad for part in parts for bad in part.bad_clips],
+        backends=sum((part.backends for part in parts), Counter()),
+        spec=spec,
+    )
+
+
 class TrainingLoader:
     """Turns planned batches into batches on the device; a thread or worker processes prefetch them."""
 
@@ -330,29 +352,40 @@ class TrainingLoader:
         decode: DecodeConfig,
         sampling: SamplingConfig | None = None,
         device: torch.device | str = "cpu",
+        resolution: int | None = None,
         prober: Prober = probe,
+        transfer: Transfer[Batch] | None = None,
     ) -> None:
         """Set up a loader; batches() starts reading.
 
         Args:
             sources: by name.
             decoder_factory: creates a decoder for the training resolution; picklable if decode.workers is above 0.
-            tokenizer: maps a list of captions to tensors; must be picklable as well.
+            tokenizer: maps a list of captions to tensors.
             augmentation: crop and flip.
-            decode: workers 0 reads in a background thread (DALI decodes on the device there), more read in that many
-                processes; load_settings fills in the defaults.
+            decode: workers 0 reads in a background thread (DALI decodes on the device there), more read parts of
+                batches in that many processes; load_settings fills in the defaults.
             sampling: which frames of a clip; None: one of each of T equal segments.
             device: where batches are delivered.
+            resolution: side of the frames; required if crops are resized on the device.
             prober: reads a file's frame count and size.
+            transfer: copies batches to the device; None: CudaTransfer for a CUDA device.
         """
-        rule = fixed_rate(sampling)
         self._device = torch.device(device)
-        self._settings = load_settings(decode, self._device)
+        self._settings = settings = load_settings(decode, self._device)
+        rule = fixed_rate(sampling)
+        own_tokenizer = None if settings.workers else tokenizer  # captions of all parts of a batch have one length
         self._factory = _ReaderFactory(
-            sources, decoder_factory, tokenizer, augmentation, decode, self._settings.threads, prober, rule
+            sources, decoder_factory, own_tokenizer, augmentation, decode, settings.threads, prober, rule
         )
+        self._tokenizer = tokenizer
         self._decode = decode
-        self._prefetcher: Prefetcher[Batch] | None = None
+        self._resolution = resolution
+        cuda = self._device.type == "cuda"
+        self._transfer: Transfer[Batch] | None = CudaTransfer(self._device) if transfer is None and cuda else transfer
+        self._pin = cuda
+        self._workers: WorkerPrefetcher[Batch] | None = None
+        self._prefetcher: Prefetcher[Any] | None = None
         self._describe: Callable[[], str] = lambda: "nothing"
 
     def batches(self, specs: Iterable[BatchSpec]) -> Iterator[Batch]:
@@ -365,56 +398,96 @@ class TrainingLoader:
         """
         self.close()
         awaited: deque[BatchSpec] = deque()
-        pin = self._device.type == "cuda"
-        decode = self._decode
+        self._describe = lambda: awaited[0].describe() if awaited else "the first batch"
+        if self._settings.workers > 0:
+            return self._delivered(self._from_workers(iter(specs), awaited), awaited, ahead=1)
 
         def noted() -> Iterator[BatchSpec]:
             for spec in specs:
                 awaited.append(spec)
                 yield spec
 
-        def describe() -> str:
-            return awaited[0].describe() if awaited else "the first batch"
+        read = partial(_read_all, self._factory, noted(), self._pin)
+        return self._delivered(read, awaited, ahead=self._settings.prefetch_batches)
 
-        self._describe = describe
+    def _from_workers(self, specs: Iterator[BatchSpec], awaited: deque[BatchSpec]) -> Callable[[], Iterator[Batch]]:
+        """Start the loader processes; what to call for the batches that they read in parts."""
+        workers, depth = self._settings.workers, self._settings.prefetch_batches
+        first = next(specs, None)
+        if first is not None and self._decode.prefetch_batches is not None:
+            depth = self._decode.prefetch_batches * len(parts_of(first, workers))
+        started: deque[BatchSpec] = deque()
 
-        if self._settings.workers > 0:
-            self._prefetcher = map_in_workers(
-                self._factory,
-                noted(),
-                workers=self._settings.workers,
-                depth=self._settings.prefetch_batches,
-                timeout_seconds=decode.read_timeout_seconds,
-                describe=describe,
-                pin_memory=pin,
-            )
+        def noted() -> Iterator[BatchSpec]:
+            for spec in chain([] if first is None else [first], specs):
+                awaited.append(spec)
+                started.append(spec)
+                yield from parts_of(spec, workers)
+
+        self._workers = parts = map_in_workers(
+            self._factory,
+            noted(),
+            workers=workers,
+            depth=depth,
+            timeout_seconds=self._decode.read_timeout_seconds,
+            describe=lambda: self._describe(),
+        )
+
+        def read() -> Iterator[Batch]:
+            for part in parts:
+                spec = started.popleft()
+                rest = len(parts_of(spec, workers)) - 1
+                read_parts = [part, *islice(parts, rest)]
+                if len(read_parts) <= rest:
+                    return  # closed meanwhile
+                yield joined_batch(read_parts, spec, self._tokenizer, pin=self._pin)
+
+        return read
+
+    def _delivered(
+        self, read: Callable[[], Iterator[Batch]], awaited: deque[BatchSpec], *, ahead: int
+    ) -> Iterator[Batch]:
+        """Batches on the device; loader processes read ahead by themselves, anything else does in a thread."""
+        move = partial(Batch.to, device=self._device, resolution=self._resolution)
+        transfer = self._transfer
+        if transfer is not None:
+            moved = transfer.received(self._in_thread(lambda: transfer.sent(read(), move), ahead))
+        elif self._workers is not None:
+            moved = map(move, read())
         else:
-            self._prefetcher = ThreadPrefetcher(
-                partial(_read_all, self._factory, noted(), pin),
-                depth=self._settings.prefetch_batches,
-                timeout_seconds=decode.read_timeout_seconds,
-                describe=describe,
-            )
-        return self._delivered(self._prefetcher, awaited)
+            moved = map(move, self._in_thread(read, ahead))
+        return self._counted(moved, awaited, [self._workers, self._prefetcher])
 
-    def _delivered(self, prefetcher: Prefetcher[Batch], awaited: deque[BatchSpec]) -> Iterator[Batch]:
+    def _in_thread(self, make: Callable[[], Iterator[T]], ahead: int) -> ThreadPrefetcher[T]:
+        timeout = self._decode.read_timeout_seconds + (_START_SECONDS if self._workers is not None else 0)
+        prefetcher = ThreadPrefetcher(make, depth=ahead, timeout_seconds=timeout, describe=lambda: self._describe())
+        self._prefetcher = prefetcher
+        return prefetcher
+
+    @staticmethod
+    def _counted(
+        batches: Iterator[Batch], awaited: deque[BatchSpec], prefetchers: Sequence[Prefetcher[Any] | None]
+    ) -> Iterator[Batch]:
         try:
-            for batch in prefetcher:
+            for batch in batches:
                 awaited.popleft()
-                yield batch.to(self._device)
+                yield batch
         finally:
-            prefetcher.close()
+            for prefetcher in prefetchers:
+                if prefetcher is not None:
+                    prefetcher.close()
 
     def state(self) -> str:
         """The awaited batch and the state of the loader processes, in one line."""
-        workers: list[str] = getattr(self._prefetcher, "worker_states", list)()
+        workers = [] if self._workers is None else self._workers.worker_states()
         return f"{self._describe()}; {', '.join(workers) or 'a background thread reads'}"
 
     def close(self) -> None:
         """Stop prefetching. Can be called more than once."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        for one in (self._workers, self._prefetcher):
+            if one is not None:
+                one.close()
+        self._workers = self._prefetcher = None
 
 
 def _read_all(factory: _ReaderFactory, specs: Iterable[BatchSpec], pin: bool) -> Generator[Batch, None, None]:

@@ -132,7 +132,8 @@ class TestTransform:
             resize: short side before the centre crop, for a 224 model (evaluation.resize).
         """
         self._view = TestView(max(1, round(resize * format.resolution / RESIZE_RESOLUTION)))
-        self._transform = ViewTransform(format.resolution, format.mean, format.std, torch.device("cpu"))
+        self._transform = ViewTransform(format.resolution)
+        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (format.mean, format.std))
 
     def __call__(self, frames_TCHW: Tensor) -> Tensor:
         """Transform uint8 frames [T, 3, H, W] to normalised float32 [T, 3, R, R].
@@ -143,4 +144,6 @@ class TestTransform:
         if frames_TCHW.dim() != 4 or frames_TCHW.shape[1] != 3 or frames_TCHW.dtype != torch.uint8:
             got = f"{list(frames_TCHW.shape)} {frames_TCHW.dtype}"
             raise UserError(f"frames: got {got}; allowed: uint8 [T, 3, H, W], as load_video gives")
-        return self._transform(frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy(), self._view)
+        frames_THWC = frames_TCHW.permute(0, 2, 3, 1).contiguous().numpy()
+        pixels_TCRR = self._transform(frames_THWC, self._view, "tensor").frames_TCHW
+        return torch.addcmul(-self._mean / self._std, pixels_TCRR.float(), 1 / (255 * self._std))

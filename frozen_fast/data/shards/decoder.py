@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from frozen_fast.data.decode.threads import DaemonPool
 from frozen_fast.data.decode.transforms import ViewTransform
@@ -122,10 +121,7 @@ class PackedFrameDecoder:
         except ClipError as error:
             error.__traceback__ = None  # it would keep the frames of this call alive
             return error
-        frames_NCHW = self._transform(frames_NHWC, plan.view)
-        if len(plan.order) != len(frames_NHWC) or (np.diff(plan.order) != 1).any():
-            frames_NCHW = frames_NCHW[torch.from_numpy(plan.order).to(frames_NCHW.device)]
-        return Decoded(frames_NCHW, self.name)
+        return self._transform(frames_NHWC, plan.view, self.name).ordered(plan.order)
 
     def _read(self, plan: _Plan) -> np.ndarray:
         """The distinct frames, [N, H, W, 3] uint8."""

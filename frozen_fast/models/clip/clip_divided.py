@@ -19,6 +19,7 @@ from frozen_fast.errors import UserError, unknown_name
 from frozen_fast.models.clip.clip_blocks import CLIP_NORM_EPS
 from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_SIZES, CLIP_STD, ClipSize
 from frozen_fast.models.clip.clip_weights import read_clip
+from frozen_fast.models.pixels import PixelNormalisation
 from frozen_fast.models.video.blocks import SpaceTimeBlock
 from frozen_fast.models.video.space_time import SpaceTimeTransformer
 from frozen_fast.models.video.video_tower import VideoTower
@@ -147,13 +148,13 @@ class ClipDivided(SpaceTimeTransformer):
         stay = ("temporal_embed", ".timeattn.", ".norm3.")
         assert not unknown and all(any(part in name for part in stay) for name in missing), (missing, unknown)
 
-    def embed_tokens(self, video_BTCHW: Tensor) -> Tensor:
+    def embed_tokens(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
         """Tokens with their positions, normalised as CLIP does before its blocks: [B, S, D]."""
-        return self.norm_pre(super().embed_tokens(video_BTCHW))
+        return self.norm_pre(super().embed_tokens(video_BTCHW, normalisation))
 
-    def forward(self, video_BTCHW: Tensor) -> Tensor:
-        """Embed clips: [B, T, 3, resolution, resolution] -> [B, E]."""
-        return F.linear(super().forward(video_BTCHW), self.proj.t())
+    def forward(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
+        """Embed clips: [B, T, 3, resolution, resolution] -> [B, E]; see SpaceTimeTransformer."""
+        return F.linear(super().forward(video_BTCHW, normalisation), self.proj.t())
 
 
 def _how(section: VideoTowerConfig) -> dict[str, Any]:

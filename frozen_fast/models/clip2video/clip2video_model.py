@@ -26,6 +26,7 @@ from frozen_fast.models.clip2video.clip2video_checkpoint import clip_tokenizer_f
 from frozen_fast.models.clip2video.frame_masks import aligned, key_scores, masked_mean
 from frozen_fast.models.learned_scale import with_ceiling
 from frozen_fast.models.model_folder import write_model_folder
+from frozen_fast.models.pixels import PixelNormalisation
 from frozen_fast.models.pretrained import load_weights, read_run
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
 from frozen_fast.models.video.blocks import FusedOps
@@ -95,6 +96,7 @@ class Clip2Video(RetrievalModel):
         self._tokenizer = tokenizer
         self.learned_frames = size.context
         self.mean, self.std = CLIP_MEAN, CLIP_STD
+        self.pixels = PixelNormalisation(self.mean, self.std)
         width = size.embedding
         temporal = {"eps": TEMPORAL_NORM_EPS, "activation": "quick_gelu", "fused_ops": options.get("fused_ops", "auto")}
         self.frame_position_embeddings = nn.Embedding(size.context, width)
@@ -323,9 +325,7 @@ class Clip2Video(RetrievalModel):
             return video.to(self.weight_center.dtype), mask_VT
         if video.dtype != torch.uint8:
             raise ValueError(f"video: got dtype {video.dtype}; allowed: normalised floats, or uint8")
-        mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
-        pixels = video.float().div_(255).sub_(mean).div_(std)
+        pixels = self.pixels(video)
         return (pixels if mask_VT is None else pixels * mask_VT[:, :, None, None, None]), mask_VT
 
     # Files

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from frozen_fast.models.pixels import PixelNormalisation
 from frozen_kernels import add_layer_norm, bias_gelu, cls_attention, divided_attention, fused_form
 
 Block = Literal["frozen_in_time", "timesformer"]
 FusedOps = Literal["auto", "plain"]
 
 LAYER_NORM_EPS = 1e-6
+_CENTRE = 128.0  # of 0 to 255: subtracted before the product, so that rounding errors are relative to the contrast
 
 
 class PatchProjection(nn.Conv2d):
@@ -27,13 +29,33 @@ class PatchProjection(nn.Conv2d):
         """RGB patches of patch x patch pixels to width."""
         super().__init__(3, width, kernel_size=patch, stride=patch, bias=bias)
 
-    def forward(self, video_BTCHW: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, T, P, D], patches row by row."""
+    def forward(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
+        """[B, T, 3, H, W] -> [B, T, P, D], patches row by row; uint8 pixels with their normalisation."""
         batch, frames, channels, height, width = video_BTCHW.shape
         patch = self.kernel_size[0]
         grid = video_BTCHW.reshape(batch, frames, channels, height // patch, patch, width // patch, patch)
-        patches = grid.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, -1, channels * patch * patch)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        grid = grid.permute(0, 1, 3, 5, 2, 4, 6)
+        if normalisation is None:
+            patches = grid.reshape(batch, frames, -1, channels * patch * patch)
+            return F.linear(patches, self.weight.flatten(1), self.bias)
+        weight, bias = self._folded(normalisation)
+        return F.linear(self._centred(grid).view(batch, frames, -1, channels * patch * patch), weight, bias)
+
+    def _centred(self, grid: Tensor) -> Tensor:
+        """Pixels - 128 in the dtype of the product, in one pass with the copy; bfloat16 holds them exactly."""
+        device_type = grid.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else self.weight.dtype
+        return torch.sub(grid, _CENTRE, out=torch.empty(grid.shape, dtype=dtype, device=grid.device))
+
+    def _folded(self, normalisation: PixelNormalisation) -> tuple[Tensor, Tensor]:
+        """Weight [D, 3 * patch * patch] and bias [D] whose product with centred pixels is that of normalised ones."""
+        scale_C, shift_C = normalisation.scale_and_shift()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            weight = (self.weight.float() * scale_C[:, None, None]).flatten(1)
+            bias = self.weight.float().sum((2, 3)) @ (shift_C + _CENTRE * scale_C)
+            bias = bias if self.bias is None else self.bias + bias
+        return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
 
 
 class PatchEmbedding(nn.Module):
@@ -44,9 +66,9 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = PatchProjection(patch, width)
 
-    def forward(self, video_BTCHW: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, T, P, D]."""
-        return self.proj(video_BTCHW)
+    def forward(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
+        """[B, T, 3, H, W] -> [B, T, P, D]; see PatchProjection."""
+        return self.proj(video_BTCHW, normalisation)
 
 
 class ResidualNorm(nn.LayerNorm):

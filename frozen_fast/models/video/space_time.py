@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from frozen_fast.config.schema import VideoTowerConfig
 from frozen_fast.config.video_sizes import VIDEO_SIZES, VideoSize, named_size
 from frozen_fast.errors import UserError
+from frozen_fast.models.pixels import PixelNormalisation
 from frozen_fast.models.video.attention_plugins import known_attention
 from frozen_fast.models.video.blocks import (
     LAYER_NORM_EPS,
@@ -27,7 +28,7 @@ from frozen_fast.models.video.blocks import (
     SpaceTimeBlock,
     add_branch,
 )
-from frozen_fast.models.video.space_time_flops import space_time_flops
+from frozen_fast.models.video.space_time_flops import embedding_flops, space_time_flops
 from frozen_fast.models.video.video_tower import VideoTower
 from frozen_fast.models.video.vit_weights import load_vit_weights
 from frozen_kernels import (
@@ -67,6 +68,7 @@ class SpaceTimeTransformer(VideoTower):
     )
     described_by: ClassVar[tuple[str, ...]] = ("block", "skip_time_attention_at_one_frame")
     frame_embeddings = ("temporal_embed",)
+    folds_normalisation: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -168,11 +170,13 @@ class SpaceTimeTransformer(VideoTower):
         for block in self.blocks:
             init_time_attention(cast(SpaceTimeBlock, block).timeattn, time_init)
 
-    def forward(self, video_BTCHW: Tensor) -> Tensor:
+    def forward(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
         """Embed clips.
 
         Args:
-            video_BTCHW: [B, T, 3, resolution, resolution], normalised floats, 1 <= T <= max_frames.
+            video_BTCHW: [B, T, 3, resolution, resolution], normalised floats, 1 <= T <= max_frames; uint8 pixels with
+                `normalisation`.
+            normalisation: of uint8 pixels; it becomes part of the patch projection's weights.
 
         Returns:
             [B, D]: the CLS token after the last LayerNorm.
@@ -182,7 +186,7 @@ class SpaceTimeTransformer(VideoTower):
         """
         self.check_video(video_BTCHW)
         num_frames = video_BTCHW.shape[1]
-        x = self.embed_tokens(video_BTCHW)
+        x = self.embed_tokens(video_BTCHW, normalisation)
         branch: Tensor | None = None
         branch_bias: Tensor | None = None
         last = len(self.blocks) - 1
@@ -195,9 +199,10 @@ class SpaceTimeTransformer(VideoTower):
         assert branch is not None, "a tower has at least one block"
         return self.norm(add_branch(x[:, 0], branch[:, 0], branch_bias).to(self.norm.weight.dtype))
 
-    def embed_tokens(self, video_BTCHW: Tensor) -> Tensor:
+    def embed_tokens(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
         """CLS and patches with their positions, [B, S, D], in the residual stream's dtype."""
-        x = add_positions(self.patch_embed(video_BTCHW), self.cls_token, self.pos_embed, self.temporal_embed)
+        patches = self.patch_embed(video_BTCHW, normalisation)
+        x = add_positions(patches, self.cls_token, self.pos_embed, self.temporal_embed)
         narrow = self.residual_dtype == "bf16" and torch.is_autocast_enabled(x.device.type)
         return x.to(torch.bfloat16) if narrow else x
 
@@ -290,6 +295,10 @@ class SpaceTimeTransformer(VideoTower):
     def repeated_blocks(self) -> list[nn.Module]:
         """The space-time blocks."""
         return list(self.blocks)
+
+    def pixel_flops(self, frames: int) -> float:
+        """The patch embedding's."""
+        return embedding_flops(self.size, frames)
 
     def forward_flops(self, frames: int, *, executed: bool = True) -> float:
         """From the sizes (space_time_flops); executed leaves out what nothing reads of the last block."""

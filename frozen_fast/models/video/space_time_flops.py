@@ -8,6 +8,11 @@ from __future__ import annotations
 from frozen_fast.config.video_sizes import VideoSize
 
 
+def embedding_flops(size: VideoSize, frames: int) -> float:
+    """Forward FLOPs of the patch embedding for one clip of T frames."""
+    return 2.0 * frames * size.patches_per_frame * 3 * size.patch**2 * size.width
+
+
 def space_time_flops(
     size: VideoSize, frames: int, *, executed: bool = False, skip_time_attention_at_one_frame: bool = False
 ) -> float:
@@ -36,5 +41,4 @@ def space_time_flops(
     if executed:
         # Keys and values of all tokens; query, projection and MLP of CLS.
         last = 2 * linear * tokens + 2 * linear + 4.0 * width * tokens + 2 * size.mlp_ratio * linear
-    embedding = 2.0 * patches * 3 * size.patch**2 * width
-    return embedding + size.depth * time + (size.depth - 1) * (space + mlp) + last
+    return embedding_flops(size, frames) + size.depth * time + (size.depth - 1) * (space + mlp) + last

@@ -43,6 +43,7 @@ class VideoTower(nn.Module, ABC):
         mean, std: RGB normalisation, in [0, 1], that the tower's published weights were trained with.
         usual_frames: frames of a window where feature extraction is told none.
         checkpointed_blocks: number of repeated_blocks() that recompute their activations in the backward pass.
+        folds_normalisation: forward takes uint8 pixels with their PixelNormalisation as second argument.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,7 @@ class VideoTower(nn.Module, ABC):
     std: tuple[float, float, float] = IMAGENET_STD
     usual_frames: ClassVar[int] = 1
     checkpointed_blocks: int = 0
+    folds_normalisation: ClassVar[bool] = False
 
     # Building
 
@@ -188,6 +190,10 @@ class VideoTower(nn.Module, ABC):
             executed: what this implementation computes; False: the model as it is published.
         """
         return counted_flops(self._bare_copy, (1, frames, 3, self.resolution, self.resolution))
+
+    def pixel_flops(self, frames: int) -> float:
+        """The share of forward_flops whose input is pixels, which need no gradient; 0 where it is not known."""
+        return 0.0
 
     def _bare_copy(self) -> nn.Module:
         return type(self).from_architecture(self.architecture(), max_frames=min(self.max_frames, 2**16))

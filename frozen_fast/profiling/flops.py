@@ -28,11 +28,11 @@ class TrainingFlops:
     nominal: float
 
     def __mul__(self, clips: float) -> TrainingFlops:
-        """Of so many clips."""
+        """FLOPs of a number of clips."""
         return TrainingFlops(self.executed * clips, self.nominal * clips)
 
     def __add__(self, other: TrainingFlops) -> TrainingFlops:
-        """Of both."""
+        """The sum."""
         return TrainingFlops(self.executed + other.executed, self.nominal + other.nominal)
 
 

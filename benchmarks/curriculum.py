@@ -50,7 +50,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, default=demo / "train_videos.jsonl", help="manifest of training clips")
     parser.add_argument("--test", type=Path, default=demo / "test.jsonl", help="manifest of held-out clips")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/demo.yaml", help="model, optimizer and so on")
-    parser.add_argument("--clips", type=int, default=9600, help="clips that every row sees in training")
+    parser.add_argument("--clips", type=int, default=18000, help="clips that every row sees in training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=list(ROW_CONFIGS), choices=list(ROW_CONFIGS), metavar="ROW")
     parser.add_argument(
@@ -111,6 +111,7 @@ def overrides_of(options: argparse.Namespace, row: str, seed: int) -> list[str]:
         "evaluation.every=end",
         f"curriculum.budget_clips={options.clips}",
         f"curriculum.stages={json.dumps(stages_of(row, parse_batch_sizes(options.batch_sizes)))}",
+        "optimizer.schedule=constant",  # as in the paper; a decaying rate would leave the later stages the small ones
         *options.overrides,
     ]
 

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md from benchmarks/results/*.json, so that no figure there is written by hand.
+"""The tables and figures of docs/performance.md from benchmarks/results, so that no figure there is written by hand.
 
 python benchmarks/results_tables.py            rewrite what stands between the page's two markers
 python benchmarks/results_tables.py --check    1 where the page differs from the files
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from attention import table as attention_table
+from curriculum import markdown as curriculum_table
 from model_step import table as model_step_table
 from throughput_agreement import table as agreement_table
 from throughput_report import markdown, projected_rows, row_table, stage_table
@@ -23,6 +24,7 @@ from traffic_model import table as traffic_table
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/performance.md"
 RESULTS = ROOT / "benchmarks/results"
+FIGURES = {RESULTS / "curriculum.svg": ROOT / "docs/images/curriculum.svg"}
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -89,6 +91,8 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
         return agreement_table
     if "architectures" in result:
         return kernel_resources_text
+    if "finding" in result:
+        return lambda trained: curriculum_table(trained["rows"], trained["runs"], trained["unit"]).strip()
     if "projections" in result:
         return lambda projected: traffic_table(projected["projections"])
     rows = result.get("rows") or [{}]
@@ -144,8 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = PAGE.read_text(encoding="utf-8")
     wanted = page_with(text, tables(RESULTS))
     if options.check:
-        return int(wanted != text)
+        copied = all(copy.is_file() and copy.read_bytes() == figure.read_bytes() for figure, copy in FIGURES.items())
+        return int(wanted != text or not copied)
     PAGE.write_text(wanted, encoding="utf-8")
+    for figure, copy in FIGURES.items():
+        copy.write_bytes(figure.read_bytes())
     return 0
 
 

@@ -9,7 +9,7 @@ from frozen_fast.errors import UserError, reason
 from frozen_fast.models.pretrained import checkpoint_of_run
 
 _REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "state.json")
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.json")
 
 
 def checkpoint_path(path: str | Path) -> Path:

@@ -27,6 +27,9 @@ from frozen_fast.models.text.transformers_tower import default_max_tokens, load_
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.json"
+RUN_FILE = "run.json"
+"""What a shared model keeps of state.json: how its run evaluated it."""
+
 FORMAT = "frozen_fast.dual_encoder"
 FORMAT_VERSION = 1
 ARCHITECTURE_KEYS = ("embedding_width", "text_activation", "learned_frames", "mean", "std")
@@ -136,21 +139,25 @@ def checkpoint_of_run(path: Path) -> Path:
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's state.json says of the run that wrote it, "config" among it; empty where there is none.
+    """What a checkpoint says of the run that wrote it, "config" among it; empty where it says nothing.
+
+    Args:
+        checkpoint: a run's checkpoint has state.json, a folder of the Hub run.json, a released file neither.
 
     Raises:
-        UserError: state.json is there and cannot be read.
+        UserError: the file is there and cannot be read.
     """
-    path = checkpoint / STATE_FILE
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint: got {checkpoint}, whose {STATE_FILE} cannot be read ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
-        raise UserError(f"checkpoint: got {checkpoint}, whose {STATE_FILE} lacks the run's config")
-    return found
+    for path in (checkpoint / STATE_FILE, checkpoint / RUN_FILE):
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"checkpoint: got {checkpoint}, whose {path.name} cannot be read ({error})") from None
+        if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+            raise UserError(f"checkpoint: got {checkpoint}, whose {path.name} lacks the run's config")
+        return found
+    return {}
 
 
 def checkpoints_below(path: Path) -> str:

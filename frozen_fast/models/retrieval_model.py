@@ -45,7 +45,7 @@ class RetrievalModel(nn.Module, ABC):
         mean, std: RGB normalisation of the frames that the model was trained with, in [0, 1]; None: it takes no frames.
         takes_frame_masks: whether video_features reads {"video", "frame_mask"}, for padded short clips.
         loss_scale: the scale of similarities that the loss learns with the model; None: a fixed temperature.
-        run: what the checkpoint says of the run that wrote it (state.json); empty without a run.
+        run: what the checkpoint says of the run that wrote it (read_run); empty without a run.
     """
 
     kind: str

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from frozen_fast.common.files import write_atomically
+from frozen_fast.common.files import write_atomically, write_json
 from frozen_fast.errors import UserError, reason
+from frozen_fast.models.pretrained import RUN_FILE, read_run
 from frozen_fast.sharing.model_card import model_card
 
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -43,8 +46,33 @@ def write_hub_folder(checkpoint: Path, output: Path, *, name: str, licence: str)
     for file in (*MODEL_FILES, *OPTIONAL_FILES):
         if (checkpoint / file).is_file():
             shutil.copyfile(checkpoint / file, output / file)
+    run = read_run(checkpoint)
+    if run:
+        write_json(output / RUN_FILE, shared_run(run))
     write_atomically(output / CARD, card)
     return output
+
+
+def shared_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What embedding needs of a checkpoint's run, so that it gives the same vectors: settings only, no paths.
+
+    Args:
+        run: as read_run gives it.
+    """
+    config = run["config"]
+    kept = {
+        "model": ("kind", "expansion"),
+        "data": ("sampling",),
+        "training": ("precision",),
+        "evaluation": ("frames", "stride_seconds", "max_windows", "resize"),
+    }
+    shared: dict[str, Any] = {
+        section: {key: config[section][key] for key in keys if key in config.get(section, {})}
+        for section, keys in kept.items()
+    }
+    stages = config.get("curriculum", {}).get("stages", [])
+    shared["curriculum"] = {"stages": [{"frames": stage["frames"]} for stage in stages]}
+    return {"config": shared, **{key: run[key] for key in ("stage", "learned_frames") if key in run}}
 
 
 def upload(folder: Path, name: str, *, private: bool) -> str:

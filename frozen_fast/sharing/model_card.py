@@ -47,6 +47,8 @@ def _header(licence: str) -> str:
 
 
 def _model(architecture: dict[str, Any]) -> str:
+    if "video" not in architecture:
+        return f"A video-text retrieval model of kind {architecture.get('kind')!r}.\n"
     video, text = architecture["video"], architecture["text"].get("config", {}).get("model_type", "a transformer")
     size = video.get("size")
     if not isinstance(size, dict):
@@ -92,10 +94,10 @@ def _results(path: Path) -> str:
 
 def _use(name: str) -> str:
     return (
-        "## Use\n\n```python\nfrom frozen_fast import DualEncoder, load_video, transforms\n\n"
-        f'model = DualEncoder.from_pretrained("{name}")\n'
-        'video = transforms(model)(load_video("clip.mp4", model.learned_frames))\n'
-        'score = model.encode_text(["a dog runs along a beach"]) @ model.encode_video(video[None]).T\n```\n'
+        "## Use\n\n```python\nimport frozen_fast\n\n"
+        f'model = frozen_fast.load_model("{name}")\n'
+        'sim_QV = model.similarity(["a dog runs along a beach"], video_VTCHW)  # uint8 or normalised frames\n'
+        "```\n"
     )
 
 

@@ -23,6 +23,7 @@ from frozen_fast.search import Index, embed_run
 from frozen_fast.search.collection import Cutter
 from frozen_fast.search.index_folder import index_lock
 from frozen_fast.search.scenes import scene_cuts
+from frozen_fast.sharing.hub_upload import write_hub_folder
 from frozen_fast.training.run import train
 from support.datasets import write_manifest
 from support.runs import REPOSITORY, environment, make_data, read_json, without_reports
@@ -126,6 +127,18 @@ def test_clip2video_ranks_in_an_index_as_in_evaluation(clip2video: SearchRun, tm
     sim_QV = model.pair_similarities(text, video).mean(0)
     scale = text["global"].norm(dim=1, keepdim=True)
     torch.testing.assert_close(model.vectors(text) @ rows_VD.T, sim_QV / scale, atol=1e-5, rtol=0)
+
+
+def test_clip2video_comes_back_from_a_hub_folder(clip2video: SearchRun, tmp_path: Path) -> None:
+    """Weights, tokenizer, and how its run chose frames; the card names the kind."""
+    folder = write_hub_folder(clip2video.checkpoint, tmp_path / "hub", name="org/c2v", licence="mit")
+    assert "kind 'clip2video'" in (folder / "README.md").read_text(encoding="utf-8")
+    assert str(clip2video.videos.parent) not in (folder / "run.json").read_text(encoding="utf-8")
+    own, shared = (frozen_fast.load_model(path) for path in (clip2video.checkpoint, folder))
+    rows = [model.embed_videos(clip_paths(clip2video)[:3], decoder="pyav") for model in (shared, own)]
+    assert torch.equal(*rows)
+    with torch.no_grad():
+        assert torch.equal(shared.text_features(["a dog"])["global"], own.text_features(["a dog"])["global"])
 
 
 def test_a_released_clip2video_needs_its_kind_and_frames(

@@ -50,6 +50,9 @@ def test_a_name_is_loaded_from_the_offline_cache(run: SearchRun, cached: Path, m
         assert torch.equal(shared.encode_video(video), own.encode_video(video))
         assert torch.equal(shared.encode_text(["a red ball"]), own.encode_text(["a red ball"]))
     assert isinstance(frozen_fast.load_model("org/colours"), DualEncoder)
+    clip = run.videos.parent / "red.webm"
+    rows = [model.embed_videos([clip], decoder="pyav") for model in (shared, own)]
+    assert torch.equal(*rows), "run.json holds the run's test windows"
     with pytest.raises(UserError, match=r"^checkpoint: got 'org/nothing', which is not here and not found on the Hub"):
         DualEncoder.from_pretrained("org/nothing")
 
@@ -62,6 +65,7 @@ def test_push_writes_what_a_reader_needs_and_a_card_of_the_run(run: SearchRun, t
         "README.md",
         "config.json",
         "model.safetensors",
+        "run.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

@@ -1,4 +1,4 @@
-"""The released checkpoints of Frozen in Time (.pth, .pth.tar): their form, and what their tensors say of the model."""
+"""The released checkpoints of Frozen in Time (.pth, .pth.tar, .safetensors): their form, and what their tensors say."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig, DistilBertConfig, PreTrainedConfig
 
 from frozen_fast.config.video_sizes import VideoSize
-from frozen_fast.errors import UserError
+from frozen_fast.errors import UserError, reason
 from frozen_fast.models.released.torch_pickle import LazyTensor, load_torch_pickle, read_tensors
 
 log = logging.getLogger(__name__)
 
 PARALLEL_PREFIX = "module."
+VIDEO_CLS = "video_model.cls_token"
+"""Every released file has it."""
+
 HEAD_WIDTH = 64
 """The released architectures (ViT, DistilBERT, BERT) all have heads of this width; their files do not say so."""
 
@@ -31,9 +36,21 @@ IGNORED_KEYS = ("text_model.embeddings.position_ids",)
 def read_released(path: Path) -> dict[str, Tensor]:
     """Read a released checkpoint's state dict, names without the data-parallel prefix.
 
+    Args:
+        path: a pickled .pth or .pth.tar, or the same weights under the same names as .safetensors.
+
     Raises:
         UserError: where the file is damaged or holds no Frozen in Time model.
     """
+    if path.suffix == ".safetensors":
+        try:
+            stored = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"checkpoint: got {path}, which cannot be read ({reason(error)})") from None
+        state_dict = {name.removeprefix(PARALLEL_PREFIX): tensor.float() for name, tensor in stored.items()}
+        if VIDEO_CLS not in state_dict:
+            raise UserError(f"checkpoint: got {path}, which lacks {VIDEO_CLS}")
+        return {name: tensor for name, tensor in state_dict.items() if name not in IGNORED_KEYS}
     content = load_torch_pickle(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
@@ -42,8 +59,8 @@ def read_released(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if isinstance(name, str) and isinstance(value, LazyTensor):
             tensors[name.removeprefix(PARALLEL_PREFIX)] = value
-    if "video_model.cls_token" not in tensors:
-        raise UserError(f"checkpoint: got {path}, whose state_dict lacks video_model.cls_token")
+    if VIDEO_CLS not in tensors:
+        raise UserError(f"checkpoint: got {path}, whose state_dict lacks {VIDEO_CLS}")
     wanted = [name for name in tensors if name not in IGNORED_KEYS]
     return {name: tensor.float() for name, tensor in read_tensors(path, tensors, wanted).items()}
 
@@ -112,7 +129,7 @@ def video_size(state: Mapping[str, Tensor], heads: int | None = None) -> VideoSi
         patch=patch,
         width=width,
         depth=count_layers(state, "video_model.blocks."),
-        heads=heads_of(width, "video_model.cls_token", "model.video.heads", heads),
+        heads=heads_of(width, VIDEO_CLS, "model.video.heads", heads),
         mlp_ratio=hidden // width,
     )
 

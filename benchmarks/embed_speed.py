@@ -128,7 +128,7 @@ def contenders(folder: Path, options: argparse.Namespace, device: torch.device) 
     same: dict[str, Any] = {"model": model, "batch": options.batch_size, "workers": options.workers}
     plain = ReleasedClips(paths, options.frames, model)
     yield "released fp32", partial(released_vectors, clips=plain, tower=released.to(device).eval(), **same)
-    source = clip_source(paths)
+    source = clip_source([Clip(path.stem, str(path), ("drifting texture",), "video") for path in paths])
     packing = PackLimits(workers=0 if options.small else 2)
     packed = pack_source(source, folder / "packed", PackSettings(frames_per_clip=options.frames), packing).folder
     shards = read_source(SourceConfig(path=str(packed), format="shards")).clips

@@ -1,7 +1,9 @@
-"""The tables and figures of docs/performance.md from benchmarks/results, so that no figure there is written by hand.
+"""The tables and figures of the pages from benchmarks/results, so that no figure there is written by hand.
 
-python benchmarks/results_tables.py            rewrite what stands between the page's two markers
-python benchmarks/results_tables.py --check    1 where the page differs from the files
+docs/reliability.md holds kill_table.json, docs/performance.md all others.
+
+python benchmarks/results_tables.py            rewrite what is between each page's two markers
+python benchmarks/results_tables.py --check    1 where a page differs from the files
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,10 @@ from traffic_model import table as traffic_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/performance.md"
+RELIABILITY = ROOT / "docs/reliability.md"
 RESULTS = ROOT / "benchmarks/results"
 FIGURES = {RESULTS / "curriculum.svg": ROOT / "docs/images/curriculum.svg"}
+KILLS = "kill_table.json"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -83,6 +88,42 @@ def kernel_resources_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kill_text(result: dict[str, Any]) -> str:
+    """benchmarks/kill_table.py's result: one row for each kind of launch, then the damaged checkpoints."""
+    names = ("finished", "bit_identical", "clips_exact", "within_interval")
+    head = ("launch", "runs", "faults", *(name.replace("_", " ") for name in names), "most steps repeated")
+    lines = ["| " + " | ".join(head) + " |", "|" + len(head) * "---|"]
+    for launch in dict.fromkeys(row["launch"] for row in result["runs"]):
+        rows = [row for row in result["runs"] if row["launch"] == launch]
+        repeated = [fault["lost_steps"] or 0 for row in rows for fault in row["faults"]]
+        counts = [str(sum(row[name] for row in rows)) for name in names]
+        lines.append(
+            f"| {launch} | {len(rows)} | {len(repeated)} | {' | '.join(counts)} | {max(repeated, default=0)} |"
+        )
+    faults = [fault for row in result["runs"] for fault in row["faults"]]
+    kinds = _counted(f"{fault['signal']} of {fault['target']}" for fault in faults)
+    places = _counted(fault["place"].replace("_", " ") for fault in faults)
+    text = f"{sum(row['good'] for row in result['runs'])} of {len(result['runs'])} runs ended as they should. "
+    text += f"Faults by kind: {kinds}; by place: {places}.\n\n" + "\n".join(lines)
+    if "damage" not in result:
+        return text
+    damage = result["damage"]
+    harms = ", ".join(f"{name} {count}" for name, count in damage["harms"].items())
+    text += (
+        f"\n\nThe newest checkpoint was damaged {damage['trials']} times ({harms}): {damage['detected']} times it was "
+    )
+    text += (
+        f"detected, {damage['older_used']} times the checkpoint before was used. {damage['full_runs']} of these were "
+    )
+    text += f"whole runs, of which {damage['full_runs_equal']} ended as the undisturbed run did."
+    return text
+
+
+def _counted(words: Iterable[str]) -> str:
+    """Each word with its number."""
+    return ", ".join(f"{word} {count}" for word, count in sorted(Counter(words).items()))
+
+
 def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     """What writes a result's table; None for a file that has no table here."""
     if "row_stages" in result:
@@ -93,6 +134,8 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
         return kernel_resources_text
     if "finding" in result:
         return lambda trained: curriculum_table(trained["rows"], trained["runs"], trained["unit"]).strip()
+    if "runs" in result:
+        return kill_text
     if "projections" in result:
         return lambda projected: traffic_table(projected["projections"])
     rows = result.get("rows") or [{}]
@@ -123,7 +166,7 @@ def section(path: Path) -> str:
 
 def tables(folder: Path) -> str:
     """Every result file's section, by name."""
-    files = sorted(folder.glob("*.json"))
+    files = sorted(path for path in folder.glob("*.json") if path.name != KILLS)
     return "\n".join(section(path) for path in files) if files else "No result has been committed yet.\n"
 
 
@@ -136,7 +179,7 @@ def page_with(text: str, generated: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{PAGE.name}: got a page without {BEGIN} and {END}; allowed: both, once")
+        raise ValueError(f"docs: got a page without {BEGIN} and {END}; allowed: both, once")
     return f"{before}{BEGIN}\n\n{generated}\n{END}{after}"
 
 
@@ -145,12 +188,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; 1 where the page is not up to date")
     options = parser.parse_args(arguments)
-    text = PAGE.read_text(encoding="utf-8")
-    wanted = page_with(text, tables(RESULTS))
+    kills = section(RESULTS / KILLS) if (RESULTS / KILLS).exists() else "No result has been committed yet.\n"
+    stale = not all(copy.is_file() and copy.read_bytes() == figure.read_bytes() for figure, copy in FIGURES.items())
+    for page, generated in ((PAGE, tables(RESULTS)), (RELIABILITY, kills)):
+        text = page.read_text(encoding="utf-8")
+        wanted = page_with(text, generated)
+        stale = stale or wanted != text
+        if not options.check:
+            page.write_text(wanted, encoding="utf-8")
     if options.check:
-        copied = all(copy.is_file() and copy.read_bytes() == figure.read_bytes() for figure, copy in FIGURES.items())
-        return int(wanted != text or not copied)
-    PAGE.write_text(wanted, encoding="utf-8")
+        return int(stale)
     for figure, copy in FIGURES.items():
         copy.write_bytes(figure.read_bytes())
     return 0

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 MOST_NAMES = 3
 MOST_CHARACTERS = 250
+_REFUSED_PICKLE = "Weights only load failed"
 
 
 class UserError(ValueError):
@@ -46,6 +47,11 @@ def some(names: Collection[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return an exception as one short line: its kind and the first line of its message."""
+    """Return an exception as one short line: its kind and the first line of its message.
+
+    PyTorch's message for a refused pickle is left out: it recommends to load the file without protection.
+    """
+    if _REFUSED_PICKLE in str(error):
+        return f"{type(error).__name__}: the file holds other things than tensors"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:MOST_CHARACTERS]

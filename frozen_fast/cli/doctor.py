@@ -67,6 +67,7 @@ class Machine:
         disk_free_bytes: free where the run folder is.
         disk_error: why nothing can be written there; empty: it works.
         disk_bytes_per_second: of a file of 32 MiB, flushed.
+        caches: cache folder -> why it cannot be read and written.
     """
 
     broken: dict[str, str] = field(default_factory=dict)
@@ -85,6 +86,7 @@ class Machine:
     disk_free_bytes: int = 0
     disk_error: str = ""
     disk_bytes_per_second: float = 0.0
+    caches: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +309,20 @@ def check_disk(machine: Machine, launch: Launch) -> Iterator[Finding]:
         yield Finding("ok", "disk", f"{free:.1f} GiB free at {folder}, {speed:.0f} MB/s written and flushed")
 
 
+def check_caches(machine: Machine, launch: Launch) -> Iterator[Finding]:
+    """Folders where compiled kernels and measured choices are kept; Triton does not run without its own."""
+    needed = launch.config.training.compile or (launch.on_gpu and machine.gpus_of_torch)
+    for folder, why in machine.caches.items():
+        yield Finding(
+            "fails" if needed else "warning",
+            "cache",
+            f"{folder}: {why}",
+            "make the folder readable and writable, or set FROZEN_FAST_CACHE and TRITON_CACHE_DIR to other folders",
+        )
+    if not machine.caches:
+        yield Finding("ok", "caches", "can be read and written")
+
+
 CHECKS: tuple[Check, ...] = (
     check_packages,
     check_gpus,
@@ -318,6 +334,7 @@ CHECKS: tuple[Check, ...] = (
     check_shared_memory,
     check_limits,
     check_disk,
+    check_caches,
 )
 
 
@@ -364,6 +381,7 @@ def look_at_machine(run_folder: Path) -> Machine:
         disk_free_bytes=free,
         disk_error=refusal,
         disk_bytes_per_second=speed,
+        caches=_broken_caches(),
     )
 
 
@@ -421,6 +439,23 @@ def _lines(findings: Sequence[Finding], *, quiet: bool) -> str:
         text += f"{finding.level:<8} {finding.what}: {finding.found}"
         text += f". To do: {finding.advice}\n" if finding.advice else "\n"
     return text
+
+
+def _broken_caches() -> dict[str, str]:
+    """Cache folder -> why a file cannot be made in it, for those that cannot be used."""
+    from frozen_kernels.cache import cache_folder
+
+    triton = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
+    broken = {}
+    for folder in (cache_folder(), Path(triton)):
+        there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+        try:
+            os.listdir(there)
+            with tempfile.NamedTemporaryFile(dir=there, prefix=".frozen_fast_doctor_"):
+                pass
+        except OSError as error:
+            broken[str(folder)] = error.strerror or str(error)
+    return broken
 
 
 def _driver_gpus() -> int | None:

@@ -24,6 +24,7 @@ from frozen_fast.cli.find_batch_size import find_batch_size, find_batch_size_arg
 from frozen_fast.cli.label_command import label, label_arguments
 from frozen_fast.cli.pack_command import pack, pack_arguments
 from frozen_fast.cli.serve_command import serve, serve_arguments
+from frozen_fast.common.secrets import hide_secrets
 from frozen_fast.errors import UserError, UserErrors
 
 EXIT_DONE = 0
@@ -155,7 +156,7 @@ def _tell(messages: Sequence[str]) -> None:
     if rank != "0":
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
         prefix = f"[rank {rank}] "
-    print("\n".join(f"error: {prefix}{message}" for message in messages), file=sys.stderr, flush=True)
+    print("\n".join(f"error: {prefix}{hide_secrets(message)}" for message in messages), file=sys.stderr, flush=True)
 
 
 def console_script() -> NoReturn:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it was raised from, says that a disk or a quota is full."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def fsync_folder(folder: Path) -> None:
@@ -17,13 +28,32 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def links_outside(folder: Path) -> Iterator[Path]:
+    """Give the symbolic links below a folder that lead out of it, at any depth; the folder itself may be a link."""
+    root = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                yield path
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open a lock file, made where it is missing, and change nothing in it.
+
+    Raises:
+        OSError: it cannot be opened, or is a symbolic link.
+    """
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a reader sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
-        with temporary.open("wb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -44,7 +74,7 @@ def overwrite(path: Path, content: str) -> None:
 
     A kill can leave a damaged file; use it only after write_atomically has failed.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         data = content.encode()
         _write_all(descriptor, data + b" " * (os.fstat(descriptor).st_size - len(data)))
@@ -60,7 +90,7 @@ def append_text(path: Path, text: str) -> None:
         OSError: nothing was appended.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
     try:
         before = os.fstat(descriptor).st_size
         try:

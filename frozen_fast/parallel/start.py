@@ -12,6 +12,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.launch_settings import check_precision, requested_strategy
 from frozen_fast.parallel.precision import choose_precision
+from frozen_fast.parallel.restarts import use_a_new_store
 
 
 def start_parallel(config: ExperimentConfig) -> Parallel:
@@ -28,6 +29,7 @@ def start_parallel(config: ExperimentConfig) -> Parallel:
     check_precision(os.environ, training)
     device = torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     precision = choose_precision(training.precision, device)
+    use_a_new_store(os.environ)
     kind: type[Parallel] = extensions.strategies.load(strategy)
     accelerator = kind.accelerator_for(config, cpu, precision[0])
     check_world(accelerator.num_processes, training.expected_world_size)

@@ -58,12 +58,18 @@ class StageTrace:
                 self.close()
 
     def close(self) -> None:
-        """Write what was traced; also when the stage ends early."""
+        """Write what was traced; also when the stage ends early. A disk that refuses it is a warning."""
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
         seconds = time.perf_counter() - self._began
         profiler.stop()
+        try:
+            self._write(profiler)
+        except (OSError, RuntimeError) as error:  # Kineto raises RuntimeErrors
+            log.warning("the trace of stage %d could not be written: %s", self._stage, error)
+
+    def _write(self, profiler: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"stage_{self._stage}.trace.json"
         profiler.export_chrome_trace(str(path))

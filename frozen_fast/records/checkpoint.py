@@ -25,7 +25,7 @@ from torch import Tensor
 
 from frozen_fast.common.checksums import MANIFEST, file_digest, find_damage, is_sealed, seal, write_manifest
 from frozen_fast.common.files import fsync_folder, write_atomically
-from frozen_fast.errors import UserError
+from frozen_fast.errors import UserError, reason
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +207,7 @@ def read_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], OptimizerState]:
         saved = torch.load(checkpoint / "training_state.pt", weights_only=True, map_location="cpu")
         return weights, saved["optimizer"]
     except Exception as error:  # safetensors, zip and unpickling errors share no base class
-        why = " ".join(str(error).split())
-        if "weights_only" in why:  # PyTorch's own message recommends to load the file without this protection
-            why = "training_state.pt contains other objects than tensors"
-        raise UserError(f"checkpoint {checkpoint}: cannot be read ({why})") from None
+        raise UserError(f"checkpoint {checkpoint}: cannot be read ({reason(error)})") from None
 
 
 def _on_cpu(state: OptimizerState) -> OptimizerState:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frozen_fast.common.files import fsync_folder
+from frozen_fast.common.files import fsync_folder, is_full
 from frozen_fast.errors import UserError
 from frozen_fast.records.checkpoint import FILES, checkpoint_name, read_state, verify
 
@@ -129,6 +129,7 @@ def link_best(folder: Path, step: int) -> None:
 
     Raises:
         UserError: the file system has no symbolic links.
+        OSError: the disk is full.
     """
     temporary = folder / f".{BEST}.{os.getpid()}.tmp"
     try:
@@ -137,6 +138,8 @@ def link_best(folder: Path, step: int) -> None:
         temporary.replace(folder / BEST)
         fsync_folder(folder)
     except OSError as error:
+        if is_full(error):
+            raise
         raise UserError(
             f"evaluation.keep_best: {folder / BEST} cannot be written ({error}); allowed: none, or a run_folder on a "
             "file system with symbolic links"

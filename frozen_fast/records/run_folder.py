@@ -2,21 +2,24 @@
 
 Only rank 0 writes. A resumed run continues in the same files: rows written after its checkpoint are removed first, so
 that each step has one row. Rows that cannot be written to a full or failing disk are kept in memory and written later.
+Nothing is written through a symbolic link out of the folder, and no secrets of the environment are written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from frozen_fast.common.files import append_text, overwrite, read_rows, write_atomically, write_json
+from frozen_fast.common.files import append_text, links_outside, overwrite, read_rows, write_atomically, write_json
+from frozen_fast.common.secrets import hide_secrets
 from frozen_fast.errors import UserError
 
 Row = dict[str, Any]
@@ -55,12 +58,23 @@ class RunFolder:
         """Create the folder.
 
         Raises:
-            UserError: it cannot be created or written to.
+            UserError: it cannot be created or written to, or contains a symbolic link out of it.
         """
-        try:
+        for link in links_outside(self.path):
+            raise UserError(
+                f"run_folder: got {str(self.path)!r}, in which {link.relative_to(self.path)} is a symbolic link to "
+                f"{os.readlink(link)}, outside of it; allowed: links that stay inside (run_folder itself may be a link)"
+            )
+        with self.must_be_writable():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / ".writable", "")
             (self.path / ".writable").unlink()
+
+    @contextlib.contextmanager
+    def must_be_writable(self) -> Iterator[None]:
+        """Raise a UserError that names the folder for an OSError within."""
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"run_folder: got {str(self.path)!r}; allowed: a folder that can be written to ({error})"
@@ -134,13 +148,21 @@ class RunFolder:
         return status if isinstance(status, dict) else {}
 
     def _put_status(self) -> None:
-        text = json.dumps(self._status, indent=2) + "\n"
+        text = hide_secrets(json.dumps(self._status, indent=2) + "\n")
         try:
             write_atomically(self.status, text)
         except OSError:
             overwrite(self.status, text)
 
     # Appended and replaced files
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
+        write_atomically(self.config, hide_secrets(text))
 
     def update_environment(self, **changes: Any) -> None:
         """Replace some keys of environment.json."""
@@ -185,7 +207,8 @@ class RunFolder:
         return [*self._unwritten_rows, *self._unwritten_values]
 
     def _append(self, path: Path, rows: Sequence[Row]) -> None:
-        text = self._unwritten_rows.pop(path, "") + "".join(json.dumps(row) + "\n" for row in rows)
+        new = hide_secrets("".join(json.dumps(row) + "\n" for row in rows))
+        text = self._unwritten_rows.pop(path, "") + new
         if not text:
             return
         try:
@@ -196,7 +219,7 @@ class RunFolder:
 
     def _put(self, path: Path, value: Any) -> None:
         try:
-            write_json(path, value)
+            write_atomically(path, hide_secrets(json.dumps(value, indent=2) + "\n"))
             self._unwritten_values.pop(path, None)
         except OSError as error:
             self._unwritten_values[path] = value

@@ -45,7 +45,7 @@ class RunLock:
             UserError: another run holds it; names host, process and since when.
         """
         path = self._folder.lock
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             holder = _holder(path)
             if not _flock(descriptor) or _is_alive_elsewhere(path, holder):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 
 from frozen_fast.common.files import write_json
+from frozen_fast.common.secrets import hide_secrets, without_secrets
 from frozen_fast.config import to_plain
 from frozen_fast.config.extensions import trackers
 from frozen_fast.config.schema import TrackingConfig
@@ -93,8 +96,8 @@ class Trackers:
         ids = dict(known)
         for kind in settings.trackers:
             run = TrackedRun(
-                project=settings.project,
-                name=settings.run_name or name,
+                project=hide_secrets(settings.project),
+                name=hide_secrets(settings.run_name or name),
                 folder=folder,
                 known_id=known.get(kind),
                 id=known.get(kind) or secrets.token_hex(16),
@@ -104,9 +107,10 @@ class Trackers:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 set_up = trackers.load(kind)(run)
-                set_up.tracker.start()
+                with _clean_command_line():
+                    set_up.tracker.start()
                 if kind not in known:
-                    set_up.tracker.store_init_configuration(_flat(to_plain(config)))
+                    set_up.tracker.store_init_configuration(_flat(without_secrets(to_plain(config))))
                 ids[kind] = str(set_up.run_id())
             except ImportError as error:
                 got = f"got {kind!r}, which is not installed ({error.name or error})"
@@ -116,14 +120,21 @@ class Trackers:
                 raise UserError(f"tracking.trackers: {got}; allowed: trackers that are set up") from error
             started[kind] = set_up
         if settings.trackers:
-            write_json(folder / "trackers.json", ids)
+            try:
+                write_json(folder / "trackers.json", ids)
+            except OSError as error:
+                log.warning("trackers.json could not be written (%s): a resumed run opens new runs there", error)
         return cls(started)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Send values at a step (an optimizer step of a run, a trial of a sweep); None values are skipped."""
         for kind, set_up in list(self._started.items()):
             kinds = (int, float, str) if set_up.takes_text else (int, float)
-            sent = {set_up.name_of(name): value for name, value in values.items() if isinstance(value, kinds)}
+            sent = {
+                set_up.name_of(name): without_secrets(value)
+                for name, value in values.items()
+                if isinstance(value, kinds)
+            }
             try:
                 set_up.tracker.log(sent, step=step)
             except Exception as error:  # a service that fails must not end a training
@@ -138,6 +149,17 @@ class Trackers:
             except Exception as error:  # as in log
                 log.warning("tracker %s did not finish: %s", kind, reason(error))
         self._started = {}
+
+
+@contextlib.contextmanager
+def _clean_command_line() -> Iterator[None]:
+    """sys.argv without secrets: trackers copy it into the description of a run."""
+    kept = sys.argv
+    sys.argv = [hide_secrets(word) for word in kept]
+    try:
+        yield
+    finally:
+        sys.argv = kept
 
 
 def _known_ids(folder: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from frozen_fast.common.files import fsync_folder, write_json
+from frozen_fast.common.files import fsync_folder, open_lock, write_json
 from frozen_fast.errors import UserError
 from frozen_fast.search.neighbours import BLOCK_ROWS, Neighbours
 from frozen_fast.search.row_table import SCHEMA, read_table, write_table
@@ -252,7 +252,7 @@ def index_lock(path: Path) -> Iterator[None]:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = (path / LOCK_FILE).open("a")
+        file = open_lock(path / LOCK_FILE)
     except OSError as error:
         raise UserError(f"--output: got {str(path)!r}; allowed: a folder that can be written to ({error})") from None
     with file:

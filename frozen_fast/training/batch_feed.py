@@ -44,8 +44,8 @@ class BatchFeed:
         self._config, self._parallel, self._parts, self._stop = config, parallel, parts, stop
         self._checkpoint_is_due = checkpoint_is_due
         self.position = DataPosition() if state is None else DataPosition.from_json(state.position)
-        path = folder.bad_clips if parallel.is_main else None
-        self.ledger = BadClipLedger(path, config.data.decode.max_bad_share)
+        write = folder.append_bad_clips if parallel.is_main else None
+        self.ledger = BadClipLedger(write, config.data.decode.max_bad_share)
         if state is not None:
             self.ledger.resume(state.bad_clips)
         self.decode_backends: dict[str, Counter[str]] = {name: Counter() for name in parts.sources}

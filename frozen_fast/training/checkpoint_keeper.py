@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from frozen_fast.common.secrets import without_secrets
 from frozen_fast.config import ExperimentConfig, to_plain
 from frozen_fast.data import DataPosition
 from frozen_fast.errors import UserError
@@ -64,7 +65,7 @@ class CheckpointKeeper:
         self._model, self._fingerprints = model, fingerprints
         self._metric, self._directions = config.evaluation.keep_best, directions
         check_metric(self._metric, directions)
-        self._writer, self._snapshot = CheckpointWriter(), Snapshot()
+        self._writer, self._snapshot = CheckpointWriter(self._make_room), Snapshot()
         self._saved_seconds = time.monotonic()
         kept = config.checkpoints
         self._retention = Retention(
@@ -126,7 +127,7 @@ class CheckpointKeeper:
                 bad_clips=bad_clips,
                 learned_frames=model.learned_frames,
                 world_size=parallel.world_size,
-                config=to_plain(self._config),
+                config=without_secrets(to_plain(self._config)),
                 sources=dict(self._fingerprints),
                 best=self.best,
             )
@@ -205,6 +206,21 @@ class CheckpointKeeper:
             time.perf_counter() - snapshot,
             total_bytes(weights, optimizer) / 1e6,
         )
+
+    def _make_room(self) -> bool:
+        """Delete the oldest checkpoint that need not stay, but never the newest; called where the disk is full."""
+        newest = checkpoints(self._folder.checkpoints)
+        for keep in range(len(newest) - 1, 0, -1):
+            prune(self._folder.checkpoints, replace(self._retention, newest=keep))
+            for gone in set(newest) - set(checkpoints(self._folder.checkpoints)):
+                log.warning(
+                    "the disk of %s is full: deleted %s (checkpoints.keep=%d) to make space for a newer checkpoint",
+                    self._folder.path,
+                    gone.name,
+                    self._retention.newest,
+                )
+                return True
+        return False
 
     def _save_models(self, folder: Path, *, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """The model as it trains, and the average of its weights as a model of its own."""

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from frozen_fast.common.files import is_full
 from frozen_fast.errors import UserError
 from frozen_fast.records.checkpoint import CheckpointWriteError, OptimizerState
 
@@ -23,11 +24,15 @@ RETRY_SECONDS = 20.0
 class CheckpointWriter:
     """Runs actions in their order in one thread; one that the disk refuses is tried again until it works.
 
+    Where the disk is full, `make_room` is asked first to delete something; where it has, the action is tried again at
+    once.
+
     An action raises CheckpointWriteError or OSError for a disk that refuses; any other error is a defect or a mistake,
     and check() raises it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make_room: Callable[[], bool] = lambda: False) -> None:
+        self._make_room = make_room
         self._actions: deque[Callable[[], None]] = deque()
         self._condition = threading.Condition(threading.RLock())
         self._running = self._closed = False
@@ -104,7 +109,7 @@ class CheckpointWriter:
                 self._running = True
             failure, error = "", None
             try:
-                action()
+                self._do(action)
             except (CheckpointWriteError, OSError) as caught:
                 failure = str(caught)
             except Exception as caught:  # noqa: BLE001  check() raises it in the main thread
@@ -123,6 +128,14 @@ class CheckpointWriter:
                 self._condition.notify_all()
                 if failure:  # a newer snapshot cuts the pause short
                     self._condition.wait_for(partial(self._is_superseded, action), RETRY_SECONDS)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        while True:
+            try:
+                return action()
+            except (CheckpointWriteError, OSError) as error:
+                if not (is_full(error) and self._make_room()):
+                    raise
 
     def _is_superseded(self, action: Callable[[], None]) -> bool:
         return not self._actions or self._actions[0] is not action

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from frozen_fast.common.files import write_atomically, write_json
+from frozen_fast.common.files import write_json
 from frozen_fast.common.logs import set_up_logging
+from frozen_fast.common.secrets import without_secrets
 from frozen_fast.config import (
     ExperimentConfig,
     config_from_mapping,
@@ -153,7 +156,11 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
                     root = Path(videos).expanduser() if videos else None
                     result["galleries"] = [str(write_gallery(folder, page, root)) for page in pages]
                 if output is not None and parallel.is_main:
-                    write_json(Path(output), result)
+                    try:
+                        write_json(Path(output), result)
+                    except OSError as error:
+                        got = f"got {output!r}; allowed: a file that can be written ({error})"
+                        raise UserError(f"--output: {got}") from None
         failed = False
         return result
     except UserError:
@@ -181,7 +188,9 @@ class _Run:
         config, parallel, folder = self._config, self._parallel, self._folder
         log.info("precision %s: %s", parallel.precision, parallel.precision_reason)
         checkpoint, state, closed = self._prepare_folder(resume)
-        self._watchdog.start()
+        ranks = parallel.gather_objects((socket.gethostname(), os.getpid()))
+        with parallel.together(), folder.must_be_writable():
+            self._watchdog.start(ranks)
         with self._watchdog.phase("start"):
             parts = self._build(checkpoint, state)
         self._watchdog.loader_state = parts.loader.state
@@ -258,11 +267,11 @@ class _Run:
         checkpoint = parallel.gather_objects(found.usable)[0]
         state: RunState | None = None
         closed = 0
-        with parallel.together():
+        with parallel.together(), folder.must_be_writable():
             if checkpoint is not None:
                 state = read_state(checkpoint)
                 saved = to_plain(config_from_mapping(state.config))  # old names and keys added since included
-                for change in check_same_run(saved, to_plain(config)):
+                for change in check_same_run(without_secrets(saved), without_secrets(to_plain(config))):
                     log.info("resuming with another %s", change)
             if parallel.is_main:
                 self._owned = True
@@ -280,7 +289,7 @@ class _Run:
                     closed = state.stage + any(row["stage"] == state.stage for row in rows)
                 for event in events:
                     folder.append_event("damage", event)
-                write_atomically(folder.config, dump_yaml(config))
+                folder.write_config(dump_yaml(config))
                 self._write_status("running", checkpoint=None if state is None else state.step)
         if checkpoint is not None and state is not None:
             log.info("resuming from %s", checkpoint)
@@ -305,7 +314,7 @@ class _Run:
                     precision=parallel.precision,
                     precision_reason=parallel.precision_reason,
                 )
-                write_json(self._folder.environment, {**described, "strategy": parallel.strategy})
+                self._folder.update_environment(**described, strategy=parallel.strategy)
             sources = read_training_sources(config)
             evaluation_sources = read_evaluation_sources(config) if config.evaluation.every != "never" else {}
             fingerprints = {name: fingerprint(source) for name, source in sources.items()}

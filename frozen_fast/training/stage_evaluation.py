@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,8 @@ from frozen_fast.training import compiling
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.signals import StopRequest
 from frozen_fast.training.task import Task
+
+log = logging.getLogger(__name__)
 
 
 class StageEvaluation:
@@ -87,8 +90,14 @@ class StageEvaluation:
             if self._parallel.is_main:
                 self._folder.append_bad_clips(bad_clips)
                 self._folder.add_evaluations(rows)
-                videos = self._config.evaluation.gallery_videos
-                for page in pages:
-                    write_gallery(self._folder.path, page, Path(videos).expanduser() if videos else None)
+                self._write_galleries(pages)
                 self._journal.tell_evaluations(rows)
         return rows
+
+    def _write_galleries(self, pages: Sequence[GalleryPage]) -> None:
+        videos = self._config.evaluation.gallery_videos
+        for page in pages:
+            try:
+                write_gallery(self._folder.path, page, Path(videos).expanduser() if videos else None)
+            except OSError as error:
+                log.warning("a gallery page could not be written (%s); the run continues", error)

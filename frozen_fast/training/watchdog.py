@@ -2,7 +2,8 @@
 
 A hang (a stuck disk, a decoder that never returns, a collective that one rank never joins) would hold its machines
 for ever. Each rank has a thread that watches its own phase; since ranks work in step, all reach the limit within
-seconds of each other.
+seconds of each other. The first one also asks the other ranks of its machine for their stacks (SIGUSR2, answered
+without the interpreter) and wakes them (SIGCONT), in case one is stopped.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import contextlib
 import faulthandler
 import logging
 import os
+import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +30,7 @@ _REARM_SECONDS = 10.0
 _GRACE_SECONDS = 10.0
 """Time for the other ranks to write their stacks too, before the launcher ends them all."""
 _WITHOUT_INTERPRETER_SECONDS = 5.0
+_TELL_STACKS = signal.SIGUSR2
 
 
 class Watchdog:
@@ -51,13 +55,21 @@ class Watchdog:
         self._limits, self._folder, self._rank, self._note = limits, folder, rank, note
         self.loader_state: Callable[[], str] = lambda: "no loader yet"
         self._phases: list[tuple[str, float]] = []
+        self._others: list[int] = []
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._file: IO[str] | None = None
 
-    def start(self) -> None:
-        """Begin to watch."""
+    def start(self, ranks: Sequence[tuple[str, int]] = ()) -> None:
+        """Begin to watch.
+
+        Args:
+            ranks: (host, process) of every rank.
+        """
         if self._limits is not None:
+            host = socket.gethostname()
+            self._others = [process for name, process in ranks if name == host and process != os.getpid()]
+            faulthandler.register(_TELL_STACKS, file=self._open(), all_threads=True)
             self._thread = threading.Thread(target=self._watch, name="frozen_fast watchdog", daemon=True)
             self._thread.start()
 
@@ -68,10 +80,13 @@ class Watchdog:
             self._thread.join()
             self._thread = None
             faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(_TELL_STACKS)
         if self._file is not None:
             self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
             self._file = None
+            with contextlib.suppress(OSError):  # another rank's file is there
+                self._folder.rmdir()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -124,6 +139,10 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             file.flush()
+        for process in self._others:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process, _TELL_STACKS)
+                os.kill(process, signal.SIGCONT)
         with contextlib.suppress(Exception):
             self._note(message)
         time.sleep(_GRACE_SECONDS)

@@ -12,3 +12,8 @@ def cache_folder() -> Path:
     if named:
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frozen_fast"
+
+
+def leads_outside(path: Path) -> bool:
+    """Whether a path below cache_folder() leads out of it through a symbolic link; nothing is written there then."""
+    return not path.resolve().is_relative_to(cache_folder().resolve())

@@ -15,6 +15,8 @@ from frozen_fast.errors import UserError
 from frozen_fast.records.checkpoint import read_tensors
 from frozen_fast.records.checkpoint_folder import survey
 from frozen_fast.training.run import train
+from support import videos
+from support.datasets import write_manifest
 from support.runs import losses, make_data, read_json, tiny_config
 
 pytestmark = pytest.mark.integration
@@ -128,3 +130,54 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_is_good(
     assert newest is not None
     assert all(bool(tensor.isfinite().all()) for tensor in read_tensors(newest)[0].values())
     assert torch.isfinite(torch.tensor(losses(tmp_path / "run"))).all()
+
+
+def dali_clips(folder: Path) -> tuple[Path, set[str], set[str]]:
+    """VP9 and MJPEG clips: (manifest, those that cannot be read, those with noise in a frame's bytes)."""
+    folder.mkdir()
+    rows, broken, noisy = [], set(), set()
+    for codec, suffix in (("libvpx-vp9", ".webm"), ("mjpeg", ".avi")):
+        form = {"pixel_format": "yuvj420p", "options": videos.MJPEG} if codec == "mjpeg" else {"options": videos.VP9}
+        for number in range(8):
+            path = folder / f"{suffix[1:]}{number}{suffix}"
+            videos.write_video(path, codec, **form)
+            data = path.read_bytes()
+            if number == 1:
+                path.write_bytes(data[: len(data) // 2])
+            elif number == 2:
+                path.write_bytes(b"")
+            elif number == 3:
+                path.write_text("this is not a video " * 20, encoding="utf-8")
+            elif number in (4, 5):
+                whole = path.rename(path.with_name(f"whole{path.name}"))
+                videos.noise_in_packet(whole, path, 2 * number - 6)
+            (broken if number in (1, 2, 3) else noisy if number in (4, 5) else set()).add(path.stem)
+            rows.append({"id": path.stem, "path": path.name, "captions": [f"clip {path.stem}"], "kind": "video"})
+    return write_manifest(folder / "own.jsonl", rows), broken, noisy
+
+
+def test_dali_finishes_a_run_with_damaged_files(
+    data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every clip is read once; what the decoder reports is counted, sound clips are not, and the run is done."""
+    pytest.importorskip("nvidia.dali")
+    manifest, broken, noisy = dali_clips(tmp_path / "clips")
+    config = tiny_config(
+        {**data, "videos": manifest},
+        tmp_path / "run",
+        data={
+            "sources": [{"name": "videos", "path": str(manifest)}],
+            "decode": {"backend": "dali", "threads": 1, "max_bad_share": 0.9},
+        },
+        curriculum={"stages": [{"frames": 4, "global_batch_size": 8, "steps": 2}]},
+        evaluation={"every": "end", "sources": [{"name": "held_out", "path": str(manifest)}]},
+    )
+    assert train(config) == 0
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "done"
+    assert len(losses(tmp_path / "run")) == 2
+    rows = read_json_lines(tmp_path / "run" / "bad_clips.jsonl")
+    trained = {row["clip_id"] for row in rows if row["replaced_by"] is not None}
+    assert broken <= trained <= broken | noisy
+    (evaluation,) = read_json(tmp_path / "run" / "metrics.json")["evaluations"]
+    assert evaluation["num_videos"] <= 16 - len(broken)
+    assert "Traceback" not in capsys.readouterr().err

@@ -99,3 +99,62 @@ def test_a_stopped_loader_process_is_an_error_after_the_time_limit(data: dict[st
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def test_a_second_term_ends_a_run_that_cannot_finish_its_step(data: dict[str, Path], tmp_path: Path) -> None:
+    config = write_config(data, tmp_path, read_timeout_seconds=3600)
+    command = [sys.executable, STUCK, "--config", config, "watchdog.step_minutes=0"]
+    with (tmp_path / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(command, env=environment(STUCK_AT_STEP="3"), stderr=errors)
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(read_json_lines(tmp_path / "run" / "steps.jsonl")) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        time.sleep(4)
+        assert process.poll() is None, "the step was not stuck"
+        process.terminate()
+        assert process.wait(timeout=60) == 130
+        assert read_json(tmp_path / "run" / "status.json")["exit_code"] == 130
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_ends_the_run_with_every_ranks_stacks(data: dict[str, Path], tmp_path: Path, frozen: int) -> None:
+    """One of two ranks is stopped; the other waits for it in a collective."""
+    config = write_config(data, tmp_path)
+    command = torchrun(STUCK, "--config", config, "curriculum.stages[0].steps=5000")
+    with (tmp_path / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(command, env=environment(STUCK_AT_STEP="100000"), stderr=errors)
+    ranks: list[int] = []
+    try:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while len(read_json_lines(tmp_path / "run" / "steps.jsonl")) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        ranks = [pid for pid in children(process.pid) if parent_of(pid) == process.pid and rank_of(pid) is not None]
+        (stopped,) = [pid for pid in ranks if rank_of(pid) == frozen]
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        assert process.wait(timeout=90) != 0
+        assert time.monotonic() - began < 6 + 30 + 30  # the limit, the promise, and a busy machine
+        for rank in range(2):
+            text = (tmp_path / "run" / "hangs" / f"rank_{rank}.txt").read_text(encoding="utf-8")
+            assert "most recent call first" in text and "engine.py" in text, text
+        assert read_json(tmp_path / "run" / "status.json")["state"] == "failed"
+    finally:
+        for pid in [process.pid, *ranks]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def rank_of(pid: int) -> int | None:
+    """The rank that a launcher gave a process; None where it gave none."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    found = [word.removeprefix(b"RANK=") for word in words if word.startswith(b"RANK=")]
+    return int(found[0]) if found else None

@@ -7,6 +7,7 @@ import pytest
 from frozen_fast.common.files import read_json_lines
 from frozen_fast.data.load.bad_clips import BadClip, BadClipLedger
 from frozen_fast.errors import UserError
+from frozen_fast.records.run_folder import RunFolder
 
 
 def bad(number: int, cause: str = "truncated") -> BadClip:
@@ -14,7 +15,7 @@ def bad(number: int, cause: str = "truncated") -> BadClip:
 
 
 def test_rows_are_appended_in_the_agreed_form(tmp_path: Path) -> None:
-    ledger = BadClipLedger(tmp_path / "bad_clips.jsonl", 0.5)
+    ledger = BadClipLedger(RunFolder(tmp_path).append_bad_clips, 0.5)
     ledger.record(3, 8, [bad(1)])
     ledger.record(4, 8, [])
     ledger.record(5, 8, [bad(2, "missing")])

@@ -208,7 +208,9 @@ class RunsCode:
 def test_code_in_a_training_state_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     torch.save({"format": 1, "optimizer": RunsCode()}, path / "training_state.pt")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(
+        UserError, match=r"cannot be read \(UnpicklingError: the file holds other things than tensors\)$"
+    ):
         read_tensors(path)
 
 

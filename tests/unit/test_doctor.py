@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from frozen_fast.cli.doctor import GIB, Launch, Machine, examine, look_at_machine, read_launch
 from frozen_fast.cli.main import main
@@ -60,6 +62,7 @@ FAULTS: dict[str, tuple[Machine, Launch, str]] = {
         "auto, torchcodec, decord, pyav",
     ),
     "few open files": (replace(GOOD, open_files=128), launch(), "ulimit -n 65536"),
+    "cache not writable": (replace(GOOD, caches={"/x/cache": "Permission denied"}), launch(), "FROZEN_FAST_CACHE"),
     "broken package": (replace(GOOD, broken={"torchvision": "operator missing"}), launch(), "torchvision"),
     "no NCCL": (replace(GOOD, nccl=False), launch(), "built without it"),
     "no GPU for GPU launch": (
@@ -77,6 +80,63 @@ def test_a_fault_is_named_with_what_to_do(name: str) -> None:
     assert [finding.level for finding in problems] == ["fails"], problems
     assert problems[0].advice
     assert words in f"{problems[0].what}: {problems[0].found}. {problems[0].advice}"
+
+
+WARNINGS: dict[str, tuple[Machine, Launch, str]] = {
+    "few cores": (
+        replace(GOOD, cores=8),
+        launch(data={"decode": {"workers": 4, "threads": 1}}),
+        "cores: 8 for 40 computing and decoding threads",
+    ),
+    "no compiler, nothing compiled": (replace(GOOD, compiler=""), launch(), "install gcc"),
+    "no video decoder": (replace(GOOD, decodes_video=False), launch(), "NVIDIA_DRIVER_CAPABILITIES"),
+    "cache not writable, no GPU": (
+        replace(GOOD, gpus_of_driver=None, gpus_of_torch=0, caches={"/x/cache": "Permission denied"}),
+        Launch(config=config_from_mapping({"training": {"device": "cpu"}})),
+        "/x/cache: Permission denied",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_what_is_slow_but_works_is_a_warning_with_what_to_do(name: str) -> None:
+    machine, asked, words = WARNINGS[name]
+    problems = [finding for finding in examine(machine, asked) if finding.level != "ok"]
+    assert [finding.level for finding in problems] == ["warning"], problems
+    assert problems[0].advice and words in f"{problems[0].what}: {problems[0].found}. {problems[0].advice}"
+
+
+def test_faults_of_this_machine_are_found_by_looking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No compiler on PATH, few open files, a file in the cache's place, and three things that the launch gets wrong."""
+    for name in ("nvidia-smi", "git"):
+        (tmp_path / "bin" / name).mkdir(parents=True)
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path / "cache"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    (tmp_path / "x.yaml").write_text(f"run_folder: {tmp_path / 'run'}\ntraining: {{compile: true, device: cuda}}\n")
+    (tmp_path / "a.yaml").write_text("num_processes: 3\nnum_machines: 2\nuse_cpu: false\n")
+    wrong = ["training.expected_world_size=5", "data.decode.workers=4", "model.video.attention=triton"]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        code = main(["doctor", "--config", str(tmp_path / "x.yaml"), "--accelerate", str(tmp_path / "a.yaml"), *wrong])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert code == 2
+    failing = [
+        line.split(":")[0].split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if "fails" in line
+    ]
+    expected = {
+        "C compiler",
+        "open files",
+        "cache",
+        "world size",
+        "attention",
+        *(() if torch.cuda.is_available() else ("GPUs",)),
+    }
+    assert expected <= set(failing)
 
 
 def test_this_machine_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

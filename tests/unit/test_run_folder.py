@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from frozen_fast.common.files import read_json_lines, write_json
+from frozen_fast.common.files import read_json_lines, write_atomically
 from frozen_fast.errors import UserError
 from frozen_fast.records import run_folder as run_folder_module
 from frozen_fast.records.run_folder import RunFolder
@@ -154,12 +154,12 @@ class FullDisk:
             return write(descriptor, data)
 
         monkeypatch.setattr(os, "write", refuse)
-        monkeypatch.setattr(run_folder_module, "write_json", self._write_json)
+        monkeypatch.setattr(run_folder_module, "write_atomically", self._write_atomically)
 
-    def _write_json(self, path: Path, value: object) -> None:
+    def _write_atomically(self, path: Path, content: str) -> None:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_json(path, value)
+        write_atomically(path, content)
 
 
 def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from frozen_fast.common.files import append_json_line
 from frozen_fast.errors import UserError
 
 MINIMUM_CLIPS = 50
@@ -39,24 +37,30 @@ class BadClipLedger:
     """Counts the bad clips of a run and writes bad_clips.jsonl.
 
     With several ranks, gather every rank's bad clips first (frozen_fast.common.ranks.gather_objects) and record them
-    on all ranks, with a path on rank 0 only. All ranks then have the same counts.
+    on all ranks, with a writer on rank 0 only. All ranks then have the same counts.
 
     Attributes:
         clips: number of readable clips so far.
         causes: cause -> number of bad clips.
     """
 
-    def __init__(self, path: Path | None, max_share: float, *, minimum_clips: int = MINIMUM_CLIPS) -> None:
+    def __init__(
+        self,
+        write: Callable[[Sequence[dict[str, Any]]], None] | None,
+        max_share: float,
+        *,
+        minimum_clips: int = MINIMUM_CLIPS,
+    ) -> None:
         """Start with zero counts.
 
         Args:
-            path: bad_clips.jsonl of the run folder; None: write nothing.
+            write: appends rows to bad_clips.jsonl; None: write nothing.
             max_share: largest allowed share of bad clips among all clips.
             minimum_clips: number of clips to read before the share is checked.
         """
         self.clips = 0
         self.causes: Counter[str] = Counter()
-        self._path = path
+        self._write = write
         self._max_share = max_share
         self._minimum_clips = minimum_clips
         self._last = ""
@@ -78,8 +82,8 @@ class BadClipLedger:
         for bad in bad_clips:
             self.causes[bad.cause] += 1
             self._last = f"; the last: {bad.path}: {bad.message}"
-            if self._path is not None:
-                append_json_line(self._path, {"step": step, **asdict(bad)})
+        if self._write is not None and bad_clips:
+            self._write([{"step": step, **asdict(bad)} for bad in bad_clips])
 
     def check(self, *, final: bool = False) -> None:
         """Raise a UserError if the share exceeds the limit, once minimum_clips were read or the run is over."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from frozen_fast.common.files import write_atomically, write_json
+from frozen_fast.common.files import append_text, open_lock, write_atomically, write_json
 from frozen_fast.data.decode.types import ClipError
 from frozen_fast.data.load.bad_clips import BadClip, BadClipLedger
 from frozen_fast.data.packing.extract import PackSettings, extract
@@ -133,7 +133,7 @@ def _ledger(source: Source, folder: Path, writer: ShardWriter, limits: PackLimit
         if "bad" in row
     ]
     write_atomically(folder / layout.BAD_CLIPS, "".join(json.dumps(row) + "\n" for row in rows))
-    ledger = BadClipLedger(folder / layout.BAD_CLIPS, limits.max_bad_share)
+    ledger = BadClipLedger(partial(_append_rows, folder / layout.BAD_CLIPS), limits.max_bad_share)
     causes: dict[str, int] = {}
     for row in rows:
         causes[row["cause"]] = causes.get(row["cause"], 0) + 1
@@ -141,10 +141,18 @@ def _ledger(source: Source, folder: Path, writer: ShardWriter, limits: PackLimit
     return ledger
 
 
+def _append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    append_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lock the folder; the lock is released when the process ends."""
-    with (folder / layout.LOCK).open("w") as file:
+    try:
+        file = open_lock(folder / layout.LOCK)
+    except OSError as error:
+        raise UserError(f"--output: got {str(folder)!r}; allowed: a folder that can be written to ({error})") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

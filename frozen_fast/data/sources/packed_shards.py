@@ -36,7 +36,7 @@ def read_shards(config: SourceConfig, key: str, collector: ClipCollector) -> Ite
     files = [str(root / layout.shard_name(number)) for number in range(len(index.shard_bytes))]
     path = root / layout.CLIPS
     row = -1
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for row, line in enumerate(lines):
             clip = _clip(line, f"{path}:{row + 1}", root)
             shard = int(index.clips[row]["shard"]) if row < len(index.clips) else len(files)
@@ -50,7 +50,7 @@ def read_shards(config: SourceConfig, key: str, collector: ClipCollector) -> Ite
         raise UserError(f"{path}: got {row + 1} lines; allowed: {len(index.clips)}, as {layout.INDEX} says")
 
 
-def _clip(line: str, where: str, root: Path) -> Clip:
+def _clip(line: bytes, where: str, root: Path) -> Clip:
     """Parse a line of clips.jsonl, with any caption of the packed source."""
     try:
         row: dict[str, Any] = json.loads(line)

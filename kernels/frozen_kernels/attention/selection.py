@@ -29,7 +29,7 @@ from torch import Tensor
 
 from frozen_kernels.attention.qkv_layout import Layout
 from frozen_kernels.availability import unavailable_backends
-from frozen_kernels.cache import cache_folder
+from frozen_kernels.cache import cache_folder, leads_outside
 
 logger = logging.getLogger(__name__)
 
@@ -171,10 +171,10 @@ def _decide(case: Case, candidates: list[str], measure: Callable[[], Measured]) 
         return default
     path = cache_folder() / CACHE_FILE
     stored = _read_choices(path).get(case.key)
-    if stored and stored["backend"] in candidates:
+    if isinstance(stored, dict) and stored.get("backend") in candidates:
         return {"failed": {}, **stored, "how": "cached"}
-    if not _writable(path.parent):
-        logger.warning("attention auto: %s cannot be written, so nothing is measured", path.parent)
+    if not _writable(path):
+        logger.warning("attention auto: %s cannot be written, so nothing is measured", path)
         return default
     milliseconds, failed = measure()
     if not milliseconds:  # the default then raises its own error where it is used
@@ -187,12 +187,20 @@ def _decide(case: Case, candidates: list[str], measure: Callable[[], Measured]) 
     return _store(path, case, {"backend": fastest, "milliseconds": milliseconds, "failed": failed}, candidates)
 
 
-def _writable(folder: Path) -> bool:
+def _writable(path: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
-    return os.access(folder, os.W_OK)
+    return os.access(path.parent, os.W_OK) and not any(map(leads_outside, (path, _lock_of(path), _temporary_of(path))))
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_suffix(".lock")
+
+
+def _temporary_of(path: Path) -> Path:
+    return path.with_suffix(f".{os.getpid()}.tmp")
 
 
 def _read_choices(path: Path) -> dict[str, Any]:
@@ -209,14 +217,14 @@ def _read_choices(path: Path) -> dict[str, Any]:
 
 def _store(path: Path, case: Case, choice: dict[str, Any], candidates: list[str]) -> dict[str, Any]:
     """Add a choice to the file under a lock, unless another process was first: then its choice holds."""
-    with path.with_suffix(".lock").open("w") as lock:
+    with _lock_of(path).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         choices = _read_choices(path)
         first = choices.get(case.key)
-        if first and first["backend"] in candidates:
+        if isinstance(first, dict) and first.get("backend") in candidates:
             return {"failed": {}, **first, "how": "cached"}
         choices[case.key] = choice
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = _temporary_of(path)
         temporary.write_text(json.dumps(choices, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     return {**choice, "how": "measured"}

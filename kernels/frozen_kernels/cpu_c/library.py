@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frozen_kernels.cache import cache_folder
+from frozen_kernels.cache import cache_folder, leads_outside
 
 SOURCES = Path(__file__).parent
 # Sums may be reordered into vectors; NaN and infinity keep their meaning.
@@ -78,9 +78,12 @@ def _load(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     identity = "\n".join((*flags, _compiler_version(), _processor())).encode()
     name = f"{source.removesuffix('.c')}_{hashlib.sha256(identity + text).hexdigest()[:24]}.so"
     folder = cache_folder() / "cpu_c"
-    if (folder / name).exists():
+    outside = leads_outside(folder / name)
+    if (folder / name).exists() and not outside:
         return ctypes.CDLL(str(folder / name))
     try:
+        if outside:
+            raise OSError(f"{folder} leads out of the cache through a symbolic link")
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.mkdtemp(dir=folder)
     except OSError:  # a cache that cannot be written: every process builds anew

@@ -1,0 +1,41 @@
+"""Ranks that torch's launcher has started again after one was lost (torchrun and accelerate launch, max_restarts).
+
+With the static rendezvous, which `accelerate launch` takes by default, the launcher keeps one key-value store over all
+starts. The ranks of a later start then read the addresses of dead ones from it, and cannot connect (PyTorch 2.10,
+github.com/pytorch/pytorch/issues/135712).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import MutableMapping
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+_WAIT_SECONDS = 300.0
+
+
+def use_a_new_store(environ: MutableMapping[str, str]) -> None:
+    """Let the ranks of a later start meet in a store of their own; call it before the process group starts.
+
+    Rank 0 tells the others its port through the launcher's store. On several machines nothing is changed: their
+    launchers count starts apart, and launch/multi_node.sh uses the c10d rendezvous, which makes a store for each start.
+
+    Args:
+        environ: the launcher's variables; MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE are changed.
+    """
+    start = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if start == "0" or not shared or environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    store = TCPStore(
+        environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=_WAIT_SECONDS)
+    )
+    key = f"frozen_fast/start_{start}"
+    if environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set(key, str(free.getsockname()[1]))
+    environ["MASTER_PORT"] = store.get(key).decode()
+    environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"

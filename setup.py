@@ -48,6 +48,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.6",
         "pytest-timeout>=2.3",
+        "hypothesis>=6.100,<7",
         "ruff>=0.12",
         "mypy>=1.15",
         "types-PyYAML",

@@ -41,7 +41,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
-import fault_worker  # noqa: E402
+
 import torch.distributed.run  # noqa: E402
 from accelerate.commands.launch import launch_command, launch_command_parser  # noqa: E402
 from damage_trials import damage_trials  # noqa: E402
@@ -52,9 +52,10 @@ from frozen_fast.config import dump_yaml  # noqa: E402
 from frozen_fast.records.checkpoint import checkpoint_name, read_tensors  # noqa: E402
 from frozen_fast.records.run_folder import RunFolder  # noqa: E402
 from frozen_fast.records.run_lock import is_alive  # noqa: E402
+from support import fault_worker  # noqa: E402
 from support.runs import environment, make_data, tiny_config  # noqa: E402
 
-WORKER = ROOT / "benchmarks" / "fault_worker.py"
+WORKER = ROOT / "tests" / "support" / "fault_worker.py"
 VIDEOS, BATCH, STAGE_STEPS, STAGES, EVERY_STEPS = 24, 4, 12, 3, 4
 STEPS = STAGES * STAGE_STEPS
 PATIENCE_SECONDS = 600.0

@@ -65,11 +65,11 @@ class StageTrace:
         seconds = time.perf_counter() - self._began
         profiler.stop()
         try:
-            self._write(profiler)
+            self._write(profiler, seconds)
         except (OSError, RuntimeError) as error:  # Kineto raises RuntimeErrors
             log.warning("the trace of stage %d could not be written: %s", self._stage, error)
 
-    def _write(self, profiler: Any) -> None:
+    def _write(self, profiler: Any, seconds: float) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"stage_{self._stage}.trace.json"
         profiler.export_chrome_trace(str(path))

@@ -89,7 +89,8 @@ run_once() {
     [ "$status" = 0 ] && return 0 # a launcher that was told to stop never ends with 0
     own="$("$python" "$root/launch/run_state.py" --since "$started" --exit-code "$experiment" "${overrides[@]}")"
     [ "$own" = unknown ] || status="$own"
-    if [ "$status" = 2 ]; then # the mistake again, below the tracebacks that torchrun prints for its processes
+    # torchrun prints tracebacks of its own below the error of several processes: show the error again.
+    if [ "$status" = 2 ] && [ "${processes:-$(sed -n 's/^num_processes: *//p' "$launch_file")}" != 1 ]; then
         "$python" "$root/launch/run_state.py" --since "$started" --message "$experiment" "${overrides[@]}" >&2
     fi
     return "$status"

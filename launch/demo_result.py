@@ -1,4 +1,4 @@
-"""Say in a few lines what the demo's run reached, and where its report is.
+"""Print the results of the demo's run and the path of its report.
 
 usage: python launch/demo_result.py [--remove] EXPERIMENT.yaml [key=value ...]
 """
@@ -22,7 +22,7 @@ def read_list(path: Path, key: str | None = None) -> list[dict[str, Any]]:
     """The rows of a JSON file of the run folder.
 
     Raises:
-        UserError: the run has not written it.
+        UserError: the file does not exist.
     """
     if not path.exists():
         raise UserError(
@@ -33,11 +33,11 @@ def read_list(path: Path, key: str | None = None) -> list[dict[str, Any]]:
 
 
 def result_lines(folder: RunFolder, ceiling: float | None) -> list[str]:
-    """Retrieval after each stage against what one frame can reach, time and memory, and the report's place.
+    """Lines with retrieval after each stage, the best from one frame, time, memory and the report's path.
 
     Args:
         folder: a finished run.
-        ceiling: the best R@1 in percent that retrieval from one frame per clip can reach, where it is known.
+        ceiling: the best R@1 in percent that retrieval from one frame per clip can reach, if it is known.
     """
     stages = read_list(folder.stages)
     lines = ["", "text-to-video retrieval on held-out clips:"]

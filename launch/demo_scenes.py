@@ -1,4 +1,4 @@
-"""What happens in the demo's clips: things, motions, their captions, and where everything is in every frame."""
+"""Scenes of the demo's clips: objects, motions, captions, and positions in every frame."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def draw_scenes(recipe: Recipe) -> tuple[list[Scene], list[Scene]]:
     not. Few captions with several clips each are what lets a few hundred steps show the order of frames.
 
     Raises:
-        UserError: for counts that cannot be.
+        UserError: for invalid counts.
     """
     scenes = all_scenes(recipe.seed)
     if not 1 <= recipe.test_pairs <= len(scenes):

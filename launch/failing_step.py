@@ -1,4 +1,4 @@
-"""Run a command as if its GPU failed after some seconds; what `launch/gpu_bench.sh --rehearse` starts.
+"""Run a command and simulate a GPU failure after some seconds, for `launch/gpu_bench.sh --rehearse`.
 
     python launch/failing_step.py FAULT@SECONDS PARENT command ...
 

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command with one deadline; what gpu_bench.sh starts.
+"""All benchmarks and tests that need a GPU, in one command with a time limit; started by gpu_bench.sh.
 
     launch/gpu_bench.sh [FOLDER]                     on a GPU: all steps, at most nine minutes
     launch/gpu_bench.sh --cpu FOLDER                 the same lines at tiny sizes (also taken, and said, without a GPU)
@@ -422,7 +422,7 @@ def write_summary(
     done = {row.step for row in rows}
     missing = left_out(bench.machine, reads_videos=bench.reads_videos)
     missing.update({step.name: "not asked for (--steps)" for step in STEPS if step not in chosen})
-    missing.update({step.name: "its turn has not come" for step in chosen if step.name not in done})
+    missing.update({step.name: "not started" for step in chosen if step.name not in done})
     summary = {
         "command": ["launch/gpu_bench.sh", *options.arguments],
         "small": bench.small,

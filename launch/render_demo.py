@@ -6,8 +6,8 @@ better than guess between the two. The encoding is lossless, so this holds for t
 
     python launch/render_demo.py --folder data/demo
 
-The set depends on nothing but the recipe (seed and counts). A second run keeps every file that is there, a run after
-an interruption renders the missing ones, and a run with another recipe renders everything anew.
+The set depends only on the recipe (seed and counts). A second run keeps existing files, a run after an interruption
+renders the missing ones, and a run with another recipe renders everything again.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def encode_webm(frames_THWC: np.ndarray) -> bytes:
 
 
 def frame_multiset(path: Path) -> tuple[tuple[bytes, int], ...]:
-    """The decoded frames of a clip without their order: what a retriever that sees one frame can draw from."""
+    """The decoded frames of a clip without their order: the frames available to a retriever with one frame."""
     import av
 
     with av.open(str(path)) as container:
@@ -199,7 +199,7 @@ def start_folder(folder: Path, recipe: Recipe) -> None:
         return
     if not recipe_file.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(
-            f"--folder: got {folder}, which holds other files; allowed: a new or empty folder, or an older set"
+            f"--folder: got {folder}, which contains other files; allowed: a new or empty folder, or an older set"
         )
     for name in ("videos", "images"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -240,8 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("data/demo"), help="where the set goes (data/demo)")
-    parser.add_argument("--seed", type=int, default=recipe.seed, help="another seed gives another set")
+    parser.add_argument("--folder", type=Path, default=Path("data/demo"), help="output folder (data/demo)")
+    parser.add_argument("--seed", type=int, default=recipe.seed, help="random seed of the set")
     parser.add_argument("--train-pairs", type=int, default=recipe.train_pairs, help="pairs of training clips")
     parser.add_argument("--test-pairs", type=int, default=recipe.test_pairs, help="pairs of held-out clips")
     parser.add_argument("--stills", type=int, default=recipe.stills, help="still pictures")
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logger.info("%s: %d clips written, the others were there", options.folder, written)
+    logger.info("%s: wrote %d clips, the others exist already", options.folder, written)
     return 0
 
 

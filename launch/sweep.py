@@ -1,7 +1,7 @@
 """Find the fastest settings for a machine by measurement: python launch/sweep.py configs/sweeps/NAME.yaml.
 
 Each trial is an `accelerate launch` process of its own with limits on time and memory; out of memory, a crash,
-a timeout and NaN are results. A second call goes on where the first was stopped.
+a timeout and NaN are results. A second call continues a stopped sweep.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="sweep file (configs/sweeps/)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the sweep file")
-    parser.add_argument("--dry-run", action="store_true", help="print every trial's command and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print every trial's command and exit")
     parser.add_argument(
         "--again",
         nargs="+",
         default=[],
         choices=FAILURES,
         metavar="CAUSE",
-        help=f"measure trials that failed so once more: {', '.join(FAILURES)}",
+        help=f"repeat trials with these failures: {', '.join(FAILURES)}",
     )
     options = parser.parse_args(arguments)
     set_up_logging()
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; finished trials are kept, and the same command goes on with the rest\n")
+        sys.stderr.write("stopped; run the same command again to continue\n")
         return EXIT_STOPPED
 
 

@@ -21,7 +21,7 @@ class PeerError(RuntimeError):
 
 
 class RankAgreement:
-    """This process's place among the others.
+    """This process's rank and the agreement with the others.
 
     Attributes:
         rank: this process, from 0.
@@ -44,7 +44,7 @@ class RankAgreement:
     def agree(
         self, error: BaseException | None = None, *, stop: bool = False, counts: Sequence[int] = ()
     ) -> tuple[bool, list[int]]:
-        """Tell the other ranks how this one fares and hear how they fare; every rank must call it.
+        """Exchange this rank's state (error, stop request) with all ranks; every rank must call it.
 
         Args:
             error: what went wrong here since the last agreement.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Parallel(RankAgreement):
-    """This process's place among the others, and the model and optimizer as they are shared between them.
+    """This process's rank, and the model and optimizer under a sharding strategy.
 
     Attributes:
         device: where the model runs.
@@ -133,13 +133,13 @@ class Parallel(RankAgreement):
         return norm
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed PyTorch's generators from what identifies a step on a rank.
+    """Seed PyTorch's generators by step and rank.
 
     Dropout then depends on nothing else, so that a resumed run draws what the uninterrupted one would have drawn and
     no generator state has to be kept in a checkpoint.

@@ -52,7 +52,7 @@ class DeepSpeedState(ShardedState):
         self._allocate_state([0.0] * len(self._partitions()))
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one after the other; stages 1 and 2 hold them all anyway."""
+        """Yield every parameter as a whole tensor; stages 1 and 2 hold them on every rank."""
         for name, parameter in self.model.named_parameters():
             with self._gathered([parameter]):
                 yield name, parameter.detach()
@@ -92,7 +92,7 @@ class DeepSpeedState(ShardedState):
         return gathered
 
     def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what optimizer_state() gave, under this or another strategy.
+        """Load the result of optimizer_state() of this or another strategy.
 
         Raises:
             UserError: it belongs to another model, or parameters of one group were not stepped equally often.

@@ -52,7 +52,7 @@ class FsdpParallel(Parallel):
         return Accelerator(cpu=cpu, mixed_precision="no")
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Cut the parameters over the ranks, in place, and let the optimizer step on the parts."""
+        """Shard the parameters over the ranks, in place, and let the optimizer update the shards."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

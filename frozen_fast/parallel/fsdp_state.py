@@ -18,7 +18,7 @@ class FsdpState(ShardedState):
     """ShardedState under FSDP2."""
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one after the other; a collective."""
+        """Yield every parameter as a whole tensor; a collective."""
         for name, parameter in self.model.named_parameters():
             yield name, whole_tensor(parameter)
 
@@ -38,7 +38,7 @@ class FsdpState(ShardedState):
         return gathered
 
     def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what optimizer_state() gave, under this or another strategy.
+        """Load the result of optimizer_state() of this or another strategy.
 
         Raises:
             UserError: it belongs to another model.

@@ -1,4 +1,4 @@
-"""How a launch shares the work, checked against the experiment: where two files can say the same thing, they agree.
+"""Checks the settings of a launch (DeepSpeed, FSDP2, precision) against the experiment.
 
 `accelerate launch` hands its file over in environment variables. What the experiment says as well (batch sizes,
 accumulation, clipping, precision) is filled in from the experiment; the launch may leave it out, write "auto", or
@@ -43,7 +43,7 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class FsdpSettings:
-    """What of Accelerate's fsdp_config has a meaning here.
+    """The supported settings of Accelerate's fsdp_config.
 
     Attributes:
         reshard_after_forward: free gathered weights between forward and backward pass (less memory, one more gather).
@@ -53,7 +53,7 @@ class FsdpSettings:
 
 
 def requested_strategy(environ: Mapping[str, str]) -> Strategy:
-    """The strategy that the launch asks for; "ddp" also stands for a single process.
+    """The strategy of the launch; "ddp" is also that of a single process.
 
     Raises:
         UserError: Accelerate would drop DeepSpeed in silence.
@@ -62,7 +62,7 @@ def requested_strategy(environ: Mapping[str, str]) -> Strategy:
         if _flag(environ, "ACCELERATE_USE_CPU"):
             raise UserError(
                 "accelerate config: use_cpu: got true (ACCELERATE_USE_CPU) beside distributed_type DEEPSPEED "
-                "(ACCELERATE_USE_DEEPSPEED), and Accelerate would then leave DeepSpeed out; allowed: use_cpu false "
+                "(ACCELERATE_USE_DEEPSPEED), and Accelerate then ignores DeepSpeed; allowed: use_cpu false "
                 "(without a GPU, or with training.device=cpu, DeepSpeed itself runs on the CPU)"
             )
         if "LOCAL_RANK" not in environ:
@@ -74,7 +74,7 @@ def requested_strategy(environ: Mapping[str, str]) -> Strategy:
 
 
 def check_precision(environ: Mapping[str, str], training: TrainingConfig) -> None:
-    """Refuse a mixed precision of the launch that the experiment contradicts.
+    """Check the launch's mixed precision against the experiment.
 
     Raises:
         UserError: naming both.
@@ -91,7 +91,7 @@ def check_precision(environ: Mapping[str, str], training: TrainingConfig) -> Non
 
 
 def read_deepspeed(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """What the launch says of DeepSpeed: its JSON file, or the keys of Accelerate's deepspeed_config.
+    """The launch's DeepSpeed settings: its JSON file, or the keys of Accelerate's deepspeed_config.
 
     Returns:
         (settings in DeepSpeed's own layout, the name of the place they come from).

@@ -68,7 +68,7 @@ class ModelState:
         return found
 
     def load_optimizer_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what optimizer_state() gave.
+        """Load the result of optimizer_state().
 
         Raises:
             UserError: it belongs to another model.
@@ -118,7 +118,7 @@ class ModelState:
 
 
 def check_optimizer_state(state: dict[str, dict[str, Tensor]], shapes: dict[str, torch.Size]) -> None:
-    """Refuse a checkpoint's optimizer state that is another model's.
+    """Check that a checkpoint's optimizer state belongs to this model.
 
     Raises:
         UserError: naming the parameter.

@@ -1,4 +1,4 @@
-"""Which number format a device computes a training step in."""
+"""Selection of training.precision for a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def bf16_hardware(device: torch.device) -> str | None:
-    """What multiplies bf16 matrices in hardware on this device; None where bf16 would be emulated."""
+    """The device's bf16 hardware; None if bf16 is emulated."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"CUDA compute capability {major}.{minor}" if major >= 8 else None
@@ -24,7 +24,7 @@ def bf16_hardware(device: torch.device) -> str | None:
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
-    """Resolve training.precision; bf16 on a device that would emulate it is taken as asked for, with a warning.
+    """Resolve training.precision; bf16 on a device that emulates it is used with a warning.
 
     Args:
         requested: "auto", "bf16" or "fp32".
@@ -39,7 +39,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
     emulated = f"this {device.type} device has no bf16 hardware and emulates it, much slower than fp32"
     if requested == "bf16":
         if hardware is None:
-            logger.warning("training.precision=bf16: %s; auto takes fp32 here", emulated)
+            logger.warning("training.precision=bf16: %s; auto selects fp32 on this device", emulated)
         return "bf16", f"asked for by training.precision ({hardware or emulated})"
     if requested != "auto":
         raise UserError(f"training.precision: got {requested!r}; allowed: auto, bf16, fp32")

@@ -1,4 +1,4 @@
-"""BatchNorm's running averages, which every rank keeps of its own clips."""
+"""Averaging of BatchNorm's running statistics over ranks."""
 
 from __future__ import annotations
 

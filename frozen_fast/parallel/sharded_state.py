@@ -19,7 +19,7 @@ from frozen_fast.parallel.model_state import ModelState
 
 
 class ShardedState(ModelState, ABC):
-    """ModelState whose ranks hold parts of the model; subclasses say how a whole tensor is put together.
+    """ModelState whose ranks hold parts of the model; subclasses gather whole tensors.
 
     Gathering goes tensor by tensor, in the same order on every rank, so that no rank holds more than one whole tensor
     beyond its shards; rank 0 keeps them on the CPU.
@@ -94,7 +94,7 @@ def hollow_copy(model: nn.Module) -> nn.Module:
 
 
 def check_elementwise(config: ExperimentConfig, strategy: str) -> None:
-    """Refuse an optimizer that looks at whole parameters where a strategy cuts them.
+    """Refuse an optimizer that needs whole parameters under a strategy that shards them.
 
     Raises:
         UserError: naming optimizer.name.

@@ -1,4 +1,4 @@
-"""Start the processes' common work: join the group under the strategy that the launch asks for."""
+"""Joins the process group under the strategy of the launch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from frozen_fast.parallel.restarts import use_a_new_store
 
 
 def start_parallel(config: ExperimentConfig) -> Parallel:
-    """Join the other processes under the launch's strategy, and check that the world is what was asked for.
+    """Join the other processes under the launch's strategy, and check the number of processes.
 
     Raises:
         UserError: no such device, a world of another size than asked for, or a launch that contradicts the
@@ -72,7 +72,7 @@ def check_gpus_are_there(environ: Mapping[str, str], device: str, strategy: str)
 
 
 def check_world(num_processes: int, expected: int | None) -> None:
-    """Refuse a world of another size than the launcher started, or than training.expected_world_size."""
+    """Check the number of processes against the launcher's and training.expected_world_size."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != num_processes:
         raise UserError(

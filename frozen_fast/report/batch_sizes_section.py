@@ -1,4 +1,4 @@
-"""The report's largest batches, as `frozen-fast find-batch-size` found them."""
+"""The report's section on the largest batches (`frozen-fast find-batch-size`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from frozen_fast.report.run_data import RunData
 
 
 def batch_sizes_section(run: RunData) -> Section | None:
-    """What `frozen-fast find-batch-size` found, where its file is in the folder."""
+    """The result of `frozen-fast find-batch-size`; None without its file."""
     found = run.batch_sizes
     if not found.get("rows"):
         return None

@@ -1,4 +1,4 @@
-"""Action recognition in the report: accuracies, the classes that go wrong, and the confusion matrix."""
+"""The report's section on action recognition: accuracies, confusions and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def classification_section(run: RunData) -> Section | None:
     text = (
         "Zero-shot: class names in evaluation.prompts, similarities averaged over the prompts. Linear head: a layer "
         "fitted on the frozen model's embeddings of the training split. Trained: the classifier itself, its "
-        "probabilities averaged over windows and crops. Percent, ties counted as shares."
+        "probabilities averaged over windows and crops. In percent; ties count fractionally."
     )
     best = [one for one in entries if one[0]["step"] == run.best_step]
     entry, name = (best or entries)[-1]
@@ -56,7 +56,7 @@ def classification_section(run: RunData) -> Section | None:
 
 
 def _epochs_table(run: RunData) -> Table:
-    """One line an evaluation of a classifier: its loss and accuracies."""
+    """One row per evaluation of a classifier: its loss and accuracies."""
     rows = [
         [
             after_text(run, row),
@@ -70,7 +70,7 @@ def _epochs_table(run: RunData) -> Table:
 
 
 def _details(source: str, found: dict[str, Any]) -> list[Block]:
-    """The classes with the lowest accuracy, what they are taken for, and the confusion matrix."""
+    """The classes with the lowest accuracy, their most frequent confusion, and the confusion matrix."""
     classes, confusion = found["classes"], np.array(found["confusion"])
     place = {name: number for number, name in enumerate(classes)}
     rows = []
@@ -81,9 +81,9 @@ def _details(source: str, found: dict[str, Any]) -> list[Block]:
         rows.append([name, count(int(confusion[place[name]].sum())), number(accuracy), taken])
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     picture = matrix_plot(shares, classes)
-    caption = f"Confusion matrix on {source}: rows are classes, columns what their clips are taken for."
+    caption = f"Confusion matrix on {source}: rows are classes, columns are predictions."
     return [
         Text(f"Lowest accuracies on {source}:"),
-        Table(["Class", "Clips", "Right, %", "Most often taken for"], rows),
+        Table(["Class", "Clips", "Right, %", "Most often predicted as"], rows),
         Plot(picture, caption),
     ]

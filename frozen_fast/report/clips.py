@@ -1,4 +1,4 @@
-"""The report's words on clips: what each set holds, what was left out at the start, what could not be read later."""
+"""The report's sections on clips: sources, dropped rows and unreadable clips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_BAD_CLIPS_LISTED = 30
 
 
 def sources_section(run: RunData) -> Section | None:
-    """What each set held when the run began; None where environment.json does not tell."""
+    """The sources at the start of the run; None if environment.json does not contain them."""
     sets = [
         (use, name, described)
         for use, key in (("training", "sources"), ("evaluation", "evaluation_sources"))
@@ -27,7 +27,7 @@ def sources_section(run: RunData) -> Section | None:
         for cause, dropped in (described.get("drops") or {}).items()
     ]
     if drops:
-        blocks.append(Text("Rows left out when the sets were read:"))
+        blocks.append(Text("Rows dropped when the sources were read:"))
         blocks.append(Table(["Use", "Set", "Cause", "Rows"], drops, words=3))
     return Section("Clips", blocks)
 
@@ -38,7 +38,7 @@ def _set_cells(use: str, name: str, described: dict[str, Any]) -> list[str]:
 
 
 def bad_clips_section(run: RunData) -> Section:
-    """Clips that could not be read when their turn came, by cause and by name."""
+    """Unreadable clips, by cause and by name."""
     counts = run.bad_clip_counts()
     if not counts:
         return Section("Unreadable clips", [Text("None.")])
@@ -51,5 +51,5 @@ def bad_clips_section(run: RunData) -> Section:
         for row in run.bad_clips[:MAX_BAD_CLIPS_LISTED]
     ]
     title = f"The first {len(listed)}" if len(run.bad_clips) > len(listed) else "Each of them"
-    text = Text(f"{count(len(run.bad_clips))} clips could not be read and were left out or replaced{share}.")
+    text = Text(f"{count(len(run.bad_clips))} unreadable clips were replaced or excluded{share}.")
     return Section("Unreadable clips", [text, table, Listing(title, "\n".join(listed))])

@@ -1,4 +1,4 @@
-"""Runs side by side: `frozen-fast compare RUN RUN ...`."""
+"""Comparison of runs: `frozen-fast compare RUN RUN ...`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from frozen_fast.report.run_data import RunData, read_run
 
 
 def compare_runs(folders: Sequence[str | Path]) -> str:
-    """Markdown: one column a run, with what was measured and the settings in which the runs differ.
+    """Return Markdown with one column per run: measurements, and the settings in which the runs differ.
 
     Raises:
-        UserError: fewer than two folders, or one that holds no run.
+        UserError: fewer than two folders, or a folder without a run.
     """
     if len(folders) < 2:
         raise UserError(f"run folders: got {len(folders)}; allowed: two or more")
     runs = [read_run(folder) for folder in folders]
     names = _names(runs)
-    parts = ["# Runs side by side", markdown_table(Table(["", *names], _measured(runs)))]
+    parts = ["# Comparison of runs", markdown_table(Table(["", *names], _measured(runs)))]
     different = _differences(runs)
     parts.append("## Settings that differ")
     parts.append(markdown_table(Table(["Key", *names], different, words=1 + len(runs))) if different else "None.")
@@ -45,7 +45,7 @@ def compare_runs(folders: Sequence[str | Path]) -> str:
 
 
 def _names(runs: list[RunData]) -> list[str]:
-    """Experiment names, with the folder's where two are equal."""
+    """Experiment names, with the folder's name if two are equal."""
     names = [run.name for run in runs]
     return [f"{n} ({run.folder.name})" if names.count(n) > 1 else n for n, run in zip(names, runs, strict=True)]
 
@@ -98,7 +98,7 @@ def _stage_lines(runs: list[RunData], stage: int) -> list[list[str]]:
 
 
 def _retrieval_lines(runs: list[RunData]) -> list[list[str]]:
-    """The last evaluation of each set and protocol; that of the best checkpoint where a run has kept one."""
+    """The last evaluation of each set and protocol; that of the best checkpoint if a run keeps one."""
     last = [
         {(row["source"], row["protocol"]): row for row in run.evaluations if run.best_step in (None, row["step"])}
         for run in runs

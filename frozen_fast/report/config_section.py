@@ -7,5 +7,5 @@ from frozen_fast.report.run_data import RunData
 
 
 def config_section(run: RunData) -> Section | None:
-    """config.yaml as it is in the folder; None where it is missing."""
+    """The content of config.yaml; None if it is missing."""
     return Section("Config", [Listing("config.yaml, resolved", run.config_text)]) if run.config_text else None

@@ -1,4 +1,4 @@
-"""A report as plain blocks, which markdown.py and html.py write; and how numbers are written."""
+"""A report as a list of blocks, which markdown.py and html.py render, and formatting of numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Caution:
-    """A paragraph that a reader must not miss."""
+    """A highlighted paragraph."""
 
     kind: ClassVar[str] = "caution"
     text: str
@@ -36,7 +36,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `words` counts the first columns that hold words (the rest are figures), `total` marks the last row."""
+    """A table; the first `words` columns contain text, the others numbers, `total` marks the last row."""
 
     kind: ClassVar[str] = "table"
     header: Sequence[str]
@@ -65,7 +65,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Link:
-    """A paragraph that leads to another file of the run folder."""
+    """A paragraph with a link to another file of the run folder."""
 
     kind: ClassVar[str] = "link"
     text: str
@@ -85,7 +85,7 @@ class Section:
 
 @dataclass(frozen=True)
 class KeyNumber:
-    """A number at the top of the report: what, how much, and with what it is to be compared."""
+    """A number at the top of the report: label, value and a number for comparison."""
 
     label: str
     value: str

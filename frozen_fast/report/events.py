@@ -1,4 +1,4 @@
-"""What happened to a run beside its steps: damage, refusing disks, losses that were not finite."""
+"""Events of a run (events.jsonl): damaged files, failed writes, non-finite losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The retrieval page: what a model finds for some queries, as one HTML file that needs no server."""
+"""The retrieval page: the clips that a model finds for some queries, as one HTML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from frozen_fast.data.sources import Clip
 from frozen_fast.errors import UserError
 
 PLAYED_SUFFIXES = (".mp4", ".m4v", ".webm", ".ogv", ".mov")
-"""Videos that browsers play; of others a frame is shown."""
+"""Videos that browsers play; for others the page shows a frame."""
 VIDEO_SUFFIXES = (*PLAYED_SUFFIXES, ".mkv", ".avi", ".mpg", ".mpeg", ".wmv", ".flv")
 FRAME_WIDTH = 200
 THREADS = 2
@@ -62,7 +62,7 @@ class GalleryPage:
     Attributes:
         source: the evaluated set.
         numbers: metrics in the page's head.
-        all_queries: how many the evaluation had.
+        all_queries: number of queries of the evaluation.
         queries: those shown: a draw, then the best and the worst of all.
         best: the queries found best, best first.
         worst: the queries found worst, worst first.

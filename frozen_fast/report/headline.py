@@ -10,7 +10,7 @@ from frozen_fast.report.wording import frames_text, hours_name
 
 
 def headline(run: RunData) -> list[KeyNumber]:
-    """R@1 or top-1, twins told apart, hours and speed, each where the run has it."""
+    """R@1 or top-1, twins told apart, hours and speed, as available."""
     numbers = []
     classified = [row for row in run.stage_evaluations() if "finetuned" in row]
     if classified:

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML file: pictures inline, no scripts, nothing fetched, fit for printing."""
+"""A report as one self-contained HTML file: inline pictures, no scripts, no external resources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from frozen_fast.report.document import Document
 
 
 def to_html(document: Document) -> str:
-    """The document as a whole HTML page, by the template page.html; every text is escaped."""
+    """Render the document with the template page.html; all text is escaped."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

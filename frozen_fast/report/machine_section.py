@@ -10,7 +10,7 @@ from frozen_fast.report.wording import devices
 
 
 def _model(run: RunData) -> str:
-    """The model that was built or loaded, with its weights in millions."""
+    """The model with its number of parameters in millions."""
     model = run.environment.get("model") or {}
     if "parameters" not in model:
         return ""
@@ -52,7 +52,7 @@ def machine_section(run: RunData) -> Section | None:
     rows = [[name, value or "not recorded"] for name, value in facts.items()]
     blocks: list[Block] = [Table(["What", "Value"], rows, words=2)]
     if any("axis" in row for row in attention):
-        blocks.append(Text("Attention, chosen for each shape; ms of one forward and backward pass:"))
+        blocks.append(Text("Attention backend of each shape; ms of one forward and backward pass:"))
         blocks.append(_attention(attention))
     return Section("Machine and versions", blocks)
 
@@ -67,7 +67,7 @@ def _backends(backends: dict[str, Any]) -> str:
 
 
 def _attention(choices: list[dict[str, Any]]) -> Table:
-    """The backend of each shape, and the times that it was chosen by; `-`: not measured there."""
+    """The backend of each shape, and the measured times; `-`: not measured."""
     backends = list(dict.fromkeys(name for row in choices for name in row.get("milliseconds") or {}))
     rows = []
     for row in choices:

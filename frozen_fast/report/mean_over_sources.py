@@ -9,7 +9,7 @@ from frozen_fast.report.run_data import RunData
 
 
 def mean_over_sources_section(run: RunData) -> Section | None:
-    """The mean of every metric over the sources of the last evaluation; None unless the config asks for it."""
+    """The mean of every metric over the sources of the last evaluation; None without evaluation.average_sources."""
     if not (run.config.get("evaluation") or {}).get("average_sources") or not run.evaluations:
         return None
     last = [row for row in run.evaluations if row["step"] == run.evaluations[-1]["step"]]
@@ -27,7 +27,7 @@ def mean_over_sources_section(run: RunData) -> Section | None:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """An evaluation's metrics, with those of classification where its source has classes."""
+    """An evaluation's metrics, including classification if its source has classes."""
     numbers = dict(row["metrics"])
     for kind in ("classification", "linear_head"):
         found = row.get(kind) or {}

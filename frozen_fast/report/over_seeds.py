@@ -1,4 +1,4 @@
-"""Several runs of one experiment that differ in their seed or split: mean and standard deviation of their numbers."""
+"""Mean and standard deviation over runs of one experiment with different seeds or splits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ACCURACIES = ("top1", "top5", "mean_class_accuracy")
 
 
 def chosen_rows(run: RunData) -> list[dict[str, Any]]:
-    """The evaluations of a run's best checkpoint, where one is kept as the best, else those of its last step."""
+    """The evaluations of a run's best checkpoint, or of its last step if it keeps none."""
     steps = [row["step"] for row in run.evaluations]
     step = run.best_step if run.best_step in steps else (steps[-1] if steps else None)
     return [row for row in run.evaluations if row["step"] == step]
@@ -27,7 +27,7 @@ def runs_summary(runs: Mapping[int, RunData], of: str = "seed") -> list[dict[str
 
     Args:
         runs: seed (or number of the split) -> run.
-        of: what the runs differ in, "seed" or "split".
+        of: what differs between the runs, "seed" or "split".
 
     Returns:
         One row per source and protocol: {"source", "protocol", "seeds" (or "splits"), "mean", "deviation"}, the last
@@ -75,7 +75,7 @@ def runs_document(name: str, runs: Mapping[int, RunData], paper: Mapping[str, An
     notes = Bullets(
         [
             f"Mean over the {of}s, and in parentheses the standard deviation of the sample.",
-            "Each run counts with its best checkpoint, where the config keeps one, else with its last evaluation.",
+            "Each run is represented by its best checkpoint if the config keeps one, otherwise by its last evaluation.",
         ]
     )
     subtitle = f"{of}s {', '.join(map(str, sorted(runs)))}"

@@ -1,4 +1,4 @@
-"""A run beside the paper's Table 4: what may be compared, what is a projection, and what differs."""
+"""Comparison of a run with the paper's Table 4: measured and projected hours, and differences."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PAPER_MODEL = "base_patch16_224"
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """The paper's row and what this run can say about it.
+    """The paper's row and the comparable numbers of this run.
 
     Attributes:
         row: Table 4's row.
         paper_clips: the budget of its pretraining.
         clips: of this run.
         covers: whether this run saw as many.
-        measured_gpu_hours: of this run, with warm-up and checkpoints; None where a stage has none.
+        measured_gpu_hours: of this run, with warm-up and checkpoints; None if a stage has none.
         projected_gpu_hours: this run's speeds after warm-up, applied to the paper's clips with this run's shares;
             None where a stage of the curriculum has no speed yet.
         same_model: whether the video tower has the paper's size.
-        notes: what a reader must know before comparing.
+        notes: differences that affect the comparison.
     """
 
     row: PaperRow
@@ -39,7 +39,7 @@ class PaperComparison:
 
     @property
     def comparable_hours(self) -> float | None:
-        """The figure to put beside PTT: measured where the run covers the epoch, else the projection."""
+        """Hours comparable with PTT: measured if the run covers the epoch, otherwise projected."""
         return self.measured_gpu_hours if self.covers else self.projected_gpu_hours
 
 
@@ -91,7 +91,7 @@ def _notes(run: RunData, totals: list[StageTotals], name: str, clips: int, paper
         )
     size = run.video_size
     if size != PAPER_MODEL:
-        notes.append(f"The video tower is {size}, the paper's is {PAPER_MODEL}: times are of another model.")
+        notes.append(f"The video tower is {size}, the paper's is {PAPER_MODEL}: the times are of a different model.")
     frames = "=>".join(str(total.frames) for total in totals)
     if frames != name:
         notes.append(f"The stages so far have {frames} frames, the row {name}.")

@@ -1,4 +1,4 @@
-"""The report's hours beside the paper's Table 4."""
+"""The report's comparison with the paper's Table 4."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from frozen_fast.report.run_data import RunData
 
 
 def paper_section(run: RunData) -> Section | None:
-    """The run's hours beside the paper's; None for a config that follows no row."""
+    """The run's hours and the paper's; None for a config without paper_row."""
     comparison = compare_with_paper(run)
     if comparison is None:
         return None
@@ -27,7 +27,7 @@ def paper_section(run: RunData) -> Section | None:
     rows = [paper]
     if not comparison.covers:
         own = significant(comparison.measured_gpu_hours)
-        rows.append(["This run, itself", "measured, not comparable", count(comparison.clips), own, "", "", ""])
+        rows.append(["This run", "measured, not comparable", count(comparison.clips), own, "", "", ""])
     label = "This run" if comparison.covers else "This run, at the paper's clips"
     clips = comparison.clips if comparison.covers else comparison.paper_clips
     rows.append([label, kind, count(clips), significant(hours), "", "", ""])
@@ -35,4 +35,4 @@ def paper_section(run: RunData) -> Section | None:
     if hours and comparison.same_model:
         what = "hours" if comparison.covers else "projected hours"
         blocks.append(Text(f"The paper's PTT is {significant(row.ptt_hours / hours)} x this run's {what}."))
-    return Section("Beside the paper", [*blocks, Bullets(comparison.notes)])
+    return Section("Comparison with the paper", [*blocks, Bullets(comparison.notes)])

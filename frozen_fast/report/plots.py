@@ -1,4 +1,4 @@
-"""The report's pictures as SVG text, drawn by matplotlib without a display."""
+"""The report's plots as SVG, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MAX_NAMES = 60
 
 
 def loss_plot(run: RunData) -> str | None:
-    """Loss against optimizer steps, one line a source, stages marked; None without a step."""
+    """Loss against optimizer steps, one line per source, with the stages; None without a step."""
     if not run.steps:
         return None
 
@@ -75,7 +75,7 @@ def loss_plot(run: RunData) -> str | None:
 
 
 def hours_plot(run: RunData) -> str | None:
-    """Where each finished stage's device-hours went, as stacked bars; None without a finished stage."""
+    """Device-hours of each finished stage by category, as stacked bars; None without a finished stage."""
     if not run.stages:
         return None
 

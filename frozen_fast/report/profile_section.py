@@ -7,7 +7,7 @@ from frozen_fast.report.run_data import RunData
 
 
 def profile_section(run: RunData) -> Section | None:
-    """The most expensive kernels of each traced stage, where training.profile_steps asked for a trace."""
+    """The most expensive kernels of each traced stage, with training.profile_steps."""
     blocks: list[Block] = []
     for table in sorted(run.kernels, key=lambda table: table["stage"]):
         steps, stage = table["steps"], table["stage"]

@@ -1,4 +1,4 @@
-"""The report's retrieval numbers beside the row of a paper's table that the config follows."""
+"""The report's comparison with a published row (paper.table, paper.row)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ PAPER_MODEL = "base_patch16_224"
 
 
 def published_section(run: RunData) -> Section | None:
-    """The paper's numbers and ours of the last evaluation; None for a config that follows no table's row.
+    """The published numbers and those of the last evaluation; None for a config without paper.table.
 
-    Re-ranked numbers are not shown here: they have a section of their own.
+    Re-ranked numbers are in a separate section.
     """
     paper: dict[str, Any] = run.config.get("paper") or {}
     if not paper.get("table"):
@@ -30,7 +30,7 @@ def published_section(run: RunData) -> Section | None:
         cells.append(str(evaluation["frames"]))
         rows.append(cells + [number(evaluation["metrics"].get(name)) for name in row.numbers])
     blocks: list[Block] = [Table(header, rows, words=3), Bullets(_notes(run, row, ours))]
-    return Section("Retrieval beside the paper", blocks)
+    return Section("Retrieval compared with the paper", blocks)
 
 
 def _comparable(run: RunData, row: PublishedRow) -> list[dict[str, Any]]:
@@ -43,16 +43,16 @@ def _comparable(run: RunData, row: PublishedRow) -> list[dict[str, Any]]:
 
 
 def _notes(run: RunData, row: PublishedRow, ours: list[dict[str, Any]]) -> list[str]:
-    notes = ["R@k in percent; the paper's numbers are copied from its table, ours are measured here."]
+    notes = ["R@k in percent; the paper's numbers are copied from its table; this run's are measured."]
     if not ours:
         notes.append("No evaluation of this run has finished.")
     other = sorted({entry["protocol"] for entry in ours} - {row.protocol})
     if other:
-        notes.append(f"Protocol of this run: {', '.join(other)}; the paper's numbers are of {row.protocol}.")
+        notes.append(f"Protocol of this run: {', '.join(other)}; that of the paper's numbers: {row.protocol}.")
     frames = sorted({entry["frames"] for entry in ours})
     if row.frames is not None and frames and frames != [row.frames]:
         shown = ", ".join(map(str, frames))
-        notes.append(f"Frames a window in this run: {shown}; the paper's model has {row.frames}.")
+        notes.append(f"Frames per window in this run: {shown}; the paper's model has {row.frames}.")
     size = run.video_size
     if row.source == "Frozen in Time" and not row.table.startswith("Table A.2") and size != PAPER_MODEL:
         notes.append(f"The video tower is {size}, the paper's is {PAPER_MODEL}.")

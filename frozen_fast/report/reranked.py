@@ -1,4 +1,4 @@
-"""Re-ranked retrieval numbers, in a section of their own: they are never mixed with plain ones."""
+"""The report's section on re-ranked retrieval numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MEANING = {
 
 
 def reranked_section(run: RunData) -> Section | None:
-    """Each re-ranking of the last evaluation of each stage; None where evaluation.rerank asks for none."""
+    """Each re-ranking of the last evaluation of each stage; None without evaluation.rerank."""
     rows, names = [], []
     for entry in run.stage_evaluations():
         for name, metrics in (entry.get("reranked") or {}).items():
@@ -23,6 +23,6 @@ def reranked_section(run: RunData) -> Section | None:
     if not rows:
         return None
     told = "; ".join(_MEANING[name] for name in dict.fromkeys(names))
-    text = f"{told}. Such a number depends on more than its query and is not comparable with a plain one."
+    text = f"{told}. These numbers use several queries and are not comparable with those of plain retrieval."
     header = ["Re-ranking", "After", "Set", "Protocol", *_SHOWN]
     return Section("Re-ranked retrieval", [Text(text[0].upper() + text[1:]), Table(header, rows, words=4)])

@@ -9,7 +9,7 @@ from frozen_fast.report.wording import after_text
 
 
 def retrieval_section(run: RunData) -> Section | None:
-    """Both directions after each stage and at the best checkpoint, and every evaluation where there are more.
+    """Both directions after each stage and at the best checkpoint, and every evaluation if there are more.
 
     None for a classifier, whose numbers are in a section of their own.
     """
@@ -36,28 +36,25 @@ def retrieval_section(run: RunData) -> Section | None:
         blocks += [Text(f"{title}:"), Table(header + (["Twins"] if with_twins else []), rows, words=3)]
     plot = retrieval_plot(run)
     if plot:
-        blocks.insert(0, Plot(plot, "What more frames bring: text-to-video retrieval after each stage."))
+        blocks.insert(0, Plot(plot, "Text-to-video retrieval after each stage."))
     if run.evaluates_inside_stages():
         blocks += [Text("Every evaluation:"), _epochs_table(run)]
     percents = "R@k and twins" if twins else "R@k"
-    notes = f"{percents} in percent; MdR and MnR are the median and mean rank from 1, ties at their mean rank."
+    notes = f"{percents} in percent; MdR and MnR: median and mean rank, from 1; ties get their mean rank."
     if run.evaluates_inside_stages() and any("loss" in row for row in run.evaluations):
-        notes += " Loss: the training loss of the held-out clips, each with its first caption, in batches of one size."
+        notes += " Loss: the training loss on the held-out clips with their first captions, in batches of equal size."
     if twins:
         notes += (
-            " Twins: share of captions that score their own clip above its twin, which shows the same frames in "
-            "another order; what one frame shows cannot decide it."
+            " Twins: share of captions that score their own clip above its twin, which has the same frames in "
+            "another order, so that one frame is not enough to decide."
         )
     if any(row[0] == "one frame at best" for row in _chance_rows(run, "t2v", twins)):
-        notes += (
-            " One frame at best: the R@1 that a model which sees one frame of each clip reaches on average if it errs "
-            "between twins only."
-        )
+        notes += " One frame at best: the expected R@1 of a model with one frame per clip that confuses twins only."
     return Section("Retrieval", [*blocks, Text(notes)])
 
 
 def _chance_rows(run: RunData, direction: str, with_twins: bool) -> list[list[str]]:
-    """What a constant similarity would score on each set with one caption a clip, and one frame at best."""
+    """The metrics of a constant similarity on each set with one caption per clip, and of one frame at best."""
     rows = []
     for source in dict.fromkeys(row["source"] for row in run.evaluations):
         row = next(row for row in run.evaluations if row["source"] == source)
@@ -76,7 +73,7 @@ def _chance_rows(run: RunData, direction: str, with_twins: bool) -> list[list[st
 
 
 def _epochs_table(run: RunData) -> Table:
-    """One line an evaluation: its loss, and text to video."""
+    """One row per evaluation: its loss, and text to video."""
     shown = ("R@1", "R@5", "R@10", "MdR")
     rows = [
         [

@@ -1,4 +1,4 @@
-"""What a report knows: the files of a run folder, and the stages' totals computed again from steps.jsonl."""
+"""The data of a report: the files of a run folder, and the stages' totals computed from steps.jsonl."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from frozen_fast.records.run_lock import is_alive
 
 Row = dict[str, Any]
 
-# Fields of a row that the report counts with, and their kinds.
+# Fields that the report uses, and their types.
 _NUMBER = (int, float)
 _STEP = {"step": int, "stage": int, "frames": int, "clips": int, "seconds": _NUMBER, "stall_seconds": _NUMBER}
 _STEP |= {"warmup": bool, "loss": _NUMBER}
@@ -36,7 +36,7 @@ AGREEMENT_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class StageTotals:
-    """One stage summed up from steps.jsonl; `timed` leaves the warm-up steps out."""
+    """Totals of one stage from steps.jsonl; `timed` excludes warm-up steps."""
 
     stage: int
     frames: int
@@ -67,8 +67,8 @@ class RunData:
 
     `events` are the rows of events.jsonl; `alive` says that a process writes to the folder. `best_step` is the step of
     the checkpoint that checkpoints/best names; `galleries` are the best and worst queries beside each retrieval page;
-    `missing` names files that are not there or cannot be read, with what
-    that means.
+    `missing` names missing and unreadable files, with the
+    consequence.
     """
 
     folder: Path
@@ -138,7 +138,7 @@ class RunData:
         return len(evaluated) > len({stage for stage, _ in evaluated})
 
     def disagreements(self) -> list[str]:
-        """Where stages.json and the sums of steps.jsonl differ; empty: nowhere."""
+        """Differences between stages.json and the sums of steps.jsonl."""
         totals = {total.stage: total for total in self.totals()}
         found = []
         for row in self.stages:
@@ -168,10 +168,10 @@ class RunData:
 
 
 def read_run(folder: str | Path) -> RunData:
-    """Read a run folder, whatever state it is in.
+    """Read a run folder in any state.
 
     Raises:
-        UserError: it holds neither config.yaml nor steps.jsonl.
+        UserError: it contains neither config.yaml nor steps.jsonl.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file() and not (folder / "steps.jsonl").is_file():
@@ -211,7 +211,7 @@ def read_run(folder: str | Path) -> RunData:
 
 
 class _Reader:
-    """Reads files of a folder and remembers which ones it could not."""
+    """Reads files of a folder and records the unreadable ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The report's stages: steps, clips, hours, speed, stall, memory, and where the time went."""
+"""The report's stages: steps, clips, hours, speed, stall, memory, and time by category."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from frozen_fast.report.wording import hours_name
 
 
 def stages_section(run: RunData) -> Section:
-    """Every stage's figures, a plot of where the time went, and whether the files agree."""
+    """The numbers of every stage, a plot of time by category, and a check of the files."""
     totals = run.totals()
     if not totals:
         return Section("Stages", [Text("No optimizer step has finished.")])
@@ -42,13 +42,13 @@ def stages_section(run: RunData) -> Section:
     blocks.append(Table(header, rows, total=len(totals) > 1))
     plot = hours_plot(run)
     if plot:
-        blocks.append(Plot(plot, "Where each stage's time went."))
+        blocks.append(Plot(plot, "Time of each stage by category."))
     if run.stages:
         blocks.append(_parts_table(run))
     blocks.append(Text(_stage_notes(run)))
     found = run.disagreements()
     if found:
-        blocks += [Caution("stages.json and the sums of steps.jsonl disagree:"), Bullets(found)]
+        blocks += [Caution("stages.json differs from the sums of steps.jsonl:"), Bullets(found)]
     elif run.stages:
         blocks.append(Text("Checked: steps, clips, seconds and stall of stages.json equal the sums over steps.jsonl."))
     return Section("Stages", blocks)
@@ -91,14 +91,14 @@ def _parts_table(run: RunData) -> Table:
 
 
 def _stage_notes(run: RunData) -> str:
-    """What the table's columns mean; columns without a figure have no explanation."""
+    """The meaning of the table's columns; only of columns with numbers."""
     notes = [
-        f"{hours_name(run)}: wall time of training, stall, warm-up and checkpoints x devices; evaluation is counted "
-        "apart. Clips/s and stall leave the warm-up steps out; stall is the time the device waits for a batch."
+        f"{hours_name(run)}: wall time of training, stall, warm-up and checkpoints x devices, without evaluation. "
+        "Clips/s and stall exclude warm-up steps; stall is the time in which the device waits for a batch."
     ]
     if any(row.get("joules") is not None for row in run.stages):
         source = run.environment.get("energy", "source not recorded")
-        notes.append(f"Energy: of the devices alone, over the whole wall time of a stage ({source}).")
+        notes.append(f"Energy: of the devices only, over the wall time of a stage ({source}).")
     for name, key in (("datasheet", "peak_source"), ("measured peak", "measured_peak_source")):
         peaks = sorted({row[key] for row in run.stages if row.get(key)})
         if any(row.get(f"mfu_{name.replace(' ', '_')}") is not None for row in run.stages):

@@ -1,4 +1,4 @@
-"""The report's first section: what is wrong with the run, if anything is."""
+"""The report's first section: problems of the run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from frozen_fast.report.run_data import RunData
 STATES = {
     "done": "finished",
     "running": "running",
-    "dead": "killed: it says that it is running, but no process writes to its folder; it can be resumed",
+    "dead": "killed: status.json says running, but no process writes to the folder; it can be resumed",
     "stopped": "stopped by a signal after a checkpoint; it can be resumed",
     "failed": "failed",
 }
 
 
 def state_section(run: RunData) -> Section | None:
-    """How the run ended where it is not done, and the files that are missing; None where nothing is wrong."""
+    """The state of an incomplete run, and missing files; None without problems."""
     blocks: list[Block] = []
     state = run.status.get("state")
     if state == "running" and not run.alive:
@@ -29,5 +29,5 @@ def state_section(run: RunData) -> Section | None:
     if run.missing:
         blocks += [Text("Not in the run folder:"), Bullets(run.missing)]
     if run.events:
-        blocks += [Text("What happened to the run:"), Bullets(describe_events(run.events))]
+        blocks += [Text("Events:"), Bullets(describe_events(run.events))]
     return Section("State", blocks) if blocks else None

@@ -1,4 +1,4 @@
-"""Words that several parts of a report share."""
+"""Shared phrases of the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def devices(run: RunData) -> str:
 
 
 def hours_name(run: RunData) -> str:
-    """What device-hours are called: GPU-hours where GPUs computed."""
+    """Name of device-hours: GPU-hours on GPUs."""
     return "GPU-hours" if run.on_gpu or not run.stages else "CPU process-hours"
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: report.md and report.html, from the files of its run folder and nothing else."""
+"""The report of a run: report.md and report.html, from the files of its run folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_report(folder: str | Path) -> tuple[Path, Path]:
         The paths of both.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder does not contain a run.
     """
     folder = Path(folder)
     document = build_report(read_run(folder))
@@ -36,7 +36,7 @@ def write_report(folder: str | Path) -> tuple[Path, Path]:
 
 
 def build_report(run: RunData) -> Document:
-    """The report of a run: the sections of the table extensions.report_sections that have something to say."""
+    """The report of a run: the sections of the table extensions.report_sections that are not None."""
     sections = [report_sections.load(name)(run) for name in report_sections.names()]
     return Document(
         title=run.name,

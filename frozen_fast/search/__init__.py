@@ -1,4 +1,4 @@
-"""From a trained model to answers: embed clips, keep their vectors in an index, search it by text or by clip."""
+"""Search: embed clips, store their vectors in an index, and search it by a text or a clip."""
 
 from __future__ import annotations
 
@@ -29,13 +29,11 @@ def __getattr__(name: str) -> Any:
 
 
 def check_packages() -> None:
-    """Refuse to start without the packages of an index.
+    """Check that the packages for indexes are installed.
 
     Raises:
         UserError: naming the first that is missing.
     """
     for package in ("faiss", "pyarrow"):
         if find_spec(package) is None:
-            raise UserError(
-                f"frozen_fast.search: got no {package}, which it needs; allowed: pip install 'frozen-fast[search]'"
-            )
+            raise UserError(f"frozen_fast.search: needs the package {package}; install it: pip install -e '.[search]'")

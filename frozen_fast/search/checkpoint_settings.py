@@ -20,14 +20,14 @@ from frozen_fast.models.pretrained import WEIGHTS_FILE, read_run
 from frozen_fast.models.retrieval_model import RetrievalModel
 
 RELEASED_TOKENIZER = "distilbert-base-uncased"
-"""The tokenizer of the released files of Frozen in Time, which carry none."""
+"""The tokenizer of the released files of Frozen in Time, which have none."""
 
 HASHED_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedSettings:
-    """How clips become vectors, beside the weights; part of an index, since vectors of other settings differ.
+    """Settings of embedding in addition to the weights; stored in the index, since they change the vectors.
 
     Attributes:
         frames: frames of a window; 0: as many as the model learned.
@@ -122,7 +122,7 @@ def _evaluated_frames(run: Mapping[str, Any]) -> int:
 
 
 def check_decoder(name: str) -> None:
-    """Refuse a decoder that is unknown or not installed.
+    """Check that a decoder is known and installed.
 
     Raises:
         UserError: naming what can be used here.

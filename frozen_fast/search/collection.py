@@ -1,4 +1,4 @@
-"""What to embed: a folder of files, a manifest, packed shards or another source format, cut into spans where asked."""
+"""The clips to embed: a folder of files, a manifest, packed shards or another format, optionally cut into spans."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def folder_clips(folder: Path) -> Iterator[Clip]:
         UserError: no folder, or no such file in it.
     """
     if not folder.is_dir():
-        raise UserError(f"--source: got {str(folder)!r}, which is no folder; allowed: a folder of videos and pictures")
+        raise UserError(
+            f"--source: got {str(folder)!r}, which is not a folder; allowed: a folder of videos and pictures"
+        )
     found = False
     for parent, folders, names in os.walk(folder):
         folders.sort()
@@ -120,7 +122,7 @@ def folder_clips(folder: Path) -> Iterator[Clip]:
             yield Clip(file.relative_to(folder).as_posix(), str(file), (), kind_of(name))
     if not found:
         suffixes = " ".join(sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
-        raise UserError(f"--source: got {str(folder)!r}, which holds no video or picture; allowed: {suffixes}")
+        raise UserError(f"--source: got {str(folder)!r}, which contains no video or picture; allowed: {suffixes}")
 
 
 def _format_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""A source into an index, on any number of processes, in parts that survive a kill.
+"""Embeds a source into an index on any number of processes, in parts, so that a killed job can continue.
 
 Rank 0 lists the source. What an index of the same folder, or the parts of an embedding that was killed, already holds
 is taken from there; the rest is dealt out over the ranks. Each rank writes parts: Arrow files of rows and vectors. When
@@ -59,7 +59,7 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """What an embedding did.
+    """Result of an embedding.
 
     Attributes:
         rows: clips of the index now.
@@ -78,7 +78,7 @@ class EmbedSummary:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done; rank 0 makes it.
+    """The work of an embedding job, planned on rank 0.
 
     Attributes:
         rows: the source's rows.
@@ -107,7 +107,9 @@ def plan_job(folder: Path, info: IndexInfo, collection: Collection, *, keep_othe
     """
     rows = collection.rows
     if not rows:
-        raise UserError(f"--source: got {len(collection.bad_clips)} clips that cannot be read; allowed: one that can")
+        raise UserError(
+            f"--source: got {len(collection.bad_clips)} unreadable clips only; allowed: at least one readable clip"
+        )
     index = IndexFolder.open(folder) if (folder / "index.json").exists() else None
     whole = "image" if all(row["kind"] == "image" for row in rows) else "video"
     if index is not None and keep_others and index.info.source_kind != whole:
@@ -137,7 +139,7 @@ def plan_job(folder: Path, info: IndexInfo, collection: Collection, *, keep_othe
 
 
 def job_identity(info: IndexInfo) -> dict[str, Any]:
-    """What must be equal for vectors to be comparable."""
+    """Settings that must be equal for comparable vectors."""
     return {"fingerprint": info.fingerprint, "settings": EmbedSettings(**info.settings).to_json(), "width": info.width}
 
 
@@ -304,7 +306,9 @@ def finish_job(
         if place is not None:
             places[number] = place
     if not places:
-        raise UserError(f"--source: got {len(bad_clips)} clips, none of which can be read; allowed: one that can")
+        raise UserError(
+            f"--source: got {len(bad_clips)} clips, none of them readable; allowed: at least one readable clip"
+        )
     exists = (folder / "index.json").exists()
     index = IndexFolder.open(folder) if exists else IndexFolder.create(folder, info)
     wanted = {tuple(plan.rows[number].values()): number for number in places}
@@ -371,7 +375,9 @@ def discard(folder: Path) -> None:
     ours = ("index.json", BAD_CLIPS_FILE, WORK_FOLDER, ".lock")
     for path in folder.iterdir():
         if path.name not in ours and not path.name.startswith(("segment-", "removed-", "neighbours-")):
-            raise UserError(f"--output: got {str(folder)!r}, which holds {path.name}; allowed: an index, or none yet")
+            raise UserError(
+                f"--output: got {str(folder)!r}, which contains {path.name}; allowed: an index, or a new folder"
+            )
     for path in folder.iterdir():
         if path.name == WORK_FOLDER:
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""`frozen-fast embed`: a checkpoint and a source into an index, on every process of a launch."""
+"""`frozen-fast embed`: embeds a source into an index, on every process of a launch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
-    """What to embed, with what, and where to.
+    """Arguments of an embedding.
 
     Attributes:
         checkpoint: a frozen_fast folder or a released file.
@@ -133,7 +133,9 @@ class EmbedRequest:
             UserError: the decoder does not work in loader processes.
         """
         if self.workers and settings.decoder == "dali":
-            raise UserError("--workers: got the decoder dali, which works in this process; allowed: 0, or --decoder")
+            raise UserError(
+                "--workers: got the decoder dali, which runs in this process only; allowed: 0, or another --decoder"
+            )
         decoder = settings.decoder
         return DecodeConfig(backend=decoder, threads=self.threads, workers=self.workers, on_bad_clip="skip")
 
@@ -262,7 +264,7 @@ def info_of(request: EmbedRequest, model: RetrievalModel, settings: EmbedSetting
 
 
 def build_neighbours(output: Path, model: RetrievalModel, kind: str) -> dict[str, Any]:
-    """Build what finds neighbours; recall is measured with the clips' captions where there are enough of them."""
+    """Build the neighbour search; recall is measured with the clips' captions where there are enough of them."""
     index = Index(output)
     if index.neighbours_fit(kind):
         return index.info.neighbours

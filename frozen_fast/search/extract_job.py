@@ -50,7 +50,7 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is to be done for one expert; rank 0 makes it.
+    """The work of an extraction for one expert, planned on rank 0.
 
     Attributes:
         folder: the store's.
@@ -84,7 +84,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class ExtractSummary:
-    """What an extraction did.
+    """Result of an extraction.
 
     Attributes:
         feature: the expert as the store holds it.
@@ -211,7 +211,9 @@ def finish_extraction(job: Extraction, kind: ExpertKind, width: int, bad_clips: 
     place_of = {key: (path, row) for path, part in parts.items() for row, key in enumerate(part[KEY].to_pylist())}
     places = {video: place_of[key] for video, key in job.keys.items() if key in place_of and video not in job.kept}
     if not places and not job.kept:
-        raise UserError(f"--source: got {len(bad_clips)} clips, none of which can be read; allowed: one that can")
+        raise UserError(
+            f"--source: got {len(bad_clips)} clips, none of them readable; allowed: at least one readable clip"
+        )
     held = job.store.expert(job.name) if job.kept and job.store is not None else {}
     lists = {path: part[VECTOR].combine_chunks() for path, part in parts.items()}
 

@@ -39,7 +39,7 @@ from frozen_fast.search.index_folder import index_lock
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractRequest:
-    """What to extract, from what, and where to.
+    """Arguments of an extraction.
 
     Attributes:
         name: the expert's in the store.
@@ -80,7 +80,7 @@ class ExtractRequest:
     fresh: bool = False
 
     def check(self) -> None:
-        """Refuse what cannot be, before anything is loaded.
+        """Check the arguments before loading anything.
 
         Raises:
             UserError: naming the option.
@@ -90,7 +90,9 @@ class ExtractRequest:
         if not self.rate >= 0:
             raise UserError(f"--rate: got {self.rate:g}; allowed: vectors per second, from 0")
         if self.workers and self.decoder == "dali":
-            raise UserError("--workers: got the decoder dali, which works in this process; allowed: 0, or --decoder")
+            raise UserError(
+                "--workers: got the decoder dali, which runs in this process only; allowed: 0, or another --decoder"
+            )
 
 
 def extract_to_store(

@@ -67,12 +67,12 @@ class Hit:
     kind: str
 
     def to_json(self) -> dict[str, Any]:
-        """What `frozen-fast search --json` prints."""
+        """The result as `frozen-fast search --json` prints it."""
         return {key: getattr(self, key) for key in ("rank", "score", "id", "path", "start_seconds", "end_seconds")}
 
 
 class Index:
-    """Vectors of clips and what they are.
+    """An index of clips: vectors and rows.
 
     Attributes:
         folder: its files.
@@ -128,7 +128,7 @@ class Index:
         if found != self.info.fingerprint:
             raise UserError(
                 f"--checkpoint: got {str(self._checkpoint)!r} with fingerprint {found[:12]}; allowed: the model that "
-                f"made the index, {self.info.fingerprint[:12]}; `frozen-fast embed --fresh` makes it anew"
+                f"made the index, {self.info.fingerprint[:12]}; `frozen-fast embed --fresh` rebuilds the index"
             )
         return load_for_search(
             self._checkpoint,
@@ -176,17 +176,17 @@ class Index:
         return best
 
     def search_text(self, text: str, k: int = 10, where: Sequence[str] = ()) -> list[Hit]:
-        """The clips that fit a text best.
+        """The clips that match a text best.
 
         Raises:
             UserError: an empty text, or as search and model.
         """
         if not text.strip():
-            raise UserError("text: got an empty text; allowed: what is to be seen, in words")
+            raise UserError("text: got an empty text; allowed: a description of the clips")
         return self._hits(self.search(text_vectors(self.model, [text]), k, where))
 
     def search_like(self, path: str, k: int = 10, where: Sequence[str] = ()) -> list[Hit]:
-        """The clips that look most like a file, embedded under the index's settings.
+        """The clips most similar to a file, embedded with the index's settings.
 
         Raises:
             UserError: it cannot be read, or as search and model.
@@ -194,7 +194,7 @@ class Index:
         return self._hits(self.search(one_vector(self.model, path, self.settings), k, where))
 
     def search_similar(self, row: int, k: int = 10, where: Sequence[str] = ()) -> list[Hit]:
-        """The clips that look most like one of the index, which is left out.
+        """The clips most similar to a clip of the index, without that clip.
 
         Raises:
             UserError: no such row, or as search.
@@ -255,13 +255,15 @@ class Index:
             whole = [_whole_row(row) for row in rows]
             for row in whole:
                 if row["id"] in known:
-                    raise UserError(f"id: got {row['id']!r}, which the index holds; allowed: new ids (remove it first)")
+                    raise UserError(
+                        f"id: got {row['id']!r}, which is in the index already; allowed: new ids (remove it first)"
+                    )
                 known.add(row["id"])
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             self.folder.append(to_table(whole), [vectors / np.maximum(norms, 1e-12)])
 
     def remove(self, ids: Sequence[str]) -> int:
-        """Take clips out by their ids.
+        """Remove clips by their ids.
 
         Returns:
             How many rows were removed.
@@ -291,7 +293,7 @@ class Index:
         return about["kind"] == chosen and (chosen == "flat" or rows - about["rows"] <= MOST_NEW_SHARE * rows)
 
     def build(self, kind: str = "auto", queries_QD: np.ndarray | None = None) -> dict[str, Any]:
-        """Choose and build how neighbours are found, and measure recall against exact search.
+        """Build the neighbour search, and measure its recall against exact search.
 
         Args:
             kind: "flat", "hnsw", "ivfpq", or "auto": by the number of rows (neighbours.choose_kind).

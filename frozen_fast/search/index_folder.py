@@ -40,7 +40,7 @@ DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class IndexInfo:
-    """What index.json holds.
+    """Content of index.json.
 
     Attributes:
         width: D.
@@ -98,7 +98,7 @@ class IndexFolder:
 
     @classmethod
     def create(cls, path: Path, info: IndexInfo) -> IndexFolder:
-        """Begin an empty index.
+        """Create an empty index.
 
         Raises:
             UserError: another dtype than float16 and float32, or the folder holds other things.
@@ -158,7 +158,7 @@ class IndexFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other writers out.
+        """Lock the index against other writers.
 
         Raises:
             UserError: another process is writing.
@@ -206,7 +206,7 @@ class IndexFolder:
         self.update(segments=(*self.info.segments, (name, table.num_rows)))
 
     def remove(self, rows: np.ndarray) -> None:
-        """Let some rows count no longer; their vectors stay until compact()."""
+        """Mark rows as removed; their vectors stay until compact()."""
         if not len(rows):
             return
         gone = np.union1d(np.flatnonzero(~self.alive_N), rows).astype(np.int64)

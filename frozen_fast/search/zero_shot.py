@@ -1,4 +1,4 @@
-"""Labels for clips without training: each label as sentences, and the label whose sentences are closest to a clip.
+"""Zero-shot labels: each label becomes sentences, and a clip gets the label whose sentences are closest.
 
 Axis letters: V clips, C labels, D width.
 """
@@ -30,7 +30,9 @@ def read_lines(path: Path, field: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{field}: got {str(path)!r}, which cannot be read ({error}); allowed: UTF-8 text") from None
     if not lines or len(set(lines)) < len(lines):
-        raise UserError(f"{field}: got {len(lines)} lines, {len(set(lines))} distinct; allowed: one a line, no doubles")
+        raise UserError(
+            f"{field}: got {len(lines)} lines, {len(set(lines))} distinct; allowed: one per line, without duplicates"
+        )
     return lines
 
 
@@ -52,7 +54,7 @@ def label_vectors(model: RetrievalModel, labels: Sequence[str], templates: Seque
         raise UserError("--labels: got none; allowed: one or more")
     for template in templates:
         if template.count("{}") != 1:
-            raise UserError(f"--templates: got {template!r}; allowed: a sentence with one {{}} where the label goes")
+            raise UserError(f"--templates: got {template!r}; allowed: a sentence with one {{}} in place of the label")
     sentences = [template.replace("{}", label) for label in labels for template in templates]
     rows = text_vectors(model, sentences).view(len(labels), len(templates), -1)
     return F.normalize(rows.mean(1), dim=-1)

@@ -1,1 +1,1 @@
-"""Settings found by measurement: each trial a process of its own, failures as results, a ranking and a ready config."""
+"""Sweeps: measure settings in separate processes and rank them."""

@@ -19,7 +19,7 @@ TRIAL_MODULE = "frozen_fast.training.trial"
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One trial: its batch size, "ok" or why it failed, and its figures."""
+    """One trial: its batch size, "ok" or the cause of its failure, and its measurements."""
 
     batch_size: int
     cause: str

@@ -1,4 +1,4 @@
-"""Which GPUs are free for trials, asked without importing torch (an importer would hold memory on them)."""
+"""Finds free GPUs for trials without importing torch, which would allocate memory on them."""
 
 from __future__ import annotations
 

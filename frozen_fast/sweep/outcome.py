@@ -1,4 +1,4 @@
-"""What became of a trial's process: its cause of failure, or its figures from the run folder."""
+"""Outcome of a trial's process: its cause of failure, or its measurements from the run folder."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def classify(exit_code: int, output: str, *, timed_out: bool, over_memory: bool)
 
 
 def telling_line(output: str) -> str:
-    """The line of a failed process's output that says most: the script's last error line, otherwise the last line.
+    """The most informative line of a failed process's output: the script's last error line, otherwise the last line.
 
     The launchers' own complaints about the script count only where the script said nothing.
     """

@@ -1,4 +1,4 @@
-"""One trial's process: started in a session of its own, watched, and stopped whole when it passes a limit."""
+"""The process of a trial: started in its own session, and stopped with its children when it exceeds a limit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRACE_SECONDS = 5.0
 
 
 class StoppedError(Exception):
-    """The caller wished to stop while the process ran; it has been ended."""
+    """The caller requested a stop, and the process was ended."""
 
 
 @dataclass(frozen=True, kw_only=True)

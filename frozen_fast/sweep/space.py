@@ -1,4 +1,4 @@
-"""Which settings a sweep tries: the product of its axes, listed trials, or a random part of both. Pure functions."""
+"""The trials of a sweep: the product of its axes, listed trials, or a random part. Pure functions."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def draw_trials(trials: Sequence[Trial], max_trials: int, seed: int) -> list[Tri
 
 
 def survivors(scores: Mapping[str, float | None], keep_share: float) -> list[str]:
-    """Names that go on to the next rung of successive halving: the best share, at least one; failures never.
+    """Trials that advance to the next rung of successive halving: the best share, at least one, no failures.
 
     Args:
         scores: trial name -> objective (higher is better), None where the trial failed.

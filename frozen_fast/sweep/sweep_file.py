@@ -20,10 +20,10 @@ from frozen_fast.sweep.space import ACCELERATE_AXIS, TOGETHER_PREFIX
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """What a trial may use before it is stopped; passing a limit is a result, not the sweep's end."""
+    """Limits of a trial; a trial that exceeds one is stopped and recorded."""
 
     seconds: float = key(600.0, "wall time of one trial, start-up included")
-    memory_gib: float | None = key(None, "resident memory of a trial's processes together, GiB; none: no limit")
+    memory_gib: float | None = key(None, "resident memory of a trial's processes together, GiB; null: no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +31,16 @@ class SweepConfig:
     """Which settings to measure, and how."""
 
     name: str = key("sweep", "name in reports")
-    folder: str = key("runs/sweeps/{name}", "where results go")
-    experiment: str = key("", "experiment file that every trial starts from, relative to the sweep file")
-    accelerate: str | None = key(None, "Accelerate config of trials that name none, relative to the sweep file")
+    folder: str = key("runs/sweeps/{name}", "output folder")
+    experiment: str = key("", "experiment that every trial changes, relative to the sweep file")
+    accelerate: str | None = key(None, "Accelerate config of trials that do not name one, relative to the sweep file")
     overrides: tuple[str, ...] = key((), "key.path=value for every trial's measurement (not part of the winner)")
     environment: Named[str] = key((), "environment variables of every trial (a mapping in YAML)")
     axes: Named[tuple[Any, ...]] = key(
         (),
         "config key, accelerate, environment.NAME or together.NAME -> values; the product is tried (YAML: a mapping)",
     )
-    trials: tuple[Named[Any], ...] = key((), "single trials beside the product (a list of mappings in YAML)")
+    trials: tuple[Named[Any], ...] = key((), "single trials in addition to the product (a list of mappings in YAML)")
     max_trials: int = key(0, "number of trials drawn at random from the product, 0: all; listed trials always run")
     seed: int = key(0, "seed of that draw")
     search: Literal["all", "halving"] = key("all", "all at full length, or successive halving over the rungs")
@@ -48,7 +48,7 @@ class SweepConfig:
     keep_share: float = key(0.5, "halving: share of trials that advances to the next rung")
     parallel: int = key(0, "trials at a time; 0: one per free group of GPUs, one on CPU")
     devices_per_trial: int = key(1, "GPUs of one trial")
-    epoch_clips: int = key(2_500_000, "clips of the epoch that GPU-hours are projected for")
+    epoch_clips: int = key(2_500_000, "number of clips for the projected GPU-hours")
     limits: LimitsConfig = section(LimitsConfig, "limits of one trial")
     tracking: TrackingConfig = section(TrackingConfig, "experiment trackers: one run for the sweep, a row per trial")
 
@@ -105,7 +105,7 @@ def _with_whole_paths(config: SweepConfig, base: Path, origins: Origins) -> Swee
 
 
 def check(config: SweepConfig) -> None:
-    """Refuse a sweep that cannot run.
+    """Check a sweep.
 
     Raises:
         UserError: no experiment, nothing to try, an empty axis, an Accelerate file that is not there, halving without

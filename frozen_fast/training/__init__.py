@@ -1,4 +1,4 @@
-"""Where the parts meet: from a config to a finished run folder.
+"""Training: from a config to a finished run folder.
 
 The entries are training.run.train and training.run.evaluate_checkpoint; this package alone imports nothing heavy.
 """

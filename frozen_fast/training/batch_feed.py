@@ -20,7 +20,7 @@ class StepGivenUp(Exception):
 
 
 class BatchFeed:
-    """Hands out a stage's batches; for each of them the ranks tell each other of errors and signals.
+    """Yields a stage's batches; for each, the ranks exchange errors and signals.
 
     Attributes:
         position: how far the sources have been read when the last whole step ended.
@@ -72,7 +72,7 @@ class BatchFeed:
         yield from self._parts.loader.batches(specs)
 
     def next_batch(self, batches: Iterator[Batch], timing: StepTime) -> tuple[Batch, int]:
-        """The next batch and the bad clips of all ranks in it; here the ranks agree that all is well.
+        """The next batch and the bad clips of all ranks in it; the ranks exchange errors first.
 
         Raises:
             UserError: a clip that cannot be read under policy error, or too many of them; on every rank.

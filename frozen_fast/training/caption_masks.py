@@ -1,4 +1,4 @@
-"""Denoising masks: which training captions a teacher finds their own video with (TeachText's denoising).
+"""Denoising masks: the training captions with which a teacher finds their video (TeachText's denoising).
 
 The released masks come without their generator; this one keeps a caption whose own video the teacher ranks below a
 threshold, and the best-ranked caption of a video that would keep none.

@@ -1,4 +1,4 @@
-"""A run's checkpoints: when they are due, what they say of its evaluations, and which of them is the best."""
+"""The checkpoints of a run: schedule, state of evaluations, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ class CheckpointKeeper:
 
     @property
     def is_due(self) -> bool:
-        """Whether checkpoints.every_minutes have passed since the last checkpoint; rank 0's clock counts."""
+        """Whether checkpoints.every_minutes have passed since the last checkpoint; by rank 0's clock."""
         minutes = self._config.checkpoints.every_minutes
         return bool(minutes) and self._parallel.is_main and time.monotonic() - self._saved_seconds >= 60 * minutes
 
     def save(self, stage: OpenStage, steps_in_stage: int, position: DataPosition, bad_clips: dict[str, Any]) -> None:
-        """Take a snapshot and let it be written; refuses weights that are not finite.
+        """Take a snapshot and write it in the background; raises for weights that are not finite.
 
         The meter's section "checkpoint" is the time in which training stands still: the snapshot, and the wait for an
         earlier checkpoint that is still being written.
@@ -200,7 +200,7 @@ class CheckpointKeeper:
         prune(folder.checkpoints, self._retention)
         folder.note_checkpoint(state.step)
         log.info(
-            "saved %s: training stood still for %.2f s, %.2f s to write, snapshot of %.1f MB",
+            "saved %s: training paused for %.2f s, %.2f s to write, snapshot of %.1f MB",
             path,
             snapshot - began,
             time.perf_counter() - snapshot,

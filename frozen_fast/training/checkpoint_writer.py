@@ -1,4 +1,4 @@
-"""Checkpoints are written by a thread while training continues: a snapshot in host memory, at most one in flight."""
+"""Writes checkpoints in a thread during training, from a snapshot in host memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RETRY_SECONDS = 20.0
 
 
 class CheckpointWriter:
-    """Runs actions in their order in one thread; one that the disk refuses is tried again until it works.
+    """Runs actions in order in one thread; retries failed writes.
 
     Where the disk is full, `make_room` is asked first to delete something; where it has, the action is tried again at
     once.
@@ -42,7 +42,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def submit(self, action: Callable[[], None]) -> None:
-        """Let the thread do something after all that was submitted before."""
+        """Queue an action for the thread."""
         with self._condition:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="frozen_fast checkpoints", daemon=True)
@@ -51,7 +51,7 @@ class CheckpointWriter:
             self._condition.notify_all()
 
     def wait_for_attempt(self) -> None:
-        """Wait until everything is written or the disk has refused it."""
+        """Wait until everything is written or a write has failed."""
         with self._condition:
             self._condition.wait_for(lambda: not self._running and (not self._actions or bool(self._failure)))
 
@@ -69,7 +69,7 @@ class CheckpointWriter:
             )
 
     def check(self, give_up_seconds: float) -> None:
-        """Raise what the thread could not deal with.
+        """Raise an error of the thread.
 
         Args:
             give_up_seconds: a disk that has refused everything for so long is an error.
@@ -143,7 +143,7 @@ class CheckpointWriter:
     def _note_failure(self, failure: str) -> None:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
-            log.warning("%s; the last good checkpoint stays, training continues, it is tried again", failure)
+            log.warning("%s; keeping the last valid checkpoint, continuing and retrying", failure)
         self._failure = failure
 
 

@@ -34,7 +34,7 @@ METRICS = ("top1", "top5", "mean_class_accuracy")
 
 @dataclass(frozen=True)
 class ClassificationTask(Task):
-    """Clips that find their class.
+    """Classification of clips.
 
     Attributes:
         config: the experiment.
@@ -44,7 +44,7 @@ class ClassificationTask(Task):
 
     @classmethod
     def from_config(cls, config: ExperimentConfig) -> ClassificationTask:
-        """Refuse what only retrieval has.
+        """Build the task; refuse options of retrieval.
 
         Raises:
             UserError: teachers, re-ranking, zero-shot prompts or a fitted head for a classifier.
@@ -114,7 +114,7 @@ class ClassificationTask(Task):
             return None
         with parallel.together():
             if not clips.kept:
-                raise UserError(f"source {source.name}: no clip could be read; allowed: at least one")
+                raise UserError(f"source {source.name}: no readable clip; allowed: at least one")
             classes = class_numbers(source, clips.kept, model.classes, "the model")
             logits_VC = clips.stacked()["logits"]
             found = classify(logits_VC.T, classes, model.classes)

@@ -1,4 +1,4 @@
-"""torch.compile of the towers, safe across stage changes, and how many graphs it compiled.
+"""torch.compile of the towers, across stage changes, and the number of compiled graphs.
 
 A block is compiled for each shape a stage has (a source's batch and frames), with sizes fixed: shapes are few, and
 fixed sizes make faster kernels and compile sooner than symbolic ones. The text tower is compiled once with symbolic

@@ -1,4 +1,4 @@
-"""The loop: stages, steps, checkpoints, evaluations, in one process per device without relaunching."""
+"""The training loop: stages, steps, checkpoints and evaluations, in one process per device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs the stages of one experiment from where a run stands.
+    """Runs the stages of an experiment from the run's current state.
 
     Attributes:
         stage: index of the stage that is running.

@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation of one source gave.
+    """Result of an evaluation of one source.
 
     Attributes:
         rows: entries of metrics.json, one per protocol, without step and stage; "loss" is the validation loss.
@@ -67,7 +67,7 @@ def evaluate_with(
     gallery: bool,
     stop: StopRequest,
 ) -> Evaluation | None:
-    """Evaluate a model on one source as the config says; None when told to stop.
+    """Evaluate a model on one source by the config; None if a stop was requested.
 
     Args:
         config: its evaluation and data.decode sections count.
@@ -256,7 +256,7 @@ def _classifications(
 
 
 def similarity_in_blocks(model: RetrievalModel, text: Features, video: Features, *, block: int = 1024) -> Tensor:
-    """The number that ranks for every caption and clip, a block of both at a time on the model's device.
+    """The ranking similarity of every caption and clip, computed in blocks on the model's device.
 
     Args:
         model: in eval mode.

@@ -1,4 +1,4 @@
-"""What the retrieval page shows, from an evaluation's similarities.
+"""Data of the retrieval page, from an evaluation's similarities.
 
 Axis letters: Q text queries, V gallery videos, M experts.
 """

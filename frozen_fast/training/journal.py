@@ -1,4 +1,4 @@
-"""The record of steps: steps.jsonl, the log, the progress bar, experiment trackers.
+"""Records steps: steps.jsonl, the log, the progress bar and experiment trackers.
 
 Losses stay on the device until a window of steps is full (or something needs them), so that a GPU is not stopped to
 hear a number. On a CPU every step is written as it ends.
@@ -35,7 +35,7 @@ class NotFiniteError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimizer step as the loop saw it; its times and clips are the meter's.
+    """Result of one optimizer step; the meter has its time and clips.
 
     Attributes:
         loss: the whole batch's loss, on the device, equal on all ranks.

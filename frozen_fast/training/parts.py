@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: sources, decoders, loaders, model."""
+"""Builds the parts of a run from a config: sources, decoders, loaders, model."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _check_evaluation_frames(config: ExperimentConfig, learned: int) -> None:
     frames = config.evaluation.frames
     if frames is not None and frames > learned:
         raise UserError(
-            f"evaluation.frames: got {frames}; allowed: up to {learned}, the frames that the model learns, or null "
+            f"evaluation.frames: got {frames}; allowed: up to {learned}, those that the model has learned, or null "
             f"(frozen-fast convert-checkpoint --frames {frames} expands a checkpoint)"
         )
 
@@ -271,7 +271,7 @@ def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat
 
 
 def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int, int, int], TrainingFlops | None]:
-    """What counts a clip's model FLOPs from (frames, text tokens, clips of a global batch).
+    """A function for a clip's model FLOPs of (frames, text tokens, clips of a global batch).
 
     What nothing reads of a video tower's last block is not computed, and counted in the nominal FLOPs only, unless
     model.video.full_last_block asks for it. A tower whose FLOPs are not known gives None: no FLOPs, no MFU.

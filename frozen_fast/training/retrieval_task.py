@@ -19,7 +19,7 @@ from frozen_fast.training.task import Task
 
 @dataclass(frozen=True)
 class RetrievalTask(Task):
-    """Captions and clips that find each other.
+    """Retrieval between captions and clips.
 
     Attributes:
         config: the experiment.

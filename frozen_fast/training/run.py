@@ -1,4 +1,4 @@
-"""A whole run: from a config to a finished run folder and an exit code."""
+"""A training run: from a config to a finished run folder and an exit code."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ EXIT_INTERRUPTED = 130
 
 
 def train(config: ExperimentConfig, *, resume: str = "none") -> int:
-    """Train as a checked config says; every process of a launch calls it.
+    """Train by a validated config; every process of a launch calls it.
 
     Args:
         config: the experiment.
@@ -218,7 +218,7 @@ class _Run:
         return EXIT_DONE if complete else EXIT_STOPPED
 
     def note_failure(self, error: BaseException) -> None:
-        """Say in status.json why the run ended, unless the folder belongs to another run."""
+        """Write the error to status.json, unless another run owns the folder."""
         if not self._owned or not self._parallel.is_main:
             return
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_ERROR
@@ -235,7 +235,7 @@ class _Run:
             self._folder.append_event("hang", message)
 
     def close(self, *, at_once: bool) -> None:
-        """Close what writes, and give the folder back.
+        """Close the writers, and unlock the folder.
 
         Args:
             at_once: leave without waiting for a checkpoint that is being written.
@@ -279,7 +279,7 @@ class _Run:
                 remove_leftovers(folder.checkpoints)
                 if state is None:
                     if folder.holds_a_run():
-                        log.warning("%s holds steps but no checkpoint was written: starting at step 1", folder.path)
+                        log.warning("%s contains steps but no checkpoint: starting at step 1", folder.path)
                     folder.cut_back(0, 0, stage_complete=False)
                 else:
                     folder.cut_back(
@@ -295,7 +295,7 @@ class _Run:
             log.info("resuming from %s", checkpoint)
             if state.world_size != parallel.world_size:
                 log.warning(
-                    "resuming on %d processes instead of %d: the same clips in the same steps, but not bit for bit",
+                    "resuming on %d processes instead of %d: the same clips in the same steps, but not bit-identical",
                     parallel.world_size,
                     state.world_size,
                 )
@@ -414,7 +414,7 @@ def _without_cache(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def find_checkpoint(folder: RunFolder, resume: str) -> Survey:
-    """What to continue from.
+    """The checkpoint to resume from.
 
     Args:
         folder: the run's folder.
@@ -466,7 +466,7 @@ def _refuse_to_start_over(folder: RunFolder, found: Survey) -> None:
     if why:
         raise UserError(
             f"--resume auto: {folder.path} holds a run that cannot be continued: {why}; allowed: another run_folder to "
-            f"start anew, the files put back from a copy to continue, or this folder deleted to start anew in it"
+            f"start anew, restore the files from a copy to continue, or delete this folder to start again"
         )
 
 

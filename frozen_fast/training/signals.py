@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and the launcher's death become a wish to stop, which the loop grants after the step it is in.
+"""Handles SIGTERM, SIGINT and the death of the launcher: the loop stops after the current step.
 
 SIGUSR1 is a wish for a checkpoint; the run continues.
 """
@@ -25,7 +25,7 @@ _POLL_SECONDS = 0.05
 
 
 class StopRequest:
-    """Listens for SIGTERM, SIGINT and SIGUSR1 while in its context; a second stop after some seconds leaves at once.
+    """Handles SIGTERM, SIGINT and SIGUSR1 in its context; a second stop after some seconds exits at once.
 
     One sooner is the same wish: Ctrl-C reaches this process from the terminal, and again from torchrun, which passes
     on the signal that it got itself.
@@ -56,9 +56,9 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether this process was told to stop."""
+        """Whether a stop was requested."""
         if self._launcher is not None and os.getppid() != self._launcher and not self._event.is_set():
-            log.warning("the launcher is gone: stopping after this step, with a checkpoint")
+            log.warning("the launcher has died: stopping after this step, with a checkpoint")
             self._event.set()
         return self._event.is_set()
 
@@ -74,7 +74,7 @@ class StopRequest:
             self._heard_seconds = now
         elif now - self._heard_seconds >= _SIGNAL_SPREAD_SECONDS:
             name = signal.Signals(number).name
-            raise KeyboardInterrupt(f"a second {name}: leaving at once, without a checkpoint")
+            raise KeyboardInterrupt(f"a second {name}: exiting at once, without a checkpoint")
         self._event.set()
         log.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
 
@@ -84,7 +84,7 @@ class StopRequest:
 
 
 def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
-    """Whether reading failed because this process is being stopped, so that its failure is none.
+    """Whether reading failed because this process is being stopped.
 
     A signal to the whole process group (Ctrl-C, Slurm) ends loader processes too, maybe before this process has heard
     it; so for a loader process that ended the signal is waited for. Whatever else goes wrong after a wish to stop goes

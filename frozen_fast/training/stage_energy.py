@@ -1,4 +1,4 @@
-"""What a stage costs in joules, over all ranks' devices."""
+"""Energy of a stage over all ranks' devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations inside a run: when they are due, and where their numbers go."""
+"""Evaluations during a run: schedule and results."""
 
 from __future__ import annotations
 

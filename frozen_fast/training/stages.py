@@ -1,4 +1,4 @@
-"""What changes between the stages of the curriculum, in one process."""
+"""Changes between the stages of the curriculum."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def describe_plan(plan: StagePlan) -> str:
 
 
 def expand_frames(parallel: Parallel, model: RetrievalModel, num_frames: int, method: str) -> None:
-    """Let the model see num_frames frames: expand the tower's frame embeddings, and the optimizer's state with them.
+    """Expand the tower's frame embeddings, and the optimizer's state, to num_frames frames.
 
     A parameter keeps its shape ([1, most frames of the run, D]); its first num_frames rows are filled from the
     learned ones. The optimizer's running averages take the same map, so that a row starts with the history of what it
@@ -74,7 +74,7 @@ def expand_frames(parallel: Parallel, model: RetrievalModel, num_frames: int, me
 
 
 def warm_up_steps(stage_steps: int, num_sources: int) -> int:
-    """How many first steps of a stage are left out of speeds: buffers, autotuning and compilation, once per source.
+    """Number of warm-up steps of a stage, which speeds exclude: buffers, autotuning and compilation, once per source.
 
     Never more than a quarter of the stage, so that a short stage still has a speed.
     """

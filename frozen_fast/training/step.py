@@ -1,4 +1,4 @@
-"""What an optimizer step computes: the same lines in training and in the throughput benchmark."""
+"""The computation of an optimizer step, shared by training and the throughput benchmark."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def forward_backward(
 
 
 def update(parallel: Parallel, gradient_clip_norm: float) -> Tensor | None:
-    """Clip the gradients where a largest norm is given, apply them and clear them; returns the norm before clipping."""
+    """Clip the gradients if a largest norm is given, apply them and clear them; returns the norm before clipping."""
     return parallel.update(gradient_clip_norm)

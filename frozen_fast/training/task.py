@@ -1,4 +1,4 @@
-"""What a run learns: its loss over all ranks, its evaluation, and the numbers that may choose the best checkpoint.
+"""The interface of a training task: its loss, its evaluation, and the metrics for the best checkpoint.
 
 The engine, the checkpoints, the report and the meters are the same for every task. A model's class names its task
 (RetrievalModel.task), and frozen_fast.config.extensions.tasks holds the code.
@@ -20,7 +20,7 @@ from frozen_fast.training.signals import StopRequest
 
 
 class Task(ABC):
-    """One kind of learning."""
+    """A training task."""
 
     @classmethod
     @abstractmethod
@@ -36,7 +36,7 @@ class Task(ABC):
         return dict(sources)
 
     def inputs(self, video: VideoInput, text: Mapping[str, Tensor]) -> tuple[VideoInput, Mapping[str, Tensor]]:
-        """What the model sees of a batch in training; random draws come from torch's global random state."""
+        """The model's input for a training batch; random draws come from torch's global random state."""
         return video, text
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Teachers of a run: frozen models, or the embeddings that TeachText released, whose similarities a student learns.
+"""Teachers for distillation: frozen models, or embeddings released by TeachText.
 
 Axis letters: B clips of this rank, G clips of all ranks, T frames of the student, F frames that were read.
 """
@@ -75,7 +75,9 @@ class PickleTeacher:
         self._entries = open_feature_pickle(path)
         first = next(iter(self._entries.values()), None)
         if not isinstance(first, Mapping) or not {"vid_embds", "text_embds"} <= set(first):
-            raise UserError(f"distillation.teachers: {path} holds no vid_embds and text_embds; allowed: such a pickle")
+            raise UserError(
+                f"distillation.teachers: {path} contains no vid_embds and text_embds; allowed: a pickle with both"
+            )
         self._experts = sorted(first["vid_embds"])
 
     def features(self, batch: Batch) -> tuple[Features, Features]:

@@ -1,4 +1,4 @@
-"""A few optimizer steps at one batch size on synthetic data, in a process of its own, which may run out of memory.
+"""A few optimizer steps at one batch size on synthetic data, in a separate process, which may run out of memory.
 
     python -m frozen_fast.training.trial --config FILE --frames T --batch-size B --output FILE [key.path=value ...]
 

@@ -1,4 +1,4 @@
-"""A limit on the time of each phase of a run: past it the stacks of every rank are written and the run ends.
+"""Time limits of a run's phases: when one is exceeded, every rank writes its stacks and the run ends.
 
 A hang (a stuck disk, a decoder that never returns, a collective that one rank never joins) would hold its machines
 for ever. Each rank has a thread that watches its own phase; since ranks work in step, all reach the limit within
@@ -34,7 +34,7 @@ _TELL_STACKS = signal.SIGUSR2
 
 
 class Watchdog:
-    """Watches the phases of one rank from start() to close(); harmless when it was never started."""
+    """Watches the phases of one rank from start() to close(); does nothing unless it was started."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Watchdog:
             self._thread.start()
 
     def close(self) -> None:
-        """Stop watching; harmless when called again."""
+        """Stop watching. Can be called more than once."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

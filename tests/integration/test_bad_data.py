@@ -67,7 +67,7 @@ def test_skipped_clips_are_replaced_counted_and_named(data: dict[str, Path], tmp
 
 
 def test_too_many_bad_clips_end_the_run_with_their_share(data: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^data.decode.max_bad_share: \d of 2\d clips could not be read, 1\d.\d %"):
+    with pytest.raises(UserError, match=r"^data.decode.max_bad_share: \d of 2\d clips are unreadable, 1\d.\d %"):
         train(one_stage(data, tmp_path))
     status = read_json(tmp_path / "status.json")
     assert (status["state"], status["exit_code"]) == ("failed", 2)

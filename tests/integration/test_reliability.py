@@ -179,7 +179,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_run(
     assert train(config) == 0
     assert disk.attempts >= 4
     told = capsys.readouterr().err
-    assert told.count("No space left on device); the last good checkpoint stays") == 1
+    assert told.count("No space left on device); keeping the last valid checkpoint") == 1
     assert "checkpoints can be written again" in told
     assert read_json(tmp_path / "run" / "status.json")["state"] == "done"
     assert_same_weights(tmp_path / "run", straight)

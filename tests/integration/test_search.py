@@ -289,7 +289,7 @@ def test_mistakes_are_one_line(run: SearchRun, built: Path, tmp_path: Path, caps
     where = ["--checkpoint", str(run.checkpoint), "--output", str(tmp_path / "i")]
     assert said("embed", *where, "--source", str(tmp_path / "nothing")).startswith("--source: got ")
     (tmp_path / "empty").mkdir()
-    assert "holds no video or picture" in said("embed", *where, "--source", str(tmp_path / "empty"))
+    assert "contains no video or picture" in said("embed", *where, "--source", str(tmp_path / "empty"))
     assert said("embed", *where, "--source", str(run.videos), "--decoder", "vhs").startswith("--decoder: got 'vhs'")
     assert "another process writes to" in _while_locked(built, lambda: said("index", str(built), "--remove", "c0"))
 

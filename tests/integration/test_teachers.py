@@ -143,7 +143,7 @@ def test_released_embeddings_teach(store: Path, tmp_path: Path) -> None:
             assert float(got[i, j]) == pytest.approx(float(want), rel=1e-5)
     assert train(experiment(store, tmp_path / "run", "clean", 0, [{"pickle": str(path)}], 2)) == 0
     (tmp_path / "other.pkl").write_bytes(pickle.dumps({"video1": {"vid_embds": {}}}))
-    with pytest.raises(UserError, match="holds no vid_embds and text_embds"):
+    with pytest.raises(UserError, match="contains no vid_embds and text_embds"):
         train(experiment(store, tmp_path / "wrong", "clean", 0, [{"pickle": str(tmp_path / "other.pkl")}], 2))
 
 

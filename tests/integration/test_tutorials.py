@@ -148,6 +148,13 @@ SMALL_RUN: dict[str, Any] = {
 }
 
 
+OWN_CLIPS = {
+    **SMALL_RUN,
+    "model": {"video": TINY_MODEL["video"], "text": {**TINY_MODEL["text"], "frozen_layers": 0}},
+    "curriculum": stages(1, 4),
+}
+
+
 def own_clips(checkout: Checkout, name: str, splits: dict[str, int]) -> None:
     """NAME.jsonl with clips of each split ("" without splits) in the checkout."""
     lines = []
@@ -163,13 +170,13 @@ def own_clips(checkout: Checkout, name: str, splits: dict[str, int]) -> None:
 
 def get_started(checkout: Checkout) -> None:
     own_clips(checkout, "clips", {"train": 8, "test": 4})
-    checkout.shrink("finetune/own_clips.yaml", {**SMALL_RUN, "curriculum": stages(1, 4)})
+    checkout.shrink("finetune/own_clips.yaml", OWN_CLIPS)
 
 
 def finetuning(checkout: Checkout) -> None:
     own_clips(checkout, "train", {"": 8})
     own_clips(checkout, "test", {"": 4})
-    checkout.shrink("finetune/own_clips.yaml", {**SMALL_RUN, "curriculum": stages(1, 4)})
+    checkout.shrink("finetune/own_clips.yaml", OWN_CLIPS)
 
 
 def pretrain(checkout: Checkout) -> None:

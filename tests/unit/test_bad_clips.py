@@ -47,7 +47,7 @@ def test_the_share_counts_once_enough_clips_were_tried() -> None:
     ledger = BadClipLedger(None, 0.05)
     ledger.record(1, 7, [bad(1)])
     ledger.check()  # 1 of 8 says nothing yet
-    with pytest.raises(UserError, match="1 of 8 clips could not be read, 12.5 %"):
+    with pytest.raises(UserError, match="1 of 8 clips are unreadable, 12.5 %"):
         ledger.check(final=True)
     ledger.record(2, 39, [bad(2)])  # 2 of 48
     ledger.check()

@@ -104,7 +104,7 @@ def test_adding_and_removing(tmp_path: Path, kind: str) -> None:
     assert len(index) == 3040 and index.neighbours_fit(kind)
     found = index.search(more, 1)[1][:, 0]
     assert found.tolist() == list(range(3000, 3040))
-    with pytest.raises(UserError, match=r"^id: got 'new0', which the index holds; allowed: new ids"):
+    with pytest.raises(UserError, match=r"^id: got 'new0', which is in the index already; allowed: new ids"):
         index.add([{"id": "new0", "path": str(clip)}], more[:1])
     assert index.remove(["new3", "r7"]) == 2
     assert 3003 not in index.search(more, 3038)[1] and 7 not in index.search(rows_ND[7:8], 50)[1]

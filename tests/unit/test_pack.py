@@ -357,7 +357,7 @@ def test_bad_clips_are_counted_and_named(manifest: Path, tmp_path: Path) -> None
 
 def test_too_many_bad_clips_end_the_pack(manifest: Path, tmp_path: Path) -> None:
     source = source_of(with_bad_clips(manifest, tmp_path))
-    with pytest.raises(UserError, match=r"max_bad_share: 3 of 9 clips could not be read, 33.3 %"):
+    with pytest.raises(UserError, match=r"max_bad_share: 3 of 9 clips are unreadable, 33.3 %"):
         pack(source, tmp_path / "packed")
     assert pack(source, tmp_path / "packed", max_bad_share=0.4).clips == 6, "a larger share goes on"
     only_bad = Source("bad", "manifest", PackedClips([source.clips[1]]))

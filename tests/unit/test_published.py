@@ -101,8 +101,8 @@ def test_differences_from_the_row_are_named(run: RunData) -> None:
     section = published_section(with_config(run, [evaluation()], paper=paper))
     assert section is not None
     told = " ".join(section.blocks[1].items)
-    assert "Protocol of this run: plain; the paper's numbers are of paragraph." in told
-    assert "Frames a window in this run: 4; the paper's model has 8." in told
+    assert "Protocol of this run: plain; that of the paper's numbers: paragraph." in told
+    assert "Frames per window in this run: 4; the paper's model has 8." in told
     empty = published_section(with_config(run, [], paper=paper))
     assert empty is not None and "No evaluation of this run has finished." in empty.blocks[1].items
 

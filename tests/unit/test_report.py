@@ -176,7 +176,7 @@ def test_several_captions_show_the_second_protocol_for_video_to_text_only(run: P
 def test_a_short_run_beside_the_paper_is_a_projection(tmp_path: Path) -> None:
     run = make_run_folder(tmp_path / "run", paper_row="1=>4=>8", device="cuda", num_devices=2, size="base_patch16_224")
     markdown, _ = report_of(run)
-    rows = table_after(markdown, "Beside the paper", "Hours")
+    rows = table_after(markdown, "Comparison with the paper", "Hours")
     assert rows[0][1:] == ["PTT, hardware not stated", "2,500,000", "36.0", "27.4", "67.3", "4.0"]
     assert rows[1][1] == "measured, not comparable" and rows[2][1] == "projection"
     steps = [step for step in rows_of(run) if not step["warmup"]]
@@ -189,7 +189,7 @@ def test_a_short_run_beside_the_paper_is_a_projection(tmp_path: Path) -> None:
     ratio = re.search(r"The paper's PTT is ([\d.]+) x this run's projected hours", markdown)
     assert ratio and float(ratio[1]) == pytest.approx(36 / hours, rel=0.005)
     assert "does not state its hardware" in markdown and "not comparable" in markdown
-    assert "another model" not in markdown and "computed on CPUs" not in markdown
+    assert "different model" not in markdown and "computed on CPUs" not in markdown
 
 
 def test_a_run_of_a_whole_epoch_is_measured(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_run_of_a_whole_epoch_is_measured(tmp_path: Path) -> None:
         tmp_path / "run", frames=(1,), clips_per_step=42_000, paper_row="1", device="cuda", size="base_patch16_224"
     )
     markdown, _ = report_of(run)
-    rows = table_after(markdown, "Beside the paper", "Hours")
+    rows = table_after(markdown, "Comparison with the paper", "Hours")
     assert [row[1] for row in rows] == ["PTT, hardware not stated", "measured"]
     (stage,) = json.loads((run / "stages.json").read_text())
     assert float(rows[1][3]) == pytest.approx(stage["gpu_hours"], rel=0.005)
@@ -491,7 +491,7 @@ def test_notes_explain_columns_that_are_there(run: Path) -> None:
     markdown, _ = report_of(run)
     assert "R@k in percent" in markdown and "win" not in markdown.split("## Stages")[0].lower().replace("windows", "")
     assert (
-        "Energy: of the devices alone" in markdown
+        "Energy: of the devices only" in markdown
         and "MFU, datasheet: executed FLOPs per second after the warm-up over a table." in markdown
     )
     assert "Loss: the training loss" not in markdown, "no table of this report has the column"

@@ -385,6 +385,7 @@ class TrainingConfig:
     compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
     expected_world_size: int | None = key(None, "end with an error if the number of processes differs", ge=1)
     log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)", ge=1)
+    gradient_exchange: Literal["fp32", "bf16"] = key("fp32", "dtype in which DDP reduces gradients between processes; bf16 halves the bytes and rounds each process's gradient; other strategies take fp32 only")
     measure_peak: Literal["auto", "on", "off"] = key("auto", "time a large matrix product before the first stage, for mfu_measured_peak; takes about a second on a GPU; auto: on a GPU")
     profile_steps: int = key(0, "number of steps of each stage to trace with torch.profiler: writes a Chrome trace to traces/ and the most expensive kernels to the report", ge=0)
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.optimizers import optimizer_kind
@@ -48,6 +50,7 @@ class Parallel(RankAgreement):
         self.distributed_type = str(accelerator.distributed_type.value)
         self.strategy = "ddp" if self.world_size > 1 else "one process"
         self._optimizer_kind = optimizer_kind(config.optimizer)
+        self._gradient_exchange = config.training.gradient_exchange
         self._model: nn.Module | None = None
         self._wrapped: nn.Module | None = None
         self._optimizer: Any = None
@@ -81,6 +84,8 @@ class Parallel(RankAgreement):
         """Wrap model and optimizer for this strategy; the bare model stays usable for evaluation and saving."""
         self._model = model
         self._wrapped, self._optimizer = self.accelerator.prepare(model, optimizer)
+        if self._gradient_exchange == "bf16" and isinstance(self._wrapped, DistributedDataParallel):
+            self._wrapped.register_comm_hook(None, bf16_compress_hook)  # type: ignore[arg-type]
         self.state = ModelState(model, self.optimizer, self._optimizer_kind)
 
     @property

@@ -24,6 +24,7 @@ def start_parallel(config: ExperimentConfig) -> Parallel:
     """
     training = config.training
     strategy = requested_strategy(os.environ)
+    check_gradient_exchange(training.gradient_exchange, strategy)
     check_gpus_are_there(os.environ, training.device, strategy)
     cpu = wants_cpu(training.device)
     check_precision(os.environ, training)
@@ -69,6 +70,16 @@ def check_gpus_are_there(environ: Mapping[str, str], device: str, strategy: str)
             f"accelerate config: got use_cpu false and {processes} processes, but PyTorch finds no CUDA device; "
             "allowed: configs/accelerate/cpu_2.yaml (CPU processes), or training.device=cpu"
         )
+
+
+def check_gradient_exchange(dtype: str, strategy: str) -> None:
+    """Refuse training.gradient_exchange under a strategy that reduces gradients by itself.
+
+    Raises:
+        UserError: bf16 with ZeRO or FSDP2.
+    """
+    if dtype != "fp32" and strategy != "ddp":
+        raise UserError(f"training.gradient_exchange: got {dtype!r} with {strategy}; allowed: fp32, or DDP")
 
 
 def check_world(num_processes: int, expected: int | None) -> None:

@@ -386,6 +386,11 @@ class TrainingConfig:
     expected_world_size: int | None = key(None, "end with an error if the number of processes differs", ge=1)
     log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)", ge=1)
     gradient_exchange: Literal["fp32", "bf16"] = key("fp32", "dtype in which DDP reduces gradients between processes; bf16 halves the bytes and rounds each process's gradient; other strategies take fp32 only")
+    on_non_finite: Literal["stop", "skip", "roll_back"] = key("stop", "if a loss or a gradient is NaN or infinite: stop ends the run with exit code 2; skip leaves out the update on every rank; roll_back loads the last checkpoint and continues with another order of the clips")
+    max_skips: int = key(20, "skip: largest number of consecutive skipped steps; one more ends the run", ge=1)
+    max_roll_backs: int = key(3, "roll_back: largest number of roll-backs of a run; one more ends the run", ge=1)
+    on_out_of_memory: Literal["stop", "smaller_micro_batch"] = key("stop", "if a device runs out of memory: stop ends the run with exit code 2; smaller_micro_batch halves the batch of a pass on every rank and accumulates gradients, with the same clips in a step but fewer negatives for each (not with zero3, fsdp2 or offload)")
+    deterministic: bool = key(False, "torch.use_deterministic_algorithms: the same numbers in every run on a GPU, slower; an operator without a deterministic form ends the run with exit code 2")
     measure_peak: Literal["auto", "on", "off"] = key("auto", "time a large matrix product before the first stage, for mfu_measured_peak; takes about a second on a GPU; auto: on a GPU")
     profile_steps: int = key(0, "number of steps of each stage to trace with torch.profiler: writes a Chrome trace to traces/ and the most expensive kernels to the report", ge=0)
 

@@ -80,14 +80,14 @@ def gathered_loss(
             total = batch_loss(loss, sim_KGG, parameters)
         else:
             first, count = (rank() * clips, clips) if local else (0, clips * world_size())
-            total = _in_chunks(compare, loss, all_text, all_video, first, count, chunk_rows or count, parameters)
+            total = anchors_loss(compare, loss, all_text, all_video, first, count, chunk_rows or count, parameters)
         if alone or not local:
             return total, total.detach()
         total = total * world_size()  # gradients are averaged over ranks, and each rank holds its anchors' share
         return total, mean_over_ranks(total)
 
 
-def _in_chunks(
+def anchors_loss(
     compare: Compare,
     loss: RetrievalLoss,
     text: Features,
@@ -97,7 +97,7 @@ def _in_chunks(
     chunk: int,
     parameters: Features,
 ) -> Tensor:
-    """The loss of anchors first .. first + count, a chunk of them at a time; recomputed in the backward pass."""
+    """The loss of anchors first .. first + count, `chunk` of them at a time; recomputed in the backward pass."""
 
     def share(direction: Direction, start: int, stop: int) -> Tensor:
         anchors, candidates = (text, video) if direction == "t2v" else (video, text)

@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from frozen_fast.config import ExperimentConfig
-from frozen_fast.optimizers import optimizer_kind
+from frozen_fast.optimizers import WEIGHT_AVERAGE, optimizer_kind
 from frozen_fast.parallel.agreement import RankAgreement
 from frozen_fast.parallel.model_state import ModelState
 
@@ -41,6 +41,9 @@ class Parallel(RankAgreement):
 
     accelerate_types: tuple[str, ...] = ("NO", "MULTI_CPU", "MULTI_GPU")
     """Accelerate's distributed types under which this strategy runs."""
+
+    holds_whole_weights = True
+    """Every rank's device holds all weights, so that a pass without other ranks is possible."""
 
     def __init__(self, accelerator: Accelerator, config: ExperimentConfig, precision: tuple[str, str]) -> None:
         super().__init__(accelerator.process_index, accelerator.num_processes)
@@ -121,21 +124,46 @@ class Parallel(RankAgreement):
         """Add this loss's gradients to the parameters'."""
         self.accelerator.backward(loss)
 
-    def update(self, gradient_clip_norm: float) -> Tensor | None:
+    def update(self, gradient_clip_norm: float, *, skip_non_finite: bool = False) -> Tensor:
         """Clip the gradients, apply them and clear them.
 
         Args:
             gradient_clip_norm: largest norm; 0: no clipping.
+            skip_non_finite: where the norm is NaN or infinite, no rank applies the gradients. The host waits for the
+                device to know it, unless a fused kernel decides on the device.
 
         Returns:
-            The norm before clipping, a scalar tensor; None without clipping.
+            The norm before clipping, over all ranks' gradients: a scalar tensor, on the device.
         """
-        norm = None
+        norm = self._gradient_norm()
         if gradient_clip_norm:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), gradient_clip_norm)
-        self._optimizer.step()
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), gradient_clip_norm, norm)
+        if not skip_non_finite:
+            self._optimizer.step()
+        elif self._fused_kernel_skips:
+            vars(self.optimizer)["found_inf"] = norm.isfinite().logical_not().float()
+            self._optimizer.step()
+        elif bool(norm.isfinite()):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _gradient_norm(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    @property
+    def _fused_kernel_skips(self) -> bool:
+        """Whether the optimizer's kernel leaves weights and state alone where its found_inf is 1, as for fp16."""
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        knows = type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+        return knows and fused and WEIGHT_AVERAGE not in self._optimizer_kind.state_keys
+
+    def release(self) -> None:
+        """Forget model and optimizer; prepare() may then be called with others."""
+        self._model = self._wrapped = self._optimizer = None
+        del self.state
+        self.accelerator.free_memory()
 
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work."""

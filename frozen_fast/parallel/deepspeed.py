@@ -42,6 +42,7 @@ class DeepSpeedParallel(Parallel):
         self._stage: int = zero["stage"]
         offloaded = zero.keys() & {"offload_optimizer", "offload_param"}
         self.strategy = f"zero{self._stage}" + ("+offload" if offloaded else "")
+        self.holds_whole_weights = self._stage < 3 and not offloaded
         self._last_pass = True
 
     @classmethod
@@ -106,12 +107,20 @@ class DeepSpeedParallel(Parallel):
         """Add this loss's gradients to the parameters', exchanged as the stage does it."""
         self._engine.backward(loss, scale_wrt_gas=False)  # the step divides by the number of passes itself
 
-    def update(self, gradient_clip_norm: float) -> Tensor | None:
-        """DeepSpeed's step: clips at gradient_clipping of its configuration, which is the same number."""
+    def update(self, gradient_clip_norm: float, *, skip_non_finite: bool = False) -> Tensor:
+        """DeepSpeed's step: clips at gradient_clipping of its configuration, which is the same number.
+
+        It never applies gradients whose norm is not finite, whatever skip_non_finite says.
+        """
         assert gradient_clip_norm == self._engine.gradient_clipping(), "the configuration was made from the experiment"
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(norm, device=self.device) if gradient_clip_norm else None
+        norm = self._engine.get_global_grad_norm() if self._engine.was_step_applied() else float("inf")
+        return torch.as_tensor(norm, device=self.device)
+
+    def release(self) -> None:
+        """Forget model, optimizer and DeepSpeed's engine; prepare() may then be called with others."""
+        self._engine = None
+        super().release()
 
     def close(self, *, failed: bool = False) -> None:
         """Leave the process group and forget DeepSpeed's own handle on it."""

@@ -32,6 +32,7 @@ class FsdpParallel(Parallel):
     """Parallel under FSDP2."""
 
     accelerate_types = ("MULTI_CPU", "FSDP")
+    holds_whole_weights = False
 
     def __init__(self, accelerator: Accelerator, config: ExperimentConfig, precision: tuple[str, str]) -> None:
         super().__init__(accelerator, config, precision)
@@ -85,11 +86,9 @@ class FsdpParallel(Parallel):
         """Add this loss's gradients to the parameters'."""
         loss.backward()
 
-    def update(self, gradient_clip_norm: float) -> Tensor | None:
-        """Clip the gradients by the norm over all ranks' parts, apply them and clear them."""
-        norm: Tensor | None = None
-        if gradient_clip_norm:
-            norm = whole_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_norm))
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm
+    def _gradient_norm(self) -> Tensor:
+        return whole_tensor(super()._gradient_norm())
+
+    @property
+    def _fused_kernel_skips(self) -> bool:
+        return False  # found_inf is no DTensor

@@ -75,7 +75,10 @@ class CudaTimer:
 
 @dataclass
 class StepTime:
-    """One optimizer step: `seconds` is wall time with the stall in it; both are final once its window has ended."""
+    """One optimizer step: `seconds` is wall time with the stall in it; all are final once its window has ended.
+
+    `reading_seconds` and `forward_seconds` are times in which this rank waits for no other one.
+    """
 
     warmup: bool = False
     clips: int = 0
@@ -83,10 +86,13 @@ class StepTime:
     flops: TrainingFlops | None = None
     seconds: float = 0.0
     stall_seconds: float = 0.0
+    reading_seconds: float = 0.0
+    forward_seconds: float = 0.0
     _clock: Callable[[], float] = field(default=time.perf_counter, repr=False)
     _timer: DeviceTimer = field(default_factory=HostTimer, repr=False)
     _ready: Any = field(default=None, repr=False)
     _done: Any = field(default=None, repr=False)
+    _forwards: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
     @contextmanager
     def stall(self) -> Iterator[None]:
@@ -98,6 +104,25 @@ class StepTime:
             self.stall_seconds += self._clock() - begin
             if self._ready is None:
                 self._ready = self._timer.mark()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Wrap this rank's own wait for a batch, inside stall(), which may also wait for other ranks."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self.reading_seconds += self._clock() - begin
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Wrap what this rank computes of a pass before it waits for other ranks."""
+        begin, first = self._clock(), self._timer.mark()
+        yield
+        if first is None:
+            self.forward_seconds += self._clock() - begin
+        else:
+            self._forwards.append((first, self._timer.mark()))
 
     def count(self, clips: int, frames: int, flops_per_clip: TrainingFlops | None = None) -> None:
         """Add a forward pass: clips over all ranks, frames of each, and model FLOPs (forward and backward) of one."""
@@ -152,6 +177,7 @@ class StageMeter:
         self._seconds = {part: float(carried.get("seconds", {}).get(part, 0.0)) for part in PARTS}
         self._device_seconds = {part: float(carried.get("device_seconds", {}).get(part, 0.0)) for part in PARTS}
         self._wall = float(carried.get("wall_seconds", 0.0))
+        self._rank = {"steps": 0, "reading_seconds": 0.0, "forward_seconds": 0.0}
         self._counts = {name: int(carried.get(name, 0)) for name in ("steps", "clips", "video_frames", "timed_clips")}
         self._flops = _carried_flops(carried, "flops")
         self._timed_flops = _carried_flops(carried, "timed_flops")
@@ -261,6 +287,15 @@ class StageMeter:
             "joules": joules,
         }
 
+    def rank_row(self) -> dict[str, Any]:
+        """This process's own times, of steps after warm-up since it started or resumed the stage.
+
+        steps; reading_seconds: its waits for its loader; forward_seconds: its forward passes, up to the exchange of
+        features with other ranks (under zero3 and fsdp2 they hold waits for other ranks' weights too).
+        """
+        self._settle()
+        return dict(self._rank)
+
     def _settle(self) -> None:
         """Wait for the device and add the pending steps to the totals."""
         begin = self._clock()
@@ -272,6 +307,8 @@ class StageMeter:
         previous = None
         for step in self._pending:
             step.stall_seconds = min(self._device_stall(previous, step), step.seconds)
+            pairs, step._forwards = step._forwards, []
+            step.forward_seconds += sum(self._timer.seconds_between(*pair) or 0.0 for pair in pairs)
             self._total(step)
             previous = step
         self._settled += self._pending
@@ -294,6 +331,9 @@ class StageMeter:
             self._add("training", step.seconds - step.stall_seconds)
             self._add("stall", step.stall_seconds)
             self._counts["timed_clips"] += step.clips
+            self._rank["steps"] += 1
+            self._rank["reading_seconds"] += step.reading_seconds
+            self._rank["forward_seconds"] += step.forward_seconds
             self._timed_flops = _sum(self._timed_flops, step.flops)
         self._flops = _sum(self._flops, step.flops)
         self._counts["steps"] += 1

@@ -61,6 +61,7 @@ class RunState:
         best: {"step", "metric", "value"} of the best evaluation so far under evaluation.keep_best; None: none.
         rollbacks: number of times that the run returned to a checkpoint after a non-finite loss; each time changes
             the order of the data.
+        batch_parts: source -> parts that its batches are cut into in this stage, where they did not fit in memory.
     """
 
     step: int
@@ -77,6 +78,7 @@ class RunState:
     evaluated: bool = False
     best: dict[str, Any] | None = None
     rollbacks: int = 0
+    batch_parts: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_name(step: int) -> str:

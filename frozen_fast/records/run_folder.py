@@ -37,6 +37,7 @@ class RunFolder:
         self.steps = self.path / "steps.jsonl"
         self.stages = self.path / "stages.json"
         self.bad_clips = self.path / "bad_clips.jsonl"
+        self.non_finite = self.path / "non_finite.jsonl"
         self.metrics = self.path / "metrics.json"
         self.events = self.path / "events.jsonl"
         self.status = self.path / "status.json"
@@ -177,6 +178,10 @@ class RunFolder:
         """Append rows to bad_clips.jsonl."""
         self._append(self.bad_clips, rows)
 
+    def append_non_finite(self, rows: Sequence[Row]) -> None:
+        """Append rows to non_finite.jsonl: steps whose loss or gradient was NaN or infinite, and their clips."""
+        self._append(self.non_finite, rows)
+
     def append_event(self, kind: str, message: str, **details: Any) -> None:
         """Append a row to events.jsonl: warnings and repairs."""
         self._append(self.events, [{"time": time.time(), "kind": kind, "message": message, **details}])
@@ -250,7 +255,8 @@ class RunFolder:
                 aside = _aside(path)
                 path.rename(aside)
                 lines.append(f"{path.name} cannot be read: renamed to {aside.name}, starting a new one")
-        for path, key in ((self.steps, "step"), (self.bad_clips, "step"), (self.events, "kind")):
+        for path in (self.steps, self.bad_clips, self.non_finite, self.events):
+            key = "kind" if path == self.events else "step"
             rows, problems = read_rows(path)
             sound = [row for row in rows if isinstance(row.get(key), int if key == "step" else str)]
             left_out = len(problems) + len(rows) - len(sound)
@@ -276,6 +282,8 @@ class RunFolder:
         finished = [row for row in self.stage_rows() if row["stage"] <= last]
         kept_here = any(row["stage"] == stage for row in finished) if stage_complete else evaluated
         _rewrite(self.steps, lambda row: row["step"] <= step)
+        # What made a run stop or go back stays; a skipped step comes again.
+        _rewrite(self.non_finite, lambda row: row["step"] <= step or row.get("action") != "skip")
         # Bad clips without a replacement come from an evaluation.
         _rewrite(
             self.bad_clips,

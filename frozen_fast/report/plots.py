@@ -48,14 +48,15 @@ MAX_NAMES = 60
 
 
 def loss_plot(run: RunData) -> str | None:
-    """Loss against optimizer steps, one line per source, with the stages; None without a step."""
-    if not run.steps:
+    """Loss against optimizer steps, one line per source, with the stages; None without a loss."""
+    finite = [row for row in run.steps if row["loss"] is not None]
+    if not finite:
         return None
 
     def draw(axes: Axes) -> None:
-        sources = list(dict.fromkeys(str(row["source"]) for row in run.steps))
+        sources = list(dict.fromkeys(str(row["source"]) for row in finite))
         for index, source in enumerate(sources):
-            rows = [row for row in run.steps if row["source"] == source]
+            rows = [row for row in finite if row["source"] == source]
             colour = SERIES[index % len(SERIES)]
             for stage in dict.fromkeys(row["stage"] for row in rows):
                 own = [row for row in rows if row["stage"] == stage]
@@ -68,7 +69,7 @@ def loss_plot(run: RunData) -> str | None:
         _mark_stages(axes, run)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss")
-        axes.set_ylim(0, None if any(row["loss"] > 0 for row in run.steps) else 1)
+        axes.set_ylim(0, None if any(row["loss"] > 0 for row in finite) else 1)
         axes.margins(x=0)
 
     return _svg(draw, height=2.9)

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 # Fields that the report uses, and their types.
 _NUMBER = (int, float)
 _STEP = {"step": int, "stage": int, "frames": int, "clips": int, "seconds": _NUMBER, "stall_seconds": _NUMBER}
-_STEP |= {"warmup": bool, "loss": _NUMBER}
+_STEP |= {"warmup": bool, "loss": (*_NUMBER, type(None))}  # None: not finite, the step was skipped
 _STAGE = {"stage": int, "steps": int, "clips": int, "seconds": _NUMBER, "training_seconds": _NUMBER}
 _STAGE |= {"stall_seconds": _NUMBER, "warmup_seconds": _NUMBER, "gpu_hours": _NUMBER, "evaluation_gpu_hours": _NUMBER}
 _GALLERY = {"source": str, "page": str, "shown": int, "all_queries": int, "best": list, "worst": list}
@@ -48,7 +48,7 @@ class StageTotals:
     timed_clips: int
     timed_seconds: float
     bad_clips: int
-    last_loss: float
+    last_loss: float | None
 
     @property
     def clips_per_second(self) -> float | None:
@@ -65,10 +65,9 @@ class StageTotals:
 class RunData:
     """A run folder's content.
 
-    `events` are the rows of events.jsonl; `alive` says that a process writes to the folder. `best_step` is the step of
-    the checkpoint that checkpoints/best names; `galleries` are the best and worst queries beside each retrieval page;
-    `missing` names missing and unreadable files, with the
-    consequence.
+    `events` and `non_finite` are the rows of events.jsonl and non_finite.jsonl; `alive` says that a process writes to
+    the folder. `best_step` is the step of the checkpoint that checkpoints/best names; `galleries` are the best and
+    worst queries beside each retrieval page; `missing` names missing and unreadable files, with the consequence.
     """
 
     folder: Path
@@ -83,6 +82,7 @@ class RunData:
     kernels: list[Row]
     batch_sizes: Row
     events: list[Row] = field(default_factory=list)
+    non_finite: list[Row] = field(default_factory=list)
     alive: bool = False
     best_step: int | None = None
     galleries: list[Row] = field(default_factory=list)
@@ -199,6 +199,7 @@ def read_run(folder: str | Path) -> RunData:
         ],
         batch_sizes=reader.read_json("batch_sizes.json", {}, None),
         events=reader.read_lines("events.jsonl", None),
+        non_finite=reader.read_lines("non_finite.jsonl", None),
         alive=is_alive(RunFolder(folder)),
         best_step=_best_step(folder),
         galleries=[
@@ -310,5 +311,5 @@ def _total(stage: int, rows: list[Row]) -> StageTotals:
         timed_clips=sum(int(row["clips"]) for row in timed),
         timed_seconds=sum(row["seconds"] for row in timed),
         bad_clips=sum(int(row.get("bad_clips") or 0) for row in rows),
-        last_loss=float(rows[-1]["loss"]),
+        last_loss=next((float(row["loss"]) for row in reversed(rows) if row["loss"] is not None), None),
     )

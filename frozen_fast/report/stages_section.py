@@ -19,6 +19,7 @@ from frozen_fast.report.document import (
 )
 from frozen_fast.report.plots import hours_plot
 from frozen_fast.report.run_data import RunData, StageTotals
+from frozen_fast.report.slow_ranks import rank_blocks
 from frozen_fast.report.wording import hours_name
 
 
@@ -46,6 +47,7 @@ def stages_section(run: RunData) -> Section:
     if run.stages:
         blocks.append(_parts_table(run))
     blocks.append(Text(_stage_notes(run)))
+    blocks += rank_blocks(run)
     found = run.disagreements()
     if found:
         blocks += [Caution("stages.json differs from the sums of steps.jsonl:"), Bullets(found)]

@@ -14,7 +14,7 @@ Cause = Literal["ok", "out_of_memory", "timeout", "nan", "refused", "crash"]
 
 OUT_OF_MEMORY = re.compile(
     r"OutOfMemoryError|CUDA out of memory|can't allocate memory|std::bad_alloc|MemoryError|"
-    r"cannot allocate memory|NCCL.*out of memory",
+    r"cannot allocate memory|NCCL.*out of memory|out of memory at step \d",
     re.IGNORECASE,
 )
 ERROR_LINE = re.compile(r"error|exception|killed|signal", re.IGNORECASE)

@@ -14,6 +14,9 @@ from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training.run_parts import RunParts
 from frozen_fast.training.signals import StopRequest, stop_explains
 
+_SEED_STEP = 2_654_435_769
+"""Between the seeds of the clips' order before and after a roll-back; odd, so that no two of them meet."""
+
 
 class StepGivenUp(Exception):
     """A rank has no batch because its loader was stopped with it; every rank raises it at the same pass."""
@@ -59,7 +62,7 @@ class BatchFeed:
             {name: len(source) for name, source in sources.items()},
             {source.name: source.weight for source in config.data.sources},
             config.data.order,
-            config.seed,
+            (config.seed + self._parts.roll_backs * _SEED_STEP) % 2**32,
             batch_sizes=plan.batch_sizes,
             frames=plan.frames if teachers is None else teachers.frames_to_read(plan.frames),
             accumulation=plan.accumulation,
@@ -82,7 +85,8 @@ class BatchFeed:
         batch: Batch | None = None
         with timing.stall():
             try:
-                batch = next(batches)
+                with timing.reading():
+                    batch = next(batches)
             except StopIteration:
                 error = RuntimeError("the loader ended before the stage did")
             except Exception as caught:  # told to the other ranks, then raised by agree()

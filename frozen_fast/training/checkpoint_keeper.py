@@ -15,7 +15,6 @@ from torch import Tensor
 from frozen_fast.common.secrets import without_secrets
 from frozen_fast.config import ExperimentConfig, to_plain
 from frozen_fast.data import DataPosition
-from frozen_fast.errors import UserError
 from frozen_fast.evaluation.metric_table import VALIDATION_LOSS, check_metric, is_better
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.optimizers import WEIGHT_AVERAGE, divergence_advice
@@ -31,6 +30,7 @@ from frozen_fast.records.checkpoint_folder import (
 )
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training.checkpoint_writer import CheckpointWriter, Snapshot, not_saved, total_bytes
+from frozen_fast.training.non_finite import NotFiniteError
 from frozen_fast.training.stages import OpenStage
 
 log = logging.getLogger(__name__)
@@ -59,10 +59,12 @@ class CheckpointKeeper:
         fingerprints: Mapping[str, str],
         state: RunState | None,
         directions: Mapping[str, bool],
+        *,
+        roll_backs: int = 0,
     ) -> None:
         """Go on from a checkpoint's state, or begin; `directions` are those of the task's numbers."""
         self._config, self._parallel, self._folder = config, parallel, folder
-        self._model, self._fingerprints = model, fingerprints
+        self._model, self._fingerprints, self._roll_backs = model, fingerprints, roll_backs
         self._metric, self._directions = config.evaluation.keep_best, directions
         check_metric(self._metric, directions)
         self._writer, self._snapshot = CheckpointWriter(self._make_room), Snapshot()
@@ -93,7 +95,15 @@ class CheckpointKeeper:
         minutes = self._config.checkpoints.every_minutes
         return bool(minutes) and self._parallel.is_main and time.monotonic() - self._saved_seconds >= 60 * minutes
 
-    def save(self, stage: OpenStage, steps_in_stage: int, position: DataPosition, bad_clips: dict[str, Any]) -> None:
+    def save(
+        self,
+        stage: OpenStage,
+        steps_in_stage: int,
+        position: DataPosition,
+        *,
+        bad_clips: dict[str, Any],
+        batch_parts: dict[str, int],
+    ) -> None:
         """Take a snapshot and write it in the background; raises for weights that are not finite.
 
         The meter's section "checkpoint" is the time in which training stands still: the snapshot, and the wait for an
@@ -104,16 +114,17 @@ class CheckpointKeeper:
             steps_in_stage: optimizer steps done in it.
             position: how far the sources have been read.
             bad_clips: the ledger's counts.
+            batch_parts: parts of each source's batches (RunState).
 
         Raises:
-            UserError: the weights are not finite, or the disk has refused for checkpoints.give_up_minutes; on every
-                rank.
+            NotFiniteError: the weights are not finite; on every rank.
+            UserError: the disk has refused for checkpoints.give_up_minutes; on every rank.
         """
         parallel, model = self._parallel, self._model
         began = time.perf_counter()
         with stage.meter.section("checkpoint"):
             if not parallel.state.weights_are_finite():
-                raise UserError(
+                raise NotFiniteError(
                     f"weights: not finite after step {position.step}; no checkpoint was written and the last one is "
                     f"good; {divergence_advice(self._config.optimizer)}"
                 )
@@ -130,6 +141,8 @@ class CheckpointKeeper:
                 config=without_secrets(to_plain(self._config)),
                 sources=dict(self._fingerprints),
                 best=self.best,
+                rollbacks=self._roll_backs,
+                batch_parts=dict(batch_parts),
             )
             if parallel.is_main:
                 self._writer.settle()

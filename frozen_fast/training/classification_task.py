@@ -41,6 +41,7 @@ class ClassificationTask(Task):
     """
 
     config: ExperimentConfig
+    has_negatives = False
 
     @classmethod
     def from_config(cls, config: ExperimentConfig) -> ClassificationTask:
@@ -76,10 +77,15 @@ class ClassificationTask(Task):
         self, model: RetrievalModel, text: Features, video: Features, parameters: Features
     ) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy. Ranks have equally many clips, so the mean over ranks is that of the whole batch."""
-        smoothing = self.config.classification.label_smoothing
-        logits_BC = video["logits"].float()
-        value = F.cross_entropy(logits_BC, text["class"].float(), label_smoothing=smoothing)
+        value = self.rehearsal_loss(model, text, video, parameters, 1)
         return value, mean_over_ranks(value.detach())
+
+    def rehearsal_loss(
+        self, model: RetrievalModel, text: Features, video: Features, parameters: Features, world_size: int
+    ) -> Tensor:
+        """Mean cross-entropy of this rank's clips."""
+        smoothing = self.config.classification.label_smoothing
+        return F.cross_entropy(video["logits"].float(), text["class"].float(), label_smoothing=smoothing)
 
     def directions(self) -> dict[str, bool]:
         """Accuracies, and the validation loss."""

@@ -48,10 +48,17 @@ class Engine:
         self._journal = journal
         self.stage = 0 if state is None else state.stage
         self.keeper = CheckpointKeeper(
-            config, parallel, folder, parts.model, parts.fingerprints, state, parts.task.directions()
+            config,
+            parallel,
+            folder,
+            parts.model,
+            parts.fingerprints,
+            state,
+            parts.task.directions(),
+            roll_backs=parts.roll_backs,
         )
         self._feed = BatchFeed(config, parallel, folder, parts, stop, state, lambda: self.keeper.is_due)
-        self._optimizer_step = OptimizerStep(config, parallel, parts, self._feed, journal)
+        self._optimizer_step = OptimizerStep(config, parallel, folder, parts, self._feed, journal)
         self._evaluation = StageEvaluation(
             config, parallel, folder, parts.task, parts.evaluation_sources, len(parts.plans), journal, stop
         )
@@ -98,6 +105,7 @@ class Engine:
         )
         carried = 0.0 if state is None else state.meter.get("joules")
         stage = OpenStage(plan, meter, StageEnergy(parallel, self._parts.energy, carried))
+        self._optimizer_step.batch_parts.begin_stage(state)
         log.info("stage %d/%d: %s", plan.index + 1, len(self._parts.plans), describe_plan(plan))
         self.keeper.settle()  # what is being written tells of the model's frames
         with meter.section("warmup"):
@@ -116,10 +124,12 @@ class Engine:
             return False
         graphs = compiling.compiled_graphs() - graphs
         joules = stage.energy.joules()
+        ranks = parallel.gather_objects(meter.rank_row())
         with parallel.together():
             if parallel.is_main:
                 peaks = {"peak": self._parts.peak, "measured_peak": self._parts.measured_peak}
                 row = meter.stage_row(**peaks, recompilations=graphs, joules=joules)
+                row["ranks"] = ranks if parallel.world_size > 1 else []
                 self._folder.put_stage_row(row)
                 kernels = model.kernels_used(parallel.device, compiled=config.training.compile)
                 decoders = {name: dict(counts) for name, counts in self._feed.decode_backends.items()}
@@ -188,4 +198,10 @@ class Engine:
         average_running_statistics(self._parts.model)
         self._journal.flush(stage.meter)
         with self._parts.watchdog.phase("checkpoint"):
-            self.keeper.save(stage, steps_in_stage, self._feed.position, self._feed.ledger.to_json())
+            self.keeper.save(
+                stage,
+                steps_in_stage,
+                self._feed.position,
+                bad_clips=self._feed.ledger.to_json(),
+                batch_parts=self._optimizer_step.batch_parts.numbers,
+            )

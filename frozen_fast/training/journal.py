@@ -17,20 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frozen_fast.errors import UserError
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.profiling.meter import StageMeter, StepTime
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.records.tracking import Trackers
+from frozen_fast.training.non_finite import NonFiniteSteps, NotFiniteError
 
 log = logging.getLogger(__name__)
 
-_SENT = ("loss", "learning_rate", "stage", "frames", "stall_seconds")
+_SENT = ("loss", "gradient_norm", "learning_rate", "stage", "frames", "stall_seconds")
 _SHOWN = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MdR", "v2t/R@1", "twin_accuracy", "top1", "top5")
-
-
-class NotFiniteError(UserError):
-    """The loss or the gradient is NaN or infinite; every rank raises it at the same step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +35,9 @@ class StepResult:
 
     Attributes:
         loss: the whole batch's loss, on the device, equal on all ranks.
-        gradient_norm: before clipping, on the device; None where it was not computed.
+        gradient_norm: before clipping, on the device, equal on all ranks.
         bad_clips: over all ranks, in this step.
+        clip_ids: this rank's.
     """
 
     step: int
@@ -48,9 +45,10 @@ class StepResult:
     frames: int
     source: str
     loss: Tensor
-    gradient_norm: Tensor | None
+    gradient_norm: Tensor
     learning_rate: float
     bad_clips: int
+    clip_ids: Sequence[str]
 
 
 class Journal:
@@ -65,7 +63,7 @@ class Journal:
         total_steps: int,
         num_stages: int,
         log_every_steps: int,
-        advice: str,
+        non_finite: NonFiniteSteps,
     ) -> None:
         """Hold the writers.
 
@@ -76,11 +74,11 @@ class Journal:
             total_steps: optimizer steps of the whole run.
             num_stages: stages of the whole run.
             log_every_steps: steps between lines of the log; also the length of a window on CUDA.
-            advice: what to change when the loss is not finite.
+            non_finite: applied to each step.
         """
         self._folder, self._parallel, self._trackers = folder, parallel, trackers
         self._total_steps, self._num_stages, self._log_every = total_steps, num_stages, log_every_steps
-        self._advice = advice
+        self._non_finite = non_finite
         self._window = log_every_steps if parallel.device.type == "cuda" else 1
         self._pending: list[StepResult] = []
         self._bar: Any = None
@@ -89,7 +87,7 @@ class Journal:
         """Record the step that the meter has just timed; writes when the window is full.
 
         Raises:
-            NotFiniteError: a loss or gradient norm in the window is not finite (rows before it are written).
+            NotFiniteError: as NonFiniteSteps.is_skipped, for a step of the window (rows before it are written).
         """
         self._pending.append(result)
         if len(self._pending) >= self._window:
@@ -106,12 +104,22 @@ class Journal:
         pending, self._pending = self._pending, []
         times = meter.end_window()
         values = _read_back([(result.loss, result.gradient_norm) for result in pending])
-        rows, failure = [], None
+        rows: list[dict[str, Any]] = []
+        failure: NotFiniteError | None = None
         for result, timing, (loss, norm) in zip(pending, times, values, strict=True):
-            if not math.isfinite(loss) or not (norm is None or math.isfinite(norm)):
-                failure = self._failure(result, loss, norm)
+            where: dict[str, Any] = {
+                "step": result.step,
+                "stage": result.stage,
+                "frames": result.frames,
+                "source": result.source,
+            }
+            try:
+                skipped = self._non_finite.is_skipped(loss, norm, **where, clip_ids=result.clip_ids)
+            except NotFiniteError as error:
+                failure = error
                 break
-            rows.append(_row(result, timing, loss, norm))
+            numbers = {"loss": _finite(loss), "learning_rate": result.learning_rate, "gradient_norm": _finite(norm)}
+            rows.append({**where, **numbers, **_times(timing), "bad_clips": result.bad_clips, "skipped": skipped})
         if self._parallel.is_main:
             self._folder.append_steps(rows)
             for row in rows:
@@ -142,11 +150,6 @@ class Journal:
             self._bar.close()
             self._bar = None
 
-    def _failure(self, result: StepResult, loss: float, norm: float | None) -> NotFiniteError:
-        what = f"loss: got {loss}" if not math.isfinite(loss) else f"gradient norm: got {norm}"
-        where = f"step {result.step} (stage {result.stage}, {result.frames} frames, source {result.source})"
-        return NotFiniteError(f"{what} at {where}; allowed: finite numbers; {self._advice}")
-
     def _tell(self, row: dict[str, Any]) -> None:
         rate = row["clips"] / row["seconds"] if row["seconds"] else 0.0
         sent = {f"train/{key}": row[key] for key in _SENT}
@@ -155,14 +158,14 @@ class Journal:
             self._advance_bar(row, rate)
         elif row["step"] % self._log_every == 0 or row["step"] in (1, self._total_steps):
             log.info(
-                "step %d/%d  stage %d/%d  %s %d frames  loss %.4f  lr %.2e  %.1f clips/s  stall %.0f%%",
+                "step %d/%d  stage %d/%d  %s %d frames  loss %s  lr %.2e  %.1f clips/s  stall %.0f%%",
                 row["step"],
                 self._total_steps,
                 row["stage"] + 1,
                 self._num_stages,
                 row["source"],
                 row["frames"],
-                row["loss"],
+                _shown(row["loss"]),
                 row["learning_rate"],
                 rate,
                 100 * row["stall_seconds"] / max(row["seconds"], 1e-9),
@@ -174,31 +177,32 @@ class Journal:
 
             self._bar = tqdm(total=self._total_steps, initial=row["step"] - 1, unit="step", dynamic_ncols=True)
         self._bar.set_description(f"stage {row['stage'] + 1}/{self._num_stages}, {row['frames']} frames", refresh=False)
-        self._bar.set_postfix(loss=f"{row['loss']:.4f}", clips_per_s=f"{rate:.1f}", refresh=False)
+        self._bar.set_postfix(loss=_shown(row["loss"]), clips_per_s=f"{rate:.1f}", refresh=False)
         self._bar.update(1)
 
 
-def _row(result: StepResult, timing: StepTime, loss: float, norm: float | None) -> dict[str, Any]:
-    """A line of steps.jsonl."""
+def _times(timing: StepTime) -> dict[str, Any]:
+    """The meter's part of a line of steps.jsonl."""
     return {
-        "step": result.step,
-        "stage": result.stage,
-        "frames": result.frames,
-        "source": result.source,
-        "loss": loss,
-        "learning_rate": result.learning_rate,
-        "gradient_norm": norm,
         "clips": timing.clips,
         "seconds": timing.seconds,
         "stall_seconds": timing.stall_seconds,
         "warmup": timing.warmup,
         "time": time.time(),
-        "bad_clips": result.bad_clips,
     }
 
 
-def _read_back(pairs: list[tuple[Tensor, Tensor | None]]) -> list[tuple[float, float | None]]:
+def _shown(loss: float | None) -> str:
+    """A loss for the log."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _finite(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _read_back(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
     """Losses and gradient norms as numbers, in one transfer."""
-    flat = torch.stack([tensor.float() for pair in pairs for tensor in pair if tensor is not None]).tolist()
-    numbers = iter(flat)
-    return [(next(numbers), None if norm is None else next(numbers)) for _, norm in pairs]
+    flat = torch.stack([tensor.float() for pair in pairs for tensor in pair]).tolist()
+    return list(zip(flat[::2], flat[1::2], strict=True))

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from frozen_fast.config import ExperimentConfig
+from frozen_fast.config import ExperimentConfig, StagePlan
 from frozen_fast.data import Batch
 from frozen_fast.optimizers import learning_rate_factor, set_learning_rate
 from frozen_fast.parallel.base import Parallel, seed_step
+from frozen_fast.profiling.meter import StepTime
+from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training.batch_feed import BatchFeed, StepGivenUp
+from frozen_fast.training.batch_parts import BatchParts
 from frozen_fast.training.journal import Journal, StepResult
 from frozen_fast.training.run_parts import RunParts
 from frozen_fast.training.stages import OpenStage
@@ -22,13 +26,24 @@ from frozen_fast.training.teachers import student_video
 
 
 class OptimizerStep:
-    """Runs optimizer steps and records them."""
+    """Runs optimizer steps and records them.
+
+    Attributes:
+        batch_parts: cuts batches that do not fit in memory.
+    """
 
     def __init__(
-        self, config: ExperimentConfig, parallel: Parallel, parts: RunParts, feed: BatchFeed, journal: Journal
+        self,
+        config: ExperimentConfig,
+        parallel: Parallel,
+        folder: RunFolder,
+        parts: RunParts,
+        feed: BatchFeed,
+        journal: Journal,
     ) -> None:
         """Hold the parts of the run."""
         self._config, self._parallel, self._parts, self._feed, self._journal = config, parallel, parts, feed, journal
+        self.batch_parts = BatchParts(config, parallel, folder, parts)
 
     def run(self, stage: OpenStage, batches: Iterator[Batch], *, warmup: bool) -> None:
         """Next batch, forward, loss over all ranks' clips, backward, clip, update.
@@ -50,6 +65,7 @@ class OptimizerStep:
         set_learning_rate(parallel.optimizer.param_groups, learning_rate)
         total = torch.zeros((), device=parallel.device)
         bad_clips = 0
+        clip_ids: list[str] = []
         ledger = feed.ledger.to_json()
         with stage.meter.step(warmup=warmup) as timing:
             for pass_index in range(plan.accumulation):
@@ -59,20 +75,19 @@ class OptimizerStep:
                     feed.ledger.resume(ledger)  # the step's earlier passes will be read again
                     raise
                 bad_clips += bad
-                total += forward_backward(
-                    parallel,
-                    student_video(batch.video, plan.source_frames[batch.source]),
-                    batch.text,
-                    self._parts.task,
-                    accumulation=plan.accumulation,
-                    last=pass_index == plan.accumulation - 1,
-                    teachers=self._parts.teachers,
-                    batch=batch,
-                )
+                clip_ids += batch.clip_ids
+                try:
+                    total += self._pass(batch, plan, timing, last=pass_index == plan.accumulation - 1)
+                except torch.OutOfMemoryError:
+                    raise self.batch_parts.error(batch, plan) from None
                 clips, tokens = plan.batch_sizes[batch.source], batch.text_tokens
                 frames = min(batch.frames, plan.frames)  # a teacher may have seen more
                 timing.count(clips, frames, self._parts.flops_per_clip(frames, tokens, clips))
-            norm = update(parallel, config.optimizer.gradient_clip_norm)
+            skips = config.training.on_non_finite == "skip"
+            try:
+                norm = update(parallel, config.optimizer.gradient_clip_norm, skip_non_finite=skips)
+            except torch.OutOfMemoryError:
+                raise self.batch_parts.error(batch, plan) from None
         feed.position = batch.spec.after
         self._journal.add(
             StepResult(
@@ -84,6 +99,25 @@ class OptimizerStep:
                 gradient_norm=norm,
                 learning_rate=learning_rate,
                 bad_clips=bad_clips,
+                clip_ids=clip_ids,
             ),
             stage.meter,
         )
+
+    def _pass(self, batch: Batch, plan: StagePlan, timing: StepTime, *, last: bool) -> Tensor:
+        """Forward and backward of one batch, in parts where it does not fit in memory; its share of the step's loss."""
+        total = torch.zeros((), device=self._parallel.device)
+        parts = self.batch_parts.cut(batch, plan)
+        for index, part in enumerate(parts):
+            total += forward_backward(
+                self._parallel,
+                student_video(part.video, plan.source_frames[part.source]),
+                part.text,
+                self._parts.task,
+                accumulation=plan.accumulation * len(batch.clip_ids) / len(part.clip_ids),
+                last=last and index == len(parts) - 1,
+                teachers=self._parts.teachers,
+                batch=part,
+                timing=timing,
+            )
+        return total

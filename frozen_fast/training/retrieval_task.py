@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.data import Source
 from frozen_fast.evaluation.metric_table import directions
 from frozen_fast.losses import RetrievalLoss, build_loss, gathered_loss
+from frozen_fast.losses.gathered import anchors_loss
 from frozen_fast.models.retrieval_model import Features, RetrievalModel
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.training.evaluate import Evaluation, evaluate_with
@@ -48,6 +50,23 @@ class RetrievalTask(Task):
             local=settings.local,
             chunk_rows=settings.chunk_rows,
         )
+
+    def rehearsal_loss(
+        self, model: RetrievalModel, text: Features, video: Features, parameters: Features, world_size: int
+    ) -> Tensor:
+        """The other ranks' features are copies of this rank's."""
+        settings = self.config.loss
+        all_text, all_video = (
+            {name: side.float().repeat(world_size, *[1] * (side.ndim - 1)) for name, side in sides.items()}
+            for sides in (text, video)
+        )
+        clips = len(next(iter(video.values())))
+        count = clips if settings.local else clips * world_size
+        chunk = settings.chunk_rows or count
+        with torch.autocast(next(iter(video.values())).device.type, enabled=False):
+            return anchors_loss(
+                model.pair_similarities, self.retrieval_loss, all_text, all_video, 0, count, chunk, parameters
+            )
 
     def directions(self) -> dict[str, bool]:
         """The numbers of evaluation.metrics, and the validation loss."""

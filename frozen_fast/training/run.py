@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,14 @@ from frozen_fast.config import (
     to_plain,
 )
 from frozen_fast.errors import UserError
-from frozen_fast.models.pretrained import checkpoints_below
 from frozen_fast.optimizers import build_optimizer, divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
 from frozen_fast.profiling.energy import energy_meter
 from frozen_fast.profiling.peak import device_peak, measure_peak
 from frozen_fast.records import environment
-from frozen_fast.records.checkpoint import RunState, read_state, read_tensors, verify
-from frozen_fast.records.checkpoint_folder import (
-    Survey,
-    remove_leftovers,
-    set_aside,
-    set_aside_before,
-    survey,
-)
+from frozen_fast.records.checkpoint import RunState, read_state, read_tensors, write_state
+from frozen_fast.records.checkpoint_folder import Survey, remove_leftovers, set_aside, survey
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.records.run_lock import RunLock
 from frozen_fast.records.same_run import check_same_run
@@ -43,8 +36,11 @@ from frozen_fast.records.tracking import Trackers
 from frozen_fast.report.gallery import GalleryPage, write_gallery
 from frozen_fast.report.write_report import write_report
 from frozen_fast.training import compiling
+from frozen_fast.training.batch_parts import DeviceMemoryError
+from frozen_fast.training.determinism import deterministic_operators
 from frozen_fast.training.engine import Engine
 from frozen_fast.training.journal import Journal
+from frozen_fast.training.non_finite import NonFiniteSteps, NotFiniteError
 from frozen_fast.training.parts import (
     build_model,
     build_training_loader,
@@ -57,6 +53,7 @@ from frozen_fast.training.parts import (
     read_evaluation_sources,
     read_training_sources,
 )
+from frozen_fast.training.resume_choice import find_checkpoint
 from frozen_fast.training.run_parts import RunParts
 from frozen_fast.training.signals import StopRequest
 from frozen_fast.training.task import build_task
@@ -92,12 +89,13 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
     run = _Run(config, parallel)
     failed, at_once = True, False
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, deterministic_operators(config.training.deterministic):
             code = run.train(resume, stop)
         failed = False
         return code
     except BaseException as error:
-        failed = not (parallel.failure_is_shared or isinstance(error, UserError))
+        own = not isinstance(error, UserError) or isinstance(error, DeviceMemoryError)
+        failed = own and not parallel.failure_is_shared
         at_once = isinstance(error, KeyboardInterrupt)
         run.note_failure(error)
         raise
@@ -170,6 +168,21 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
         parallel.close(failed=failed)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where training starts.
+
+    Attributes:
+        checkpoint: what is loaded; None: the first step.
+        state: the checkpoint's.
+        closed_stages: stages that are evaluated and in stages.json.
+    """
+
+    checkpoint: Path | None
+    state: RunState | None
+    closed_stages: int
+
+
 class _Run:
     """One run from its folder to its report."""
 
@@ -181,28 +194,50 @@ class _Run:
         self._engine: Engine | None = None
         self._watchdog = Watchdog(config.watchdog, folder=self._folder.hangs, rank=parallel.rank, note=self._note_hang)
         self._journal: Journal | None = None
-        self._trackers = Trackers()
+        self._trackers: Trackers | None = None
+        self._origin: Path | None = None
+        self._roll_backs = 0
 
     def train(self, resume: str, stop: StopRequest) -> int:
         """Prepare, run, report; returns the exit code."""
-        config, parallel, folder = self._config, self._parallel, self._folder
-        log.info("precision %s: %s", parallel.precision, parallel.precision_reason)
-        checkpoint, state, closed = self._prepare_folder(resume)
-        ranks = parallel.gather_objects((socket.gethostname(), os.getpid()))
-        with parallel.together(), folder.must_be_writable():
+        log.info("precision %s: %s", self._parallel.precision, self._parallel.precision_reason)
+        start = self._cut_folder_back(self._take_folder(resume))
+        self._origin = start.checkpoint
+        ranks = self._parallel.gather_objects((socket.gethostname(), os.getpid()))
+        with self._parallel.together(), self._folder.must_be_writable():
             self._watchdog.start(ranks)
+        while True:
+            try:
+                complete = self._train_from(start, stop)
+                break
+            except NotFiniteError as error:
+                if self._config.training.on_non_finite != "roll_back":
+                    raise
+                if self._roll_backs >= self._config.training.max_roll_backs:
+                    often = f"rolled back {self._roll_backs} times already (training.max_roll_backs)"
+                    raise NotFiniteError(f"{error}; {often}") from error
+                why = str(error)
+            start = self._roll_back(why)  # outside of the handler: the error's frames hold the model
+        self._finish(complete)
+        return EXIT_DONE if complete else EXIT_STOPPED
+
+    def _train_from(self, start: _Start, stop: StopRequest) -> bool:
+        """Build the parts and run the stages; False when told to stop."""
+        config, parallel, folder = self._config, self._parallel, self._folder
         with self._watchdog.phase("start"):
-            parts = self._build(checkpoint, state)
+            parts = self._build(start.checkpoint, start.state)
         self._watchdog.loader_state = parts.loader.state
-        with parallel.together():
-            if parallel.is_main:
-                self._trackers = Trackers.start(
-                    config.tracking,
-                    name=config.name,
-                    config=config,
-                    folder=folder.path,
-                    step=None if state is None else state.step,
-                )
+        if self._trackers is None:
+            self._trackers = Trackers()
+            with parallel.together():
+                if parallel.is_main:
+                    self._trackers = Trackers.start(
+                        config.tracking,
+                        name=config.name,
+                        config=config,
+                        folder=folder.path,
+                        step=None if start.state is None else start.state.step,
+                    )
         self._journal = Journal(
             folder,
             parallel,
@@ -210,12 +245,38 @@ class _Run:
             total_steps=parts.total_steps,
             num_stages=len(parts.plans),
             log_every_steps=config.training.log_every_steps,
-            advice=divergence_advice(config.optimizer),
+            non_finite=NonFiniteSteps(config.training, folder, parallel, divergence_advice(config.optimizer)),
         )
-        self._engine = Engine(config, parallel, folder, parts, self._journal, stop, state)
-        complete = self._engine.run(state, closed_stages=closed)
-        self._finish(complete)
-        return EXIT_DONE if complete else EXIT_STOPPED
+        self._engine = Engine(config, parallel, folder, parts, self._journal, stop, start.state)
+        return self._engine.run(start.state, closed_stages=start.closed_stages)
+
+    def _roll_back(self, why: str) -> _Start:
+        """Go back to the last checkpoint, or to the first step where there is none; every rank calls it.
+
+        Args:
+            why: what was not finite.
+        """
+        parallel, folder = self._parallel, self._folder
+        assert self._engine is not None and self._journal is not None
+        self._engine.keeper.close()
+        self._journal.close()
+        self._engine = self._journal = None
+        self._watchdog.loader_state = lambda: "no loader yet"
+        parallel.release()
+        self._roll_backs += 1
+        found = Survey(None, {})
+        with parallel.together():
+            if parallel.is_main:
+                found = survey(folder.checkpoints)
+                if found.usable is not None:  # so that a resumed run takes the new order too
+                    write_state(found.usable, replace(read_state(found.usable), rollbacks=self._roll_backs))
+                else:
+                    found = Survey(self._origin, found.damaged)
+                to = "the first step" if found.usable is None else found.usable.name
+                message = f"{why}; back to {to}, with another order of the clips"
+                log.warning("roll-back %d: %s", self._roll_backs, message)
+                folder.append_event("roll_back", message)
+        return self._cut_folder_back(found)
 
     def note_failure(self, error: BaseException) -> None:
         """Write the error to status.json, unless another run owns the folder."""
@@ -245,16 +306,13 @@ class _Run:
             self._engine.keeper.close()
         if self._journal is not None:
             self._journal.close()
-        self._trackers.close()
+        if self._trackers is not None:
+            self._trackers.close()
         self._lock.release()
 
-    def _prepare_folder(self, resume: str) -> tuple[Path | None, RunState | None, int]:
-        """Lock the folder, choose the checkpoint and cut the folder back to it.
-
-        Returns:
-            (checkpoint, its state, how many stages are closed: evaluated and in stages.json).
-        """
-        config, parallel, folder = self._config, self._parallel, self._folder
+    def _take_folder(self, resume: str) -> Survey:
+        """Lock the folder and choose the checkpoint; empty but on rank 0."""
+        parallel, folder = self._parallel, self._folder
         found = Survey(None, {})
         with parallel.together():
             if parallel.is_main:
@@ -264,6 +322,11 @@ class _Run:
                 self._lock.acquire()
                 if resume == "auto":
                     found = find_checkpoint(folder, resume)
+        return found
+
+    def _cut_folder_back(self, found: Survey) -> _Start:
+        """Cut the folder back to a checkpoint, rank 0's."""
+        config, parallel, folder = self._config, self._parallel, self._folder
         checkpoint = parallel.gather_objects(found.usable)[0]
         state: RunState | None = None
         closed = 0
@@ -299,7 +362,8 @@ class _Run:
                     parallel.world_size,
                     state.world_size,
                 )
-        return checkpoint, state, parallel.gather_objects(closed)[0]
+            self._roll_backs = max(self._roll_backs, state.rollbacks)
+        return _Start(checkpoint, state, parallel.gather_objects(closed)[0])
 
     def _build(self, checkpoint: Path | None, state: RunState | None) -> RunParts:
         """Read the sources, settle the stages, build model, optimizer and loader."""
@@ -368,6 +432,7 @@ class _Run:
             energy=energy,
             teachers=teachers,
             watchdog=self._watchdog,
+            roll_backs=self._roll_backs,
         )
 
     def _finish(self, complete: bool) -> None:
@@ -411,70 +476,6 @@ class _Run:
 def _without_cache(config: ExperimentConfig) -> ExperimentConfig:
     """The config for evaluations inside a run: its weights change, so that nothing would be found again."""
     return replace(config, evaluation=replace(config.evaluation, embedding_cache=None))
-
-
-def find_checkpoint(folder: RunFolder, resume: str) -> Survey:
-    """The checkpoint to resume from.
-
-    Args:
-        folder: the run's folder.
-        resume: "none", "auto" or a checkpoint's path.
-
-    Returns:
-        The checkpoint (None: begin), and newer ones that are damaged.
-
-    Raises:
-        UserError: there is a run that would be overwritten, no such checkpoint, or none that can be used.
-    """
-    if resume == "none":
-        folder.refuse_to_overwrite()
-        return Survey(None, {})
-    if resume == "auto":
-        found = survey(folder.checkpoints)
-        if found.usable is None:
-            _refuse_to_start_over(folder, found)
-        return found
-    path = Path(resume).resolve() if Path(resume).is_symlink() else Path(resume)  # checkpoints/best
-    if not (path / "state.json").is_file():
-        got = f"got {resume!r}{checkpoints_below(path)}"
-        raise UserError(f"--resume: {got}; allowed: none, auto, or a checkpoint folder of a run (step_...)")
-    verify(path)
-    if path.resolve().parent != folder.checkpoints.resolve():
-        folder.refuse_to_overwrite()
-        return Survey(path, {})
-    found = survey(folder.checkpoints)
-    if found.usable is not None and found.usable.name != path.name:
-        raise UserError(
-            f"--resume: got {resume!r}, but this run has got to {found.usable.name}; allowed: auto, or another "
-            "run_folder"
-        )
-    return found
-
-
-def _refuse_to_start_over(folder: RunFolder, found: Survey) -> None:
-    """Refuse to begin where a run has checkpoints, or had some: beginning would delete its results.
-
-    Raises:
-        UserError: names what is there, and what continues or begins anew.
-    """
-    why = "; ".join(found.damaged.values())
-    if not why and set_aside_before(folder.checkpoints):
-        why = "its checkpoints are damaged: " + ", ".join(path.name for path in set_aside_before(folder.checkpoints))
-    saved = folder.last_status().get("checkpoint")
-    if not why and (saved is not None or _has_stage_rows(folder)):
-        why = f"its checkpoints are gone (the last one was of step {saved})" if saved else "its checkpoints are gone"
-    if why:
-        raise UserError(
-            f"--resume auto: {folder.path} holds a run that cannot be continued: {why}; allowed: another run_folder to "
-            f"start anew, restore the files from a copy to continue, or delete this folder to start again"
-        )
-
-
-def _has_stage_rows(folder: RunFolder) -> bool:
-    try:
-        return bool(folder.stage_rows())
-    except ValueError:  # damaged: a stage has closed, so there was a checkpoint
-        return True
 
 
 def _check_same_clips(saved: dict[str, str], current: dict[str, str]) -> None:

@@ -36,6 +36,7 @@ class RunParts:
         energy: this device's energy meter, where there is one.
         teachers: whose similarities the model follows, where the config names some.
         watchdog: watches the time of each phase.
+        roll_backs: how often the run has gone back to a checkpoint; each time the order of the clips changes.
     """
 
     model: RetrievalModel
@@ -51,6 +52,7 @@ class RunParts:
     energy: EnergyMeter | None = None
     teachers: Teachers | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)
+    roll_backs: int = 0
 
     @property
     def total_steps(self) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from frozen_fast.data import Batch
 from frozen_fast.models.retrieval_model import RetrievalModel, VideoInput
 from frozen_fast.parallel.base import Parallel
+from frozen_fast.profiling.meter import StepTime
 from frozen_fast.training.task import Task
 from frozen_fast.training.teachers import Teachers
 
@@ -20,10 +23,11 @@ def forward_backward(
     text: Mapping[str, Tensor],
     task: Task,
     *,
-    accumulation: int = 1,
+    accumulation: float = 1,
     last: bool = True,
     teachers: Teachers | None = None,
     batch: Batch | None = None,
+    timing: StepTime | None = None,
 ) -> Tensor:
     """One forward and backward pass: features, loss over all ranks' clips, gradients added to the parameters'.
 
@@ -32,16 +36,19 @@ def forward_backward(
         video: this rank's clips.
         text: their captions as tensors.
         task: what is minimised.
-        accumulation: passes of this optimizer step, over which the gradient is averaged.
+        accumulation: the pass counts 1 / accumulation of the step's loss and gradient.
         last: gradients are exchanged between ranks in this pass.
         teachers: whose similarities of `batch` the model follows too; None: no distillation.
         batch: what the teachers read.
+        timing: told how long the features take, before ranks wait for each other.
 
     Returns:
-        This pass's share of the step's loss, equal on all ranks, detached.
+        This pass's share of the step's loss, equal on all ranks, detached. Where it is not finite, no gradient is.
     """
     with parallel.accumulate(last=last):
-        text_features, video_features, parameters = parallel.forward(*task.inputs(video, text))
+        inputs = task.inputs(video, text)
+        with nullcontext() if timing is None else timing.forward():
+            text_features, video_features, parameters = parallel.forward(*inputs)
         model = cast(RetrievalModel, parallel.model)
         to_minimise, value = task.loss(model, text_features, video_features, parameters)
         if teachers is not None:
@@ -50,10 +57,37 @@ def forward_backward(
                 model.pair_similarities, text_features, video_features, teachers.similarity(batch)
             )
             to_minimise, value = to_minimise + distilled, value + distilled_value
-        parallel.backward(to_minimise / accumulation)
+        parallel.backward(to_minimise / (accumulation + (value - value)))  # value - value: 0, or NaN for NaN and inf
     return value / accumulation
 
 
-def update(parallel: Parallel, gradient_clip_norm: float) -> Tensor | None:
-    """Clip the gradients if a largest norm is given, apply them and clear them; returns the norm before clipping."""
-    return parallel.update(gradient_clip_norm)
+def rehearse(parallel: Parallel, video: VideoInput, text: Mapping[str, Tensor], task: Task) -> None:
+    """A pass that needs the memory of forward_backward, on this rank alone, and leaves nothing behind.
+
+    Needs whole weights on every rank.
+
+    Raises:
+        torch.OutOfMemoryError: the pass does not fit.
+    """
+    model = cast(RetrievalModel, parallel.model)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.random.fork_rng([parallel.device] if parallel.device.type == "cuda" else []):
+            with parallel.autocast():
+                text_features, video_features, parameters = model(*task.inputs(video, text))
+            total = task.rehearsal_loss(model, text_features, video_features, parameters, parallel.world_size)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(total, trained, allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():  # running averages
+                buffer.copy_(buffers[name])
+
+
+def update(parallel: Parallel, gradient_clip_norm: float, *, skip_non_finite: bool = False) -> Tensor:
+    """Clip the gradients where a largest norm is given, apply them and clear them; see Parallel.update.
+
+    Returns:
+        The norm before clipping, a scalar on the device.
+    """
+    return parallel.update(gradient_clip_norm, skip_non_finite=skip_non_finite)

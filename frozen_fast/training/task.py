@@ -20,7 +20,13 @@ from frozen_fast.training.signals import StopRequest
 
 
 class Task(ABC):
-    """A training task."""
+    """A training task.
+
+    Attributes:
+        has_negatives: a clip's loss depends on the other clips of its pass.
+    """
+
+    has_negatives = True
 
     @classmethod
     @abstractmethod
@@ -56,6 +62,12 @@ class Task(ABC):
             (loss to backpropagate on this rank, whose gradient averaged over ranks is that of one process with the
             whole batch; the value of the whole batch's loss, detached and equal on all ranks).
         """
+
+    @abstractmethod
+    def rehearsal_loss(
+        self, model: RetrievalModel, text: Features, video: Features, parameters: Features, world_size: int
+    ) -> Tensor:
+        """A loss of this rank's features alone, without communication, that needs the memory of loss()."""
 
     @abstractmethod
     def directions(self) -> dict[str, bool]:

@@ -70,7 +70,8 @@ def test_every_step_stands_once_with_what_it_was(finished: Path) -> None:
     assert [row["clips"] for row in rows] == [8, 12] * 3 + [4, 12] * 2
     assert rows[0]["learning_rate"] == pytest.approx(5e-4) and rows[1]["learning_rate"] == pytest.approx(1e-3)
     assert rows[6]["learning_rate"] < 0.5 * rows[5]["learning_rate"]
-    assert all(row["gradient_norm"] is None for row in rows)
+    assert all(row["gradient_norm"] > 0 for row in rows), "without clipping too"
+    assert not any(row["skipped"] for row in rows)
     assert all(0 <= row["stall_seconds"] <= row["seconds"] for row in rows)
     assert [row["warmup"] for row in rows] == [True] + [False] * 5 + [True] + [False] * 3
     assert set(rows[0]) == {
@@ -87,6 +88,7 @@ def test_every_step_stands_once_with_what_it_was(finished: Path) -> None:
         "warmup",
         "time",
         "bad_clips",
+        "skipped",
     }
 
 

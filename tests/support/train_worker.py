@@ -2,7 +2,8 @@
 
 Run as `torchrun ... train_worker.py JOBS.json`; every rank writes JOBS.json.rankN with one outcome per job:
 {"code", "error", "message", "seconds"}. A job is {"kind": "train" | "evaluate", "config": mapping, "resume",
-"checkpoint", "output", "port": a free one, "fail_on_rank": rank that raises a defect at its second batch}.
+"checkpoint", "output", "port": a free one, "fail_on_rank": rank that raises a defect at its second batch, "fault": as
+for support.faults}.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pytest
 from frozen_fast.config import config_from_mapping
 from frozen_fast.data.load.training_loader import ClipReader
 from frozen_fast.training.run import evaluate_checkpoint, train
+from support.faults import inject
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +60,8 @@ def main() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if job.get("fail_on_rank") == rank:
                 break_the_second_batch(patch)
+            if "fault" in job:
+                inject(patch, job["fault"])
             outcomes.append(run(job))
     Path(f"{jobs}.rank{rank}").write_text(json.dumps(outcomes), encoding="utf-8")
 

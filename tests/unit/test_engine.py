@@ -35,7 +35,8 @@ from frozen_fast.training import journal as journal_module
 from frozen_fast.training import signals
 from frozen_fast.training.checkpoint_keeper import selection_value
 from frozen_fast.training.evaluate import evaluate_source, validation_loss
-from frozen_fast.training.journal import Journal, NotFiniteError, StepResult
+from frozen_fast.training.journal import Journal, StepResult
+from frozen_fast.training.non_finite import NonFiniteSteps, NotFiniteError
 from frozen_fast.training.stages import expand_frames, warm_up_steps
 
 
@@ -226,28 +227,35 @@ def test_weights_that_overflow_a_norm_are_still_finite(parallel: Parallel) -> No
 # The journal
 
 
-def journal(folder: RunFolder, parallel: Parallel, log_every_steps: int = 10) -> Journal:
+def journal(folder: RunFolder, parallel: Parallel, log_every_steps: int = 10, **training: Any) -> Journal:
     folder.create()
+    policy = config_from_mapping({"training": training}).training
     return Journal(
-        folder, parallel, Trackers(), total_steps=9, num_stages=2, log_every_steps=log_every_steps, advice="lower it"
+        folder,
+        parallel,
+        Trackers(),
+        total_steps=9,
+        num_stages=2,
+        log_every_steps=log_every_steps,
+        non_finite=NonFiniteSteps(policy, folder, parallel, "lower it"),
     )
 
 
-def record(made: Journal, meter: StageMeter, step: int, loss: float, norm: float | None = None) -> None:
+def record(made: Journal, meter: StageMeter, step: int, loss: float, norm: float = 0.5) -> None:
     with meter.step(warmup=step == 1) as timing:
         with timing.stall():
             pass
         timing.count(4, 2, None)
-    norms = None if norm is None else torch.tensor(norm)
     result = StepResult(
         step=step,
         stage=0,
         frames=2,
         source="a",
         loss=torch.tensor(loss),
-        gradient_norm=norms,
+        gradient_norm=torch.tensor(norm),
         learning_rate=1e-3,
         bad_clips=1,
+        clip_ids=[f"clip {step}"],
     )
     made.add(result, meter)
 
@@ -258,19 +266,19 @@ def test_on_a_cpu_a_row_is_there_when_its_step_is_over(parallel: Parallel, tmp_p
     record(made, meter, 1, 2.5)
     record(made, meter, 2, 2.25, norm=3.0)
     first, second = read_json_lines(folder.steps)
-    assert (first["loss"], first["gradient_norm"], first["warmup"], first["clips"]) == (2.5, None, True, 4)
+    assert (first["loss"], first["gradient_norm"], first["warmup"], first["clips"]) == (2.5, 0.5, True, 4)
     assert (second["loss"], second["gradient_norm"], second["warmup"], second["bad_clips"]) == (2.25, 3.0, False, 1)
 
 
 @pytest.mark.parametrize(
     ("loss", "norm", "message"),
     [
-        (float("nan"), None, r"^loss: got nan at step 3 \(stage 0, 2 frames, source a\); .*; lower it$"),
+        (float("nan"), 1.0, r"^loss: got nan at step 3 \(stage 0, 2 frames, source a\); .*; lower it$"),
         (1.0, float("inf"), "^gradient norm: got inf at step 3 "),
     ],
 )
 def test_a_step_that_is_not_finite_ends_the_record_before_it(
-    parallel: Parallel, tmp_path: Path, loss: float, norm: float | None, message: str
+    parallel: Parallel, tmp_path: Path, loss: float, norm: float, message: str
 ) -> None:
     folder = RunFolder(tmp_path)
     made, meter = journal(folder, parallel), StageMeter(stage=0, frames=2, batch_sizes={"a": 4})
@@ -280,6 +288,26 @@ def test_a_step_that_is_not_finite_ends_the_record_before_it(
         record(made, meter, 3, loss, norm)
     assert [row["step"] for row in read_json_lines(folder.steps)] == [1, 2]
     assert all(json.loads(line) for line in folder.steps.read_text(encoding="utf-8").splitlines())
+    (row,) = read_json_lines(folder.non_finite)
+    assert (row["step"], row["stage"], row["source"], row["action"]) == (3, 0, "a", "stop")
+    assert (row["loss"], row["gradient_norm"], row["clip_ids"]) == (repr(loss), repr(norm), ["clip 3"])
+
+
+def test_skipped_steps_are_recorded_until_there_are_too_many_in_a_row(parallel: Parallel, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    made = journal(folder, parallel, on_non_finite="skip", max_skips=2)
+    meter = StageMeter(stage=0, frames=2, batch_sizes={"a": 4})
+    nan = float("nan")
+    for step, loss in enumerate((1.0, nan, nan, 1.0, nan, nan), start=1):
+        record(made, meter, step, loss, nan if loss != loss else 2.0)
+    rows = read_json_lines(folder.steps)
+    assert [row["skipped"] for row in rows] == [False, True, True, False, True, True]
+    assert [(row["loss"], row["gradient_norm"]) for row in rows[:2]] == [(1.0, 2.0), (None, None)]
+    with pytest.raises(
+        NotFiniteError, match=r"^loss: got nan at step 7 .*, after 2 skipped steps in a row .training.max"
+    ):
+        record(made, meter, 7, nan)
+    assert [row["step"] for row in read_json_lines(folder.non_finite)] == [2, 3, 5, 6, 7]
 
 
 def test_on_a_device_with_a_queue_rows_wait_for_their_window(parallel: Parallel, tmp_path: Path) -> None:

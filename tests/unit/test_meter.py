@@ -268,3 +268,30 @@ def test_peak_memory_of_a_cpu_sees_a_large_tensor() -> None:
     before = peak_memory_bytes(cpu)
     tensor = torch.ones(64 << 20, dtype=torch.uint8)
     assert peak_memory_bytes(cpu) >= before + (tensor.nbytes // 2 if resettable else 0)
+
+
+def test_a_ranks_own_times_leave_out_warm_up_and_waits_for_others() -> None:
+    clock = Clock()
+    meter = build(clock)
+    for warmup in (True, False, False):
+        with meter.step(warmup=warmup) as step:
+            with step.stall():
+                with step.reading():
+                    clock.pass_seconds(0.5)
+                clock.pass_seconds(2.0)  # the other ranks' loaders
+            with step.forward():
+                clock.pass_seconds(0.25)
+            clock.pass_seconds(4.0)  # their passes
+    assert meter.rank_row() == {"steps": 2, "reading_seconds": 1.0, "forward_seconds": 0.5}
+
+
+def test_forward_passes_are_timed_on_the_devices_time_line() -> None:
+    clock = Clock()
+    device = QueueDevice(clock)
+    meter = build(clock, timer=device)
+    with meter.step() as step:
+        for _ in range(2):
+            with step.forward():
+                device.launch(0.75)
+            device.launch(3.0)
+    assert meter.rank_row()["forward_seconds"] == pytest.approx(1.5)

@@ -60,6 +60,7 @@ def test_halving_keeps_the_fastest_and_never_a_failure(scores: dict[str, float |
         (0, "", {}, "ok"),
         (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", {}, "out_of_memory"),
         (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", {}, "out_of_memory"),
+        (2, "error: out of memory at step 1 (stage 0, 4 frames, source videos): got 24 clips", {}, "out_of_memory"),
         (-9, "", {}, "out_of_memory"),
         (-15, "", {"timed_out": True}, "timeout"),
         (-15, "", {"over_memory": True}, "out_of_memory"),

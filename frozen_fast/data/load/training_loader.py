@@ -92,6 +92,22 @@ class Batch:
         values = [self.video, self.text]
         return [one for value in values for one in (value.values() if isinstance(value, dict) else [value])]
 
+    def parts(self, number: int) -> list[Batch]:
+        """Itself cut along B into batches whose sizes differ by at most one; no more than one for each clip."""
+        bounds = [len(self.clip_ids) * index // number for index in range(number + 1)]
+        slices = [slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False) if last > first]
+        return [
+            replace(
+                self,
+                video=mapped(lambda tensor: tensor[rows], self.video),  # noqa: B023  called at once
+                text=mapped(lambda tensor: tensor[rows], self.text),  # noqa: B023
+                captions=self.captions[rows],
+                clip_ids=self.clip_ids[rows],
+                caption_indices=self.caption_indices[rows],
+            )
+            for rows in slices
+        ]
+
     @property
     def text_tokens(self) -> int:
         """L, tokens of the longest caption."""

@@ -112,6 +112,7 @@ def divided_attention(
         cls_only: compute the CLS row alone.
         deterministic: gradients must not depend on the order of atomic additions. cpu_c and triton
             never use any, on a CPU nothing does; on CUDA `auto` takes triton then, and sdpa and xformers are refused.
+            True also where torch.use_deterministic_algorithms is on.
 
     Returns:
         [B, S, E] in qkv's dtype, E = N*D; [B, 1, E] with cls_only.
@@ -120,7 +121,7 @@ def divided_attention(
         ValueError: for shapes that do not fit, or a backend that is unknown or cannot run here (with the reason).
     """
     layout = read_layout(qkv_BS3ND, num_frames, axis)
-    if deterministic and qkv_BS3ND.is_cuda:
+    if qkv_BS3ND.is_cuda and (deterministic or torch.are_deterministic_algorithms_enabled()):
         backend = _deterministic_backend(backend)
     if cls_only and backend == "auto":
         chosen = load_backend("sdpa", qkv_BS3ND.device, qkv_BS3ND.dtype)

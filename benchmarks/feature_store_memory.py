@@ -1,6 +1,7 @@
 """Memory of converting and reading a synthetic feature store of 50,000 videos.
 
     python benchmarks/feature_store_memory.py [--videos 50000] [--width 1024] [--batches 300] [--folder FOLDER]
+        [--output benchmarks/results/feature_store_memory.json]
 
 Writes a released pickle of one expert and one of token features, converts them, and reads training batches of 64
 videos. Printed: sizes on disk, and the process's own memory (RssAnon of /proc/self/status, which leaves out pages of
@@ -13,11 +14,16 @@ import argparse
 import json
 import pickle
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import write_result
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data.features.convert_features import convert_features
 from frozen_fast.data.load.feature_loader import ExpertFormat, FeatureFormat, FeatureTrainingLoader
@@ -66,7 +72,8 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batches", type=int, default=300)
-    parser.add_argument("--folder")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         root, store = Path(name) / "released", Path(name) / "store"
@@ -92,6 +99,8 @@ def main() -> None:
         result["released_mebibytes"] = sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) / 2**20
         result["store_mebibytes"] = sum(path.stat().st_size for path in store.rglob("*") if path.is_file()) / 2**20
         print(json.dumps(result, indent=2))
+    if options.output:
+        write_result(options.output, torch.device("cpu"), vars(options), result)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from frozen_fast.common.files import read_json_lines
 from frozen_fast.config import ExperimentConfig, config_from_mapping, dump_yaml
 from frozen_fast.records.checkpoint import read_tensors
 from frozen_fast.training.run import train
-from support.runs import REPOSITORY, environment, losses, make_data, read_json, tiny_mapping
+from support.runs import REPOSITORY, environment, launch, losses, make_data, read_json, tiny_mapping
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -84,18 +84,6 @@ def mapping(data: dict[str, Path], folder: Path, **sections: Any) -> dict[str, A
 
 def experiment(data: dict[str, Path], folder: Path, **sections: Any) -> ExperimentConfig:
     return config_from_mapping(mapping(data, folder, **sections))
-
-
-def launch(accelerate: str, script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run accelerate launch with a shipped file, from the repository's root."""
-    own = {
-        name: value
-        for name, value in environment(**variables).items()
-        if name in variables or not name.startswith(("ACCELERATE_", "FSDP_", "DS_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    }
-    file = REPOSITORY / "configs" / "accelerate" / f"{accelerate}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), str(script), *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=own, capture_output=True, text=True, timeout=300, check=False)
 
 
 def write_config(config: ExperimentConfig, path: Path) -> str:

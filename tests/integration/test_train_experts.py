@@ -19,7 +19,7 @@ from frozen_fast.data.features.convert_features import convert_features
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training.run import evaluate_checkpoint, train
 from support.expert_features import planted_features, write_released_layout
-from support.runs import REPOSITORY, environment, free_ports, losses, read_json, torchrun
+from support.runs import REPOSITORY, environment, free_ports, launch, losses, read_json, torchrun
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -96,6 +96,10 @@ def test_a_planted_correspondence_is_learned(kind: str, store: Path, tmp_path: P
     assert again == rows[0]["metrics"]
     assert (tmp_path / "run" / "report.html").is_file()
     assert "mixture weights" in (tmp_path / "run" / "gallery_val.html").read_text(encoding="utf-8")
+    assert '<a href="gallery_val.html">' in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    beside = evaluate_checkpoint(config, str(best), str(tmp_path / "evaluation" / "numbers.json"))
+    assert beside["galleries"] == [str(tmp_path / "evaluation" / "gallery_val.html")]
+    assert "mixture weights" in Path(beside["galleries"][0]).read_text(encoding="utf-8")
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -132,6 +136,29 @@ def test_two_processes_equal_one(store: Path, tmp_path: Path) -> None:
         assert (weights(two, 8)[name] - value).abs().max() < 1e-3, name
     metrics = [read_json(folder / "metrics.json")["evaluations"][0]["metrics"] for folder in (one, two)]
     assert metrics[0] == pytest.approx(metrics[1], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("strategy", ["cpu_2_zero2", "cpu_2_fsdp2"])
+def test_sharded_training_equals_one_process(strategy: str, precision: str, store: Path, tmp_path: Path) -> None:
+    """Batch norm over all ranks, Ranger's slow weights and the mixture under sharding; seven steps hold a slow one."""
+    if "zero" in strategy:
+        pytest.importorskip("deepspeed")
+    sections = {
+        "curriculum": {"stages": [{"global_batch_size": 30, "steps": 7}], "budget_epochs": None},
+        "training": {"device": "cpu", "precision": precision},
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(config_from_mapping(experiment(store, one, **sections))) == 0
+    config = tmp_path / "two.yaml"
+    config.write_text(dump_yaml(config_from_mapping(experiment(store, two, **sections))), encoding="utf-8")
+    done = launch(strategy, REPOSITORY / "train.py", "--config", str(config))
+    assert done.returncode == 0, done.stderr[-3000:]
+    loss_tolerance, weight_tolerance = (1e-4, 1e-3) if precision == "fp32" else (0.03, 0.05)
+    assert losses(two) == pytest.approx(losses(one), rel=loss_tolerance)
+    found = weights(two, 7)
+    for name, value in weights(one, 7).items():
+        assert (found[name] - value).abs().max() < weight_tolerance, name
 
 
 def test_seeds_are_run_one_after_the_other_and_averaged(store: Path, tmp_path: Path, capfd) -> None:

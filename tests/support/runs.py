@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,3 +138,15 @@ def torchrun(*arguments: str, processes: int = 2) -> list[str]:
     """A torchrun command line of this interpreter."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*launcher, *arguments]
+
+
+def launch(accelerate: str, script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run accelerate launch with a shipped file, from the repository's root."""
+    own = {
+        name: value
+        for name, value in environment(**variables).items()
+        if name in variables or not name.startswith(("ACCELERATE_", "FSDP_", "DS_", "RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    }
+    file = REPOSITORY / "configs" / "accelerate" / f"{accelerate}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), str(script), *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=own, capture_output=True, text=True, timeout=300, check=False)

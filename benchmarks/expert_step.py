@@ -176,7 +176,9 @@ class PlainReader:
                 video: arrays["vectors"][ends[row] : ends[row + 1]] if arrays["available"][row] else float("nan")
                 for row, video in enumerate(self.videos)
             }
-        self.text = {video: list(map(np.array, store.caption_tokens("openai", video))) for video in self.videos}
+        self.text = {
+            video: list(map(np.array, store.caption_tokens(self.section.text, video))) for video in self.videos
+        }
 
     def batch(self, chosen: list[int], rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Caption tokens and expert features of some videos."""
@@ -223,7 +225,7 @@ def write_synthetic_store(folder: Path, config: ExperimentConfig, videos: int) -
         experts.append(write_expert(folder, expert.name, kind, expert.width, lengths, lambda b=blocks: iter(b)))
     words = [[int(rng.integers(6, section.max_text_tokens + 1)) for _ in range(CAPTIONS)] for _ in range(videos)]
     tokens = [rng.standard_normal((one, section.text_width), dtype=np.float32) for own in words for one in own]
-    texts = [write_text(folder, "openai", section.text_width, words, lambda: iter(tokens))]
+    texts = [write_text(folder, section.text, section.text_width, words, lambda: iter(tokens))]
     write_store(folder, {f"video{n}": ["a caption"] * CAPTIONS for n in range(videos)}, experts, texts, [])
 
 
@@ -298,6 +300,7 @@ def main() -> None:
     """Time both forms and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4, help="of six steps, after one that is not counted")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="an experiment of collaborative_experts")
     parser.add_argument("--videos", type=int, default=512, help="of the synthetic store")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of frozen_fast's form")
@@ -318,7 +321,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build both forms on one store, check that they agree, and time them."""
     path = json.dumps(str(folder))
     config = load_config(
-        CONFIG,
+        options.config,
         [f"data.sources[0].path={path}", "data.sources[0].split=''", f"training.precision={options.precision}"],
     )
     write_synthetic_store(folder, config, options.videos)

@@ -20,6 +20,7 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import ROOT, write_result
 from frozen_fast.config import ExperimentConfig, load_config
 from frozen_fast.config.schema import SourceConfig
 from frozen_fast.data import Batch
@@ -42,11 +46,10 @@ from frozen_fast.models.experts.expert_model import CollaborativeExperts
 from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
-from frozen_fast.records.environment import device_description
 from frozen_fast.training.parts import build_training_loader
 from frozen_fast.training.step import forward_backward, update
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "experts" / "msrvtt_full_ce.yaml"
+CONFIG = ROOT / "configs" / "experts" / "msrvtt_full_ce.yaml"
 TRAINING_VIDEOS = 6513
 CAPTIONS = 2
 ROUND = 6
@@ -309,15 +312,13 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(options, Path(folder))
-    text = json.dumps(result, indent=2)
-    print(text)
+        device, result = measure(options, Path(folder))
+    print(json.dumps(result, indent=2))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n", encoding="utf-8")
+        write_result(options.output, device, vars(options), result)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(options: argparse.Namespace, folder: Path) -> tuple[torch.device, dict[str, Any]]:
     """Build both forms on one store, check that they agree, and time them."""
     path = json.dumps(str(folder))
     config = load_config(
@@ -364,9 +365,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     loader.close()
     parallel.close()
     result: dict[str, Any] = {
-        "device": device_description(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "precision": {"plain": "fp32", "frozen_fast": parallel.precision},
         "batch_size": size,
         "steps": ROUND * options.rounds,
@@ -374,7 +372,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         **{name: summary(steps, size) for name, steps in seconds.items()},
     }
     result["ratio"] = result["plain"]["mean_step_seconds"] / result["frozen_fast"]["mean_step_seconds"]
-    return result
+    return device, result
 
 
 if __name__ == "__main__":

@@ -124,6 +124,48 @@ def _counted(words: Iterable[str]) -> str:
     return ", ".join(f"{word} {count}" for word, count in sorted(Counter(words).items()))
 
 
+def feature_memory_text(result: dict[str, Any]) -> str:
+    """benchmarks/feature_store_memory.py's result."""
+    own = result["own_mebibytes"]
+    return (
+        f"A released set of {result['videos']:,} videos, {result['released_mebibytes']:.0f} MiB: converting it takes "
+        f"{own['converted'] - own['before']:.0f} MiB of the process's own memory, and reading training batches of the "
+        f"store of {result['store_mebibytes']:.0f} MiB {own['read'] - own['converted']:.0f} MiB more."
+    )
+
+
+def expert_step_text(result: dict[str, Any]) -> str:
+    """benchmarks/expert_step.py's result."""
+    lines = [
+        "| form | precision | data | forward, backward | optimizer | step (p20-p80) | epoch, seconds |",
+        "|" + 7 * "---|",
+    ]
+    for name in ("plain", "frozen_fast"):
+        own = result[name]
+        data, compute, optimizer, step = (own[f"{part}_seconds"] for part in ("data", "compute", "optimizer", "step"))
+        lines.append(
+            f"| {name} | {result['precision'][name]} | {data['median']:.3f} | {compute['median']:.3f} | "
+            f"{optimizer['median']:.3f} | {step['median']:.3f} ({step['p20']:.3f}-{step['p80']:.3f}) | "
+            f"{own['epoch_seconds']:.0f} |"
+        )
+    return f"Batch {result['batch_size']}; the plain step takes {result['ratio']:.2f} x the time.\n\n" + "\n".join(
+        lines
+    )
+
+
+def student_text(result: dict[str, Any]) -> str:
+    """benchmarks/student.py's result."""
+    metrics = list(result["rows"][0]["metrics"])
+    lines = [f"| model | frames | seeds | hours | {' | '.join(metrics)} |", "|" + (4 + len(metrics)) * "---|"]
+    for row in result["rows"]:
+        cells = " | ".join(f"{row['metrics'][name][0]:.1f} ({row['metrics'][name][1]:.1f})" for name in metrics)
+        lines.append(f"| {row['kind']} | {row['frames']} | {row['seeds']} | {row['hours'][0]:.4f} | {cells} |")
+    machine = result["machine"]
+    busy = machine["load_average"] > machine["cores"] + 1
+    note = " Other work shared the machine, so the hours cannot be compared." if busy else ""
+    return f"Means over seeds, with the sample's standard deviation.{note}\n\n" + "\n".join(lines)
+
+
 def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     """What writes a result's table; None for a file that has no table here."""
     if "row_stages" in result:
@@ -136,6 +178,10 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
         return lambda trained: curriculum_table(trained["rows"], trained["runs"], trained["unit"]).strip()
     if "runs" in result:
         return kill_text
+    if "own_mebibytes" in result:
+        return feature_memory_text
+    if "frozen_fast" in result and "plain" in result:
+        return expert_step_text
     if "projections" in result:
         return lambda projected: traffic_table(projected["projections"])
     rows = result.get("rows") or [{}]
@@ -143,6 +189,8 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
         return None
     if "clips_per_cpu_second" in rows[0]:
         return input_forms_text
+    if "kind" in rows[0] and "hours" in rows[0]:
+        return student_text
     if "axis" in rows[0]:
         return attention_text
     return model_step_text if "contender" in rows[0] else None

@@ -41,12 +41,12 @@ from frozen_fast.data import Batch
 from frozen_fast.data.features.feature_store import FeatureStore, write_expert, write_store, write_text
 from frozen_fast.data.plan.samplers import DataPosition, plan_steps
 from frozen_fast.data.sources import read_source
-from frozen_fast.losses import build_loss
 from frozen_fast.models.experts.expert_model import CollaborativeExperts
 from frozen_fast.optimizers import build_optimizer
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
 from frozen_fast.training.parts import build_training_loader
+from frozen_fast.training.retrieval_task import RetrievalTask
 from frozen_fast.training.step import forward_backward, update
 
 CONFIG = ROOT / "configs" / "experts" / "msrvtt_full_ce.yaml"
@@ -257,13 +257,13 @@ def plain_step(model: nn.Module, reader: PlainReader, config: ExperimentConfig, 
 
 def own_step(parallel: Parallel, batches: Iterator[Batch], config: ExperimentConfig) -> Step:
     """The form of frozen-fast train."""
-    loss = build_loss(config.loss)
+    task = RetrievalTask.from_config(config)
 
     def step() -> dict[str, float]:
         times = [time.perf_counter()]
         batch = next(batches)
         times.append(now(parallel.device))
-        forward_backward(parallel, batch.video, batch.text, loss, config.loss)
+        forward_backward(parallel, batch.video, batch.text, task)
         times.append(now(parallel.device))
         update(parallel, config.optimizer.gradient_clip_norm)
         times.append(now(parallel.device))

@@ -49,11 +49,12 @@ class BatchNorm(nn.Module):
         mean, var = self.running_mean[part], self.running_var[part]
         if not self.training or _world_size() == 1:
             return F.batch_norm(x_BC, mean, var, weight, bias, self.training, MOMENTUM, EPS)
-        batch_mean, batch_var, rows = _statistics_of_all_ranks(x_BC)
+        x_fp32 = x_BC.float()  # autocast may have made them bf16
+        batch_mean, batch_var, rows = _statistics_of_all_ranks(x_fp32)
         with torch.no_grad():
             mean.lerp_(batch_mean, MOMENTUM)
             var.lerp_(batch_var * (rows / (rows - 1)), MOMENTUM)
-        return (x_BC - batch_mean) * (batch_var + EPS).rsqrt() * weight + bias
+        return ((x_fp32 - batch_mean) * (batch_var + EPS).rsqrt() * weight + bias).to(x_BC.dtype)
 
     def grouped(self, x_BGC: Tensor) -> Tensor:
         """Normalise G groups, each by its own statistics in training, with the same weights.
@@ -76,10 +77,11 @@ class BatchNorm(nn.Module):
         if _world_size() == 1:
             out = F.batch_norm(flat, None, None, weight, bias, True, 0.0, EPS)
             with torch.no_grad():
-                var, mean = torch.var_mean(flat, dim=0)
+                var, mean = torch.var_mean(flat.float(), dim=0)
         else:
-            mean, biased, rows = _statistics_of_all_ranks(flat)
-            out = (flat - mean) * (biased + EPS).rsqrt() * weight + bias
+            fp32 = flat.float()
+            mean, biased, rows = _statistics_of_all_ranks(fp32)
+            out = ((fp32 - mean) * (biased + EPS).rsqrt() * weight + bias).to(x_BGC.dtype)
             var = biased * (rows / (rows - 1))
         self._note(mean.detach().view(groups, -1), var.detach().view(groups, -1))
         return out.view_as(x_BGC)

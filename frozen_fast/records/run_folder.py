@@ -161,7 +161,7 @@ class RunFolder:
         """Write config.yaml.
 
         Raises:
-            OSError: the disk refuses it.
+            OSError: the file cannot be written.
         """
         write_atomically(self.config, hide_secrets(text))
 

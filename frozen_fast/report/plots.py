@@ -149,7 +149,7 @@ def retrieval_plot(run: RunData) -> str | None:
 def matrix_plot(shares: np.ndarray, names: Sequence[str]) -> str:
     """Shares from 0 to 1 of rows that fall on columns, [len(names), len(names)], as shaded cells.
 
-    Names stand beside the cells where they can be read: up to MAX_NAMES of them.
+    The cells are labelled with up to MAX_NAMES names.
     """
 
     def draw(axes: Axes) -> None:

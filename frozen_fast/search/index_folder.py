@@ -227,7 +227,7 @@ class IndexFolder:
             self.update()
 
     def update(self, **changes: Any) -> None:
-        """Replace some values of index.json, take up the new state, and delete files that it no longer names."""
+        """Update values of index.json, reload it, and delete files that it no longer names."""
         self._write(replace(self.info, **changes, generation=self.info.generation + 1))
         self._load()
         kept = {name for segment, _ in self.info.segments for name in (f"{segment}.npy", f"{segment}.arrow")}

@@ -69,7 +69,7 @@ def stop_session(process: subprocess.Popen[bytes], grace_seconds: float = GRACE_
 
 
 def session_alive(session: int) -> bool:
-    """Whether a process of this group is still there (zombies that nobody collects count until collected)."""
+    """Whether a process of this group still exists (including zombies)."""
     try:
         os.killpg(session, 0)
     except ProcessLookupError:

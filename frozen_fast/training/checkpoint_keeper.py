@@ -193,7 +193,7 @@ class CheckpointKeeper:
                 self._writer.check(patience)
 
     def close(self) -> None:
-        """Wait for what is being written, unless the disk refuses it; for a run that ends with an error."""
+        """Wait for the current write, unless it fails; for a run that ends with an error."""
         if self._parallel.is_main:
             self._writer.wait_for_attempt()
             self._writer.close()

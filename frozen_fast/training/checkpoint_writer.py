@@ -56,7 +56,7 @@ class CheckpointWriter:
             self._condition.wait_for(lambda: not self._running and (not self._actions or bool(self._failure)))
 
     def settle(self) -> None:
-        """Wait as above, then forget what the disk refuses, because something newer is about to come."""
+        """Wait as above, then drop failed writes, because a newer one follows."""
         with self._condition:
             self.wait_for_attempt()
             self._actions.clear()
@@ -96,7 +96,7 @@ class CheckpointWriter:
 
     @property
     def failure(self) -> str:
-        """Why the disk refuses just now; empty: it does not."""
+        """The current write error; empty: none."""
         return self._failure
 
     def _run(self) -> None:

@@ -74,7 +74,7 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
 
     Args:
         config: the experiment.
-        resume: "none": start anew; "auto": resume from the run folder's newest checkpoint if there is one; or a
+        resume: "none": start a new run; "auto": resume from the run folder's newest checkpoint if there is one; or a
             checkpoint folder.
 
     Returns:

@@ -87,7 +87,7 @@ def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
     """Whether reading failed because this process is being stopped.
 
     A signal to the whole process group (Ctrl-C, Slurm) ends loader processes too, maybe before this process has heard
-    it; so for a loader process that ended the signal is waited for. Whatever else goes wrong after a wish to stop goes
+    it; so for a loader process that ended the signal is waited for. Any other failure after a stop request goes
     wrong again when the run resumes.
 
     Args:

@@ -135,7 +135,7 @@ class Teachers:
 
 
 def student_video(video: Any, frames: int) -> Any:
-    """The student's frames of what was read for a teacher: one of each of `frames` equal parts, drawn anew each time.
+    """The student's frames among the teacher's: one drawn from each of `frames` equal parts.
 
     Args:
         video: [B, F, 3, H, W], or what is no frames.

@@ -126,7 +126,7 @@ def _bad(source: Source, clip_id: str, path: str, cause: str, message: str) -> B
 
 
 def _ledger(source: Source, folder: Path, writer: ShardWriter, limits: PackLimits) -> BadClipLedger:
-    """The count of bad clips, with bad_clips.jsonl written anew from what the journals hold."""
+    """The counts of bad clips, with bad_clips.jsonl rewritten from the journals."""
     rows = [
         {"step": place, **asdict(_bad(source, row["id"], **row["bad"]))}
         for place, (_, row) in enumerate(writer.rows(), start=1)

@@ -192,7 +192,7 @@ class SourceStream:
     def batch_start(self, position: int, batch_size: int) -> int:
         """Start of the next batch: position, or the next epoch if the batch would otherwise contain a clip twice.
 
-        A batch across two epochs is free of repeats while it takes at most a third of the source from either; one
+        A batch across two epochs has no duplicates if it takes at most a third of the source from either; one
         that takes more starts with the new epoch, and the rest of the old one (other clips each time) is skipped.
         """
         left = self.size - position % self.size

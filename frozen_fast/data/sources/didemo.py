@@ -51,7 +51,7 @@ def read_didemo(config: SourceConfig, key: str, collector: ClipCollector) -> Ite
 
 
 def chosen_moment(times: Any, where: str) -> tuple[int, int]:
-    """The moment that most annotators of a description chose, the first of equals: (first, last) piece of 5 seconds.
+    """The moment that most annotators of a description chose (ties: the first): (first, last) piece of 5 seconds.
 
     Raises:
         UserError: times is no list of pairs of whole numbers in order.

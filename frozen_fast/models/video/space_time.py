@@ -150,7 +150,7 @@ class SpaceTimeTransformer(VideoTower):
                 zero_output: qkv drawn, output projection 0. Like "released" its output is 0 at the start, so a ViT's
                 weights keep their meaning; unlike it, every parameter learns.
                 released: qkv 0, projection weight 1, bias 0, what the released code does at more than one frame.
-                Queries and keys are then 0 and so are their gradients, for good, and all value channels stay equal.
+                Queries and keys and their gradients are then always 0, and all value channels stay equal.
                 random: drawn like the rest, what the released code does at one frame (where its curriculum starts).
             position_init_std: of pos_embed. A patch's embedding has entries around 1, beside which 0.02 says nothing
                 of the place until it has been learned; a tower from scratch on little data needs 1.

@@ -2,7 +2,7 @@
 
 The first use of a shape times the backends that can run there, forward and backward, on random data of that
 shape; the choice is written to a JSON file in the user's cache folder (FROZEN_FAST_CACHE, by default
-~/.cache/frozen_fast), so a resumed run computes what the run computed; other kernels are measured anew. Where the
+~/.cache/frozen_fast), so a resumed run computes what the run computed; other kernels are measured again. Where the
 folder cannot be written, nothing is measured and the default is taken. A backend that fails while it is measured is
 left out, whatever it raises; where all fail, nothing is stored. Of two processes that measure at once, the first to
 write decides.

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and when it may begin anew."""
+"""Which checkpoint a run continues from, and when it may start a new run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _refuse_to_start_over(folder: RunFolder, found: Survey) -> None:
     """Refuse to begin where a run has checkpoints, or had some: beginning would delete its results.
 
     Raises:
-        UserError: names what is there, and what continues or begins anew.
+        UserError: names what exists, and how to continue or to start again.
     """
     why = "; ".join(found.damaged.values())
     if not why and set_aside_before(folder.checkpoints):
@@ -64,7 +64,7 @@ def _refuse_to_start_over(folder: RunFolder, found: Survey) -> None:
     if why:
         raise UserError(
             f"--resume auto: {folder.path} holds a run that cannot be continued: {why}; allowed: another run_folder to "
-            f"start anew, restore the files from a copy to continue, or delete this folder to start again"
+            "start a new run, restore the files from a copy to continue, or delete this folder to start again"
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 from frozen_fast.config import dump_yaml
 from support.runs import REPOSITORY, environment, make_data, read_json, tiny_config
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SECRETS = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -41,7 +41,7 @@ def test_no_secret_is_in_the_run_folder_or_the_log(tmp_path: Path) -> None:
     told = ""
     for extra in ((), (f"data.sources[0].path={SECRETS['WANDB_API_KEY']}",)):
         done = subprocess.run(
-            [*command, *extra], env=environment(**SECRETS), capture_output=True, text=True, timeout=300, check=False
+            [*command, *extra], env=environment(**SECRETS), capture_output=True, text=True, timeout=700, check=False
         )
         assert done.returncode == (2 if extra else 0), done.stderr[-2000:]
         told += done.stdout + done.stderr

@@ -110,7 +110,7 @@ class PackedFrameDecoder:
                     with self._files.opened(plan.file, plan.shard_bytes) as descriptor:
                         for offset, length, _ in plan.spans():
                             advise(descriptor, offset, length)
-                except (ClipError, OSError):
+                except (ClipError, OSError, OverflowError):
                     continue  # reading says what is wrong
 
     def _outcome(self, plan: _Plan | ClipError) -> Decoded | ClipError:

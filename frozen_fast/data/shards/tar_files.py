@@ -93,6 +93,9 @@ def read_exactly(descriptor: int, offset: int, length: int, path: str) -> memory
     Raises:
         ClipError: truncated, if the file is too short; decode_failed, for a read error.
     """
+    size = os.fstat(descriptor).st_size
+    if offset + length > size:  # a damaged table may ask for more than memory holds
+        raise ClipError("truncated", f"the shard ends at byte {size}, before the frame does", path)
     buffer = bytearray(length)
     view = memoryview(buffer)
     done = 0

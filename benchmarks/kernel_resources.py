@@ -103,10 +103,11 @@ def layer_norm_case(width: int, stream: torch.dtype, branch: torch.dtype | None)
         )
 
 
-def bias_gelu_case(width: int, dtype: torch.dtype) -> None:
+def bias_gelu_case(width: int, dtype: torch.dtype, approximate: str) -> None:
     """Forward and backward of bias and GELU."""
     x, bias = torch.empty(ROWS, width, dtype=dtype, device="meta"), torch.empty(width, device="meta")
-    triton_bias_gelu.launch_backward(triton_bias_gelu.launch_forward(x, bias), x, bias)
+    out = triton_bias_gelu.launch_forward(x, bias, approximate)
+    triton_bias_gelu.launch_backward(out, x, bias, approximate)
 
 
 def cases() -> dict[str, Callable[[], None]]:
@@ -123,7 +124,8 @@ def cases() -> dict[str, Callable[[], None]]:
     found["norm D=768 fp32 + bf16"] = partial(layer_norm_case, 768, torch.float32, torch.bfloat16)
     found["norm D=768 bf16 + bf16"] = partial(layer_norm_case, 768, torch.bfloat16, torch.bfloat16)
     found["norm D=768 fp32, no branch"] = partial(layer_norm_case, 768, torch.float32, None)
-    found["gelu D=3072 bf16"] = partial(bias_gelu_case, 3072, torch.bfloat16)
+    found["gelu D=3072 bf16"] = partial(bias_gelu_case, 3072, torch.bfloat16, "none")
+    found["gelu sigmoid D=3072 bf16"] = partial(bias_gelu_case, 3072, torch.bfloat16, "sigmoid")
     return found
 
 

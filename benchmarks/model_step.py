@@ -2,13 +2,15 @@
 
     python benchmarks/model_step.py --output results/model_step_cpu.json
     python benchmarks/model_step.py --frames 1=8,4=2 --contenders released,auto,auto+compile --precisions fp32 --whole
+    python benchmarks/model_step.py --model clip2video,clip4clip,frozen --frames 12=2 --precisions bf16 --whole
 
-One run: the same weights and the same batch for all, taking turns window by window. The step is the video tower's
-forward and backward pass; with --whole it is the dual encoder's: both towers, the contrastive loss and AdamW.
-`released` is benchmarks/released_tower.py. Other contenders name an attention backend of frozen_kernels (auto takes
-the fastest) in our tower; +compile compiles its blocks, +plain has PyTorch's own operators for residual norms and
-GELU, +whole computes the last block's patch outputs, which nothing reads. Every contender runs in every precision
-(bf16: autocast over fp32 weights); its ratio to `released` in fp32 and in bf16 says how many times faster it is.
+One run: the same weights and the same batch for all, taking turns window by window. The step is the video side's
+forward and backward pass; with --whole it is the model's: both sides, the loss and AdamW. `released` is the model as
+its released code computes it (benchmarks/released_tower.py, released_clip.py). Other contenders name an attention
+backend of frozen_kernels (auto takes the fastest) in our form; +compile compiles its blocks, +plain has PyTorch's own
+operators for residual norms and GELU, +whole computes the last block's patch outputs, which nothing reads (frozen).
+Every contender runs in every precision (bf16: autocast over fp32 weights); its ratio to `released` in fp32 and in bf16
+says how many times faster it is. MFU is the published model's FLOPs over the step's time and the device's peak.
 """
 
 from __future__ import annotations
@@ -17,39 +19,24 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import DTYPES, Timing, cause, peak_step_bytes, pick_device, time_in_turns, write_result
-from released_tower import ReleasedTower
-from torch import Tensor, nn
+from measure import DTYPES, Timing, cause, measured_peak, peak_step_bytes, pick_device, time_in_turns, write_result
+from step_forms import DEFAULT_SIZES, FORMS, SIZES, Case, How, draw_text, resolution_of, step_flops
+from torch import Tensor
 
 from frozen_fast.errors import unknown_name
-from frozen_fast.losses import contrastive_loss
-from frozen_fast.models import VIDEO_SIZES, DualEncoder, SpaceTimeTransformer, TransformersTower
-from frozen_fast.models.text.transformers_tower import KNOWN_ARCHITECTURES, model_from_config
 from frozen_kernels import BACKEND_NAMES, chosen_backends, unavailable_backends
 
 RELEASED = "released"
 COMPILED, PLAIN, WHOLE = "+compile", "+plain", "+whole"
 PRECISIONS = ("fp32", "bf16")
 BATCHES = {"cuda": "1=96,4=24,8=16", "cpu": "1=8,4=2,8=1"}
-TEXT = "distilbert-base-uncased"
-TEXT_TOKENS = 32
 LEARNING_RATE = 3e-5
-
-
-@dataclass(frozen=True)
-class Case:
-    """One batch."""
-
-    frames: int
-    batch: int
-    whole: bool
-    size: str
 
 
 class Contender:
@@ -64,35 +51,25 @@ class Contender:
             max_frames: rows of temporal_embed.
             device: where it runs.
         """
-        size = VIDEO_SIZES[case.size]
         backend = backend_of(name)
+        how = How(
+            released=backend == RELEASED,
+            attention="auto" if backend == RELEASED else backend,
+            fused_ops="plain" if PLAIN in name else "auto",
+            full_last_block=WHOLE in name,
+        )
         with torch.device(device):  # drawn where they are used: a base-size tower takes seconds on a CPU
             torch.manual_seed(0)
-            ours = SpaceTimeTransformer(
-                size,
-                max_frames,
-                attention="auto" if backend == RELEASED else backend,
-                fused_ops="plain" if PLAIN in name else "auto",
-                full_last_block=WHOLE in name,
-                time_init="random",
-            )
-            tower: nn.Module = ours
-            if backend == RELEASED:
-                tower = ReleasedTower(size, max_frames)
-                tower.load_state_dict(ours.state_dict())
-            model = model_from_config(KNOWN_ARCHITECTURES[TEXT]()) if case.whole else None
-            encoder = DualEncoder(ours, TransformersTower(model, None, "auto")) if model is not None else None
-        self.case = case
+            form = FORMS[case.model](case, how, max_frames)
         self.device = device
-        self.model = tower.to(device).train()
+        self.model = form.model.to(device).train()
+        self.loss = form.loss
         self.optimizer: torch.optim.Optimizer | None = None
-        if encoder is not None:
-            encoder.video_model = tower  # type: ignore[assignment]
-            self.model = encoder.to(device).train()
-            fused = None if backend == RELEASED else True
+        if case.whole:
+            fused = None if how.released else True
             self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, weight_decay=0, fused=fused)
         if COMPILED in name:
-            for block in tower.blocks:  # type: ignore[union-attr]
+            for block in form.blocks:
                 block.compile()
 
     def drop_gradients(self) -> None:
@@ -105,28 +82,23 @@ class Contender:
         self.drop_gradients()
         half = torch.autocast(self.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
         with half:
-            if self.case.whole:
-                text_BD = self.model.encode_text(text, normalize=False)
-                video_BD = self.model.vid_proj(self.model.video_model(video_BTCHW))
-                loss = contrastive_loss(video_BD, text_BD)
-            else:
-                loss = self.model(video_BTCHW).float().square().sum()
+            loss = self.loss(video_BTCHW, text)
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
 
 
 def measure_case(
-    case: Case, options: argparse.Namespace, max_frames: int, device: torch.device
+    case: Case, options: argparse.Namespace, max_frames: int, device: torch.device, peaks: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Rows of one case: a row per contender and precision; what fails or cannot run has a row with the cause."""
     torch.compiler.reset()  # the code of an earlier case would count against the limit of recompilations
-    resolution = VIDEO_SIZES[case.size].resolution
+    resolution = resolution_of(case)
     generator = torch.Generator(device).manual_seed(1)
     shape = (case.batch, case.frames, 3, resolution, resolution)
-    ids = torch.randint(1000, 20000, (case.batch, TEXT_TOKENS), generator=generator, device=device)
-    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    text = draw_text(case, device, generator)
     video = torch.randn(shape, generator=generator, device=device)
+    flops = step_flops(case, max_frames)
     steps: dict[str, Callable[[], None]] = {}
     rows: list[dict[str, Any]] = []
     contenders = []
@@ -154,6 +126,10 @@ def measure_case(
                 contender.drop_gradients()
             try:
                 row.update(figures(key, timings, case.batch), peak_bytes=peak_step_bytes(steps[key], device))
+                if flops is not None:
+                    per_second = flops / timings[key].median
+                    peak = peaks[row["precision"]]["flops_per_second"]
+                    row.update(model_flops=flops, model_flops_per_second=per_second, mfu=per_second / peak)
             except Exception as error:
                 row["failed"] = cause(error)
     return rows
@@ -182,16 +158,17 @@ def why_not(name: str, precision: str, device: torch.device) -> str:
 
 def table(rows: list[dict[str, Any]], device: torch.device) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| step | T | B | contender | precision | s (p20-p80) | clips/s | x released fp32 | x released bf16 | MiB |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    head = (
+        "step | T | B | contender | precision | s (p20-p80) | clips/s | x released fp32 | x released bf16 | MiB | MFU"
+    )
+    lines = [f"| {head} |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
-        step = "whole" if row["whole"] else "video tower"
+        step = f"{row.get('model', 'frozen')}, {'whole' if row['whole'] else 'video side'}"
         head = f"| {step} | {row['frames']} | {row['batch']} | {row['contender']} | {row['precision']} |"
         if "left_out" in row or "failed" in row:
             what = f"failed: {row['failed']}" if "failed" in row else f"left out: {row['left_out']}"
-            lines.append(f"{head} {what} | | | | |")
+            lines.append(f"{head} {what} | | | | | |")
             continue
         seconds = row["seconds"]
         ratios = " | ".join(
@@ -200,9 +177,13 @@ def table(rows: list[dict[str, Any]], device: torch.device) -> str:
         )
         lines.append(
             f"{head} {seconds['median']:.3f} ({seconds['p20']:.3f}-{seconds['p80']:.3f}) | "
-            f"{row['clips_per_second']:.2f} | {ratios} | {row['peak_bytes'] / 2**20:.0f} |"
+            f"{row['clips_per_second']:.2f} | {ratios} | {row['peak_bytes'] / 2**20:.0f} | "
+            f"{format(row['mfu'], '.1%') if 'mfu' in row else 'n/a'} |"
         )
-    note = f"Measured on {device.type}; memory is what one step holds beyond the weights."
+    note = (
+        f"Measured on {device.type}; memory is what one step holds beyond the weights. MFU: FLOPs of the published "
+        "model over time and the matrix-product peak measured in the same run and precision."
+    )
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
@@ -226,7 +207,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line, its names checked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--size", default="base_patch16_224", help="video tower, a name of VIDEO_SIZES")
+    parser.add_argument("--model", default="frozen", help=f"comma-separated: {', '.join(FORMS)}")
+    parser.add_argument("--size", default=None, help="of VIDEO_SIZES (frozen) or CLIP_SIZES; default: base, ViT-B/32")
     parser.add_argument("--frames", default=None, help="frames=batch pairs, e.g. 1=96,4=24 (default by device)")
     parser.add_argument("--contenders", default="released,auto,sdpa", help="released, attention backends, +compile")
     parser.add_argument("--precisions", default="fp32,bf16")
@@ -245,8 +227,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for name in options.precisions.split(","):
             if name not in PRECISIONS:
                 raise unknown_name("--precisions", name, PRECISIONS)
-        if options.size not in VIDEO_SIZES:
-            raise unknown_name("--size", options.size, VIDEO_SIZES)
+        for name in options.model.split(","):
+            if name not in FORMS:
+                raise unknown_name("--model", name, FORMS)
+            if options.size is not None and options.size not in SIZES[name]:
+                raise unknown_name("--size", options.size, SIZES[name])
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -263,19 +248,25 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     pairs = read_pairs(options.frames or BATCHES[device.type])
     max_frames = max(frames for frames, _ in pairs)
+    peaks = {name: measured_peak(device, name) for name in precisions(options)}
     rows: list[dict[str, Any]] = []
-    for frames, batch in pairs:
-        case = Case(frames, batch, options.whole, options.size)
+    cases = [
+        Case(model, frames, batch, options.whole, options.size or DEFAULT_SIZES[model])
+        for model in options.model.split(",")
+        for frames, batch in pairs
+    ]
+    for case in cases:
         try:
-            rows += measure_case(case, options, max_frames, device)
+            rows += measure_case(case, options, max_frames, device, peaks)
         except Exception as error:  # the batch itself does not fit
             names = [(name, key) for name in options.contenders.split(",") for key in precisions(options)]
             rows += [
                 {**asdict(case), "contender": name, "precision": key, "failed": cause(error)} for name, key in names
             ]
-        print(f"{frames} frames, batch {batch}: measured", file=sys.stderr)
+        print(f"{case.model}, {case.frames} frames, batch {case.batch}: measured", file=sys.stderr)
         # after every case, so that a run that is stopped leaves what it measured
-        write_result(options.output, device, vars(options), {"rows": rows, "attention": chosen_backends()})
+        result = {"rows": rows, "attention": chosen_backends(), "peaks": peaks}
+        write_result(options.output, device, vars(options), result)
     print(table(rows, device))
     return 0
 

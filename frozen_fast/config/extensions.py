@@ -264,6 +264,7 @@ video_towers = ExtensionPoint(
         "timm": "frozen_fast.models.video.timm_frames:TimmFrames",
         "clip": "frozen_fast.models.clip.clip_frames:ClipFrames",
         "clip_divided": "frozen_fast.models.clip.clip_divided:ClipDivided",
+        "siglip": "frozen_fast.models.clip.siglip_frames:SiglipFrames",
         "torchvision_video": "frozen_fast.models.video.torchvision_video:TorchvisionVideo",
     },
 )
@@ -290,6 +291,7 @@ text_towers = ExtensionPoint(
     {
         "transformers": "frozen_fast.models.text.transformers_tower:TransformersTower",
         "clip": "frozen_fast.models.clip.clip_captions:ClipCaptions",
+        "siglip": "frozen_fast.models.clip.siglip_captions:SiglipCaptions",
     },
 )
 """frozen_fast.models.text.text_tower.TextTower classes."""

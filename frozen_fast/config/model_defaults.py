@@ -19,6 +19,7 @@ _VIDEO: dict[str, dict[str, Any]] = {
     "space_time": {"size": "base_patch16_224", "block": "frozen_in_time", "skip_time_attention_at_one_frame": False},
     "timm": {"over_time": "mean"},
     "clip": {"over_time": "mean"},
+    "siglip": {"over_time": "mean"},
 }
 _TEXT = {"transformers": {"name": TEXT_NAME}}
 
@@ -30,7 +31,7 @@ def with_model_defaults(model: ModelConfig) -> ModelConfig:
     video = _filled(model.video, {"tower": VIDEO_TOWER})
     video = _filled(video, _VIDEO.get(str(video.tower), {}))
     if video.over_time == "transformer":
-        video = _filled(video, {"time_layers": 4 if video.tower == "clip" else 2})
+        video = _filled(video, {"time_layers": 4 if video.tower in ("clip", "siglip") else 2})
     text = _filled(model.text, {"tower": TEXT_TOWER})
     text = _filled(text, _TEXT.get(str(text.tower), {}))
     return _filled(replace(model, video=video, text=text), _MODEL)

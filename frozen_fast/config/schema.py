@@ -32,12 +32,12 @@ Spread = Annotated[float, Field(gt=0)]
 class VideoTowerConfig:
     """The video tower. A key that the chosen tower does not read is refused when it is set."""
 
-    tower: str | None = key(None, "space_time; timm: an image model on each frame; clip: CLIP's image tower on each frame; clip_divided: CLIP's ViT with divided space-time attention; torchvision_video; or a plugin's; null: space_time, or the checkpoint's", names=extensions.video_towers)
-    size: str | None = key(None, "model of the tower. space_time: a named size (frozen_fast/config/video_sizes.py); timm: a timm model; torchvision_video: s3d, r3d_18, r3d_101, r2plus1d_18, mc3_18, mvit_v1_b, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b; clip: ViT-B/32, ViT-B/16, ViT-L/14 (random weights); null: base_patch16_224 for space_time, or the checkpoint's", not_blank=True)
-    weights: str = key("none", "initial weights: none; a local .pth/.safetensors file; timm:NAME, a local .onnx file, or package:MODULE/FILE.onnx inside an installed package (space_time: a ViT's); OpenAI's, open_clip's or transformers' files or open_clip:MODEL/TAG (clip); pretrained (timm and torchvision_video: from the library's cache or a download)", not_blank=True)
+    tower: str | None = key(None, "space_time; timm: an image model on each frame; clip: CLIP's image tower on each frame; clip_divided: CLIP's ViT with divided space-time attention; siglip: SigLIP's image tower on each frame; torchvision_video; or a plugin's; null: space_time, or the checkpoint's", names=extensions.video_towers)
+    size: str | None = key(None, "model of the tower. space_time: a named size (frozen_fast/config/video_sizes.py); timm: a timm model; torchvision_video: s3d, r3d_18, r3d_101, r2plus1d_18, mc3_18, mvit_v1_b, mvit_v2_s, swin3d_t, swin3d_s, swin3d_b; clip: ViT-B/32, ViT-B/16, ViT-L/14, siglip: base-patch16-224, large-patch16-256, so400m-patch14-384 (random weights); null: base_patch16_224 for space_time, or the checkpoint's", not_blank=True)
+    weights: str = key("none", "initial weights: none; a local .pth/.safetensors file; timm:NAME, a local .onnx file, or package:MODULE/FILE.onnx inside an installed package (space_time: a ViT's); OpenAI's, open_clip's or transformers' files or open_clip:MODEL/TAG (clip); a transformers folder (siglip); pretrained (timm and torchvision_video: from the library's cache or a download)", not_blank=True)
     resolution: int | None = key(None, "pixels along a frame's edge (timm, torchvision_video); null: the model's default, or the checkpoint's", ge=1)
-    over_time: Literal["mean", "transformer"] | None = key(None, "timm, clip: how frame features are pooled: mean (clip: of normalised features, CLIP4Clip's meanP), or a transformer with learned frame positions; null: mean, or the checkpoint's")
-    time_layers: int | None = key(None, "timm, clip: layers of the transformer over time; null: 2 (clip: 4), or the checkpoint's", ge=1)
+    over_time: Literal["mean", "transformer"] | None = key(None, "timm, clip, siglip: how frame features are pooled: mean (clip, siglip: of normalised features, CLIP4Clip's meanP), or a transformer with learned frame positions; null: mean, or the checkpoint's")
+    time_layers: int | None = key(None, "timm, clip, siglip: layers of the transformer over time; null: 2 (clip, siglip: 4), or the checkpoint's", ge=1)
     heads: int | None = key(None, "attention heads of a released checkpoint's video tower, which the file does not contain; null: width / 64", ge=1)
     block: Literal["frozen_in_time", "timesformer"] | None = key(None, "space_time: residual of the space attention: frozen_in_time adds it to the block's input, timesformer to the output of time attention; null: frozen_in_time, or the checkpoint's")
     attention: str = key("auto", "attention of space_time and of CLIP's image towers: a backend of frozen_kernels, or a plugin's; auto: the fastest measured", names=extensions.attention_backends)
@@ -62,7 +62,7 @@ class VideoTowerConfig:
 class TextTowerConfig:
     """The caption encoder."""
 
-    tower: str | None = key(None, "transformers: any encoder of that library; clip: CLIP's; or a plugin's; null: transformers, or the checkpoint's", names=extensions.text_towers)
+    tower: str | None = key(None, "transformers: any encoder of that library; clip: CLIP's; siglip: SigLIP's; or a plugin's; null: transformers, or the checkpoint's", names=extensions.text_towers)
     name: str | None = key(None, "transformers name, local folder, or package:MODULE/FOLDER inside an installed package; null: distilbert-base-uncased, or the checkpoint's", not_blank=True)
     weights: Literal["pretrained", "random"] = key("pretrained", "random: the architecture of name with random weights")
     tokenizer: str | None = key(None, "tokenizer name, local folder, or package:MODULE/FOLDER; null: the tower's own, or the checkpoint's")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from frozen_fast.common.autocast import without_autocast
 from frozen_fast.common.similarity import cosine_similarities
 from frozen_fast.config.schema import LossConfig
 from frozen_fast.errors import UserError
@@ -35,7 +36,7 @@ def contrastive_loss(video_BD: Tensor, text_BD: Tensor, temperature: float = 0.0
     """
     _check_pairs(video_BD, text_BD)
     _check_temperature(temperature)
-    with torch.autocast(video_BD.device.type, enabled=False):
+    with without_autocast(video_BD.device.type):
         logits_BB = cosine_similarities(video_BD, text_BD) / temperature
         own_B = torch.arange(len(logits_BB), device=logits_BB.device)
         return F.cross_entropy(logits_BB, own_B) + F.cross_entropy(logits_BB.T, own_B)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from frozen_fast.common.autocast import without_autocast
 from frozen_fast.common.ranks import (
     gather_counts,
     gather_with_gradient,
@@ -72,7 +73,7 @@ def gathered_loss(
     """
     parameters = parameters or {}
     clips, device = _check(text, video, chunk_rows)
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device.type):
         all_text, all_video = _gather(text, video)
         alone = not is_distributed()
         if not chunk_rows and (alone or not local):

@@ -171,6 +171,10 @@ class DualEncoder(VideoSide):
         """The blocks of both towers: units of sharding."""
         return [*self.video_model.repeated_blocks(), *self.text_model.repeated_blocks()]
 
+    def compiled_parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
+        """The video tower's blocks, and the text tower: the longest caption changes from batch to batch."""
+        return self.video_model.repeated_blocks(), [self.text_model]
+
     def architecture(self) -> dict[str, Any]:
         """What config.json holds: all that from_pretrained needs beside the weights and the tokenizer."""
         video, text = self.video_model, self.text_model

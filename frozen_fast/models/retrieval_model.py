@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,24 @@ TextInput = Sequence[str] | Mapping[str, Tensor]
 
 VideoInput = Tensor | Mapping[str, Tensor]
 """Frames [V, T, 3, H, W], uint8 pixels or normalised floats; or a dict of tensors, for models that read features."""
+
+
+class SideFlops(NamedTuple):
+    """Forward FLOPs, a multiply-add counted as 2.
+
+    Attributes:
+        video: of one clip, what is computed.
+        nominal_video: of one clip, the published model.
+        text: of one caption.
+        pair: of one comparison.
+        frozen: the share of video and text that has no backward pass.
+    """
+
+    video: float
+    nominal_video: float
+    text: float
+    pair: float
+    frozen: float
 
 
 class RetrievalModel(nn.Module, ABC):
@@ -143,6 +161,17 @@ class RetrievalModel(nn.Module, ABC):
     def repeated_blocks(self) -> list[nn.Module]:
         """The blocks that make up most of the model: units of sharding."""
         return find_repeated_blocks(self)
+
+    def compiled_parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
+        """What training.compile compiles: modules whose shapes a stage fixes, and those whose shapes do not stay."""
+        return (), ()
+
+    def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        """Settle what is chosen by measurement, as VideoTower.choose_kernels."""
+
+    def side_flops(self, frames: int, tokens: int) -> SideFlops | None:
+        """Forward FLOPs of a clip of T frames and a caption of L tokens; None where they are not known."""
+        return None
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
         """Entries of environment.json that say which kernels ran so far, for the report."""

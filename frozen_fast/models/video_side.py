@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from frozen_fast.errors import UserError
 from frozen_fast.models.pixels import PixelNormalisation
@@ -155,6 +155,14 @@ class VideoSide(RetrievalModel):
                     expanded[:, 1:] += embed[:, 1:num_frames]
                 embed[:, :num_frames] = expanded
         self.learned_frames = num_frames
+
+    def compiled_parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
+        """The video tower's blocks."""
+        return self.video_model.repeated_blocks(), ()
+
+    def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        """Those of the video tower."""
+        self.video_model.choose_kernels(batch_sizes, device, dtype)
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
         """The video tower's."""

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 
 from frozen_fast.errors import UserError
-from frozen_fast.models import DualEncoder
 from frozen_fast.models.retrieval_model import RetrievalModel
-from frozen_fast.models.video_side import VideoSide
 
 # A shape takes three graphs: first block, those between, last block. Beyond the limit Dynamo falls back to eager.
 _RECOMPILE_LIMIT = 64
 
 
 def compile_towers(model: RetrievalModel, *, backend: str = "inductor") -> None:
-    """Compile the video tower's blocks and the text tower in place; parameter names stay as they are.
+    """Compile the video side's blocks and the text tower in place; parameter names stay as they are.
 
     Raises:
         UserError: the model has no such towers.
@@ -31,12 +29,12 @@ def compile_towers(model: RetrievalModel, *, backend: str = "inductor") -> None:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
-    if not isinstance(model, VideoSide):
+    fixed, changing = model.compiled_parts()
+    if not fixed and not changing:
         raise UserError(f"training.compile: got true for a model of kind {model.kind}; allowed: false")
-    for block in model.video_model.repeated_blocks():
-        block.compile(dynamic=False, backend=backend)
-    if isinstance(model, DualEncoder):
-        model.text_model.compile(dynamic=True, backend=backend)
+    for modules, dynamic in ((fixed, False), (changing, True)):
+        for module in modules:
+            module.compile(dynamic=dynamic, backend=backend)
 
 
 def begin_stage(model: RetrievalModel, batch_sizes: Mapping[int, int], *, device: torch.device, precision: str) -> None:
@@ -51,9 +49,8 @@ def begin_stage(model: RetrievalModel, batch_sizes: Mapping[int, int], *, device
         precision: "bf16" or "fp32", the dtype of attention.
     """
     torch.compiler.reset()
-    assert isinstance(model, VideoSide), "compile_towers refuses other kinds"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model.video_model.choose_kernels(batch_sizes, device, dtype)
+    model.choose_kernels(batch_sizes, device, dtype)
 
 
 def compiled_graphs() -> int:

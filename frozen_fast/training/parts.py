@@ -35,7 +35,7 @@ from frozen_fast.models.learned_scale import LearnedScale
 from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.models.video_side import VideoSide
 from frozen_fast.optimizers import freeze_groups
-from frozen_fast.profiling.flops import TrainingFlops, clip_flops
+from frozen_fast.profiling.flops import ClipFlops, TrainingFlops, clip_flops
 from frozen_fast.training.build_classifier import build_classifier
 
 log = logging.getLogger(__name__)
@@ -281,8 +281,19 @@ def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int
         frames: the numbers of frames that will be asked for.
     """
     if not isinstance(model, VideoSide):
-        log.info("no FLOPs and no MFU for a model of kind %s", model.kind)
-        return lambda frames, tokens, clips: None
+        sides = cache(model.side_flops)
+        if sides(max(frames, default=1), 1) is None:
+            log.info("no FLOPs and no MFU for a model of kind %s", model.kind)
+
+        def flops_of_sides(frames: int, tokens: int, clips: int) -> TrainingFlops | None:
+            found = sides(frames, tokens)
+            if found is None:
+                return None
+            both = {"text": found.text, "loss": clips * found.pair, "frozen": found.frozen}
+            executed, nominal = (ClipFlops(video=video, **both) for video in (found.video, found.nominal_video))
+            return TrainingFlops(executed.training, nominal.training)
+
+        return flops_of_sides
     video = model.video_model
     video_flops = {
         number: (video.forward_flops(number), video.forward_flops(number, executed=False), video.pixel_flops(number))

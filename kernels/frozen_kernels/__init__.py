@@ -4,7 +4,7 @@ from frozen_kernels.attention.api import Backend, add_backend, divided_attention
 from frozen_kernels.attention.cls import cls_attention
 from frozen_kernels.attention.selection import chosen_backends
 from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
-from frozen_kernels.fused.bias_gelu import bias_gelu
+from frozen_kernels.fused.bias_gelu import bias_gelu, gelu_reference
 from frozen_kernels.fused.forms import fused_form
 from frozen_kernels.fused.layer_norm import add_layer_norm
 from frozen_kernels.fused.positions import add_positions
@@ -20,6 +20,7 @@ __all__ = [
     "cls_attention",
     "divided_attention",
     "fused_form",
+    "gelu_reference",
     "resolve_backend",
     "unavailable_backends",
 ]

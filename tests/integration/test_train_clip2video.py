@@ -16,13 +16,14 @@ import frozen_fast
 from frozen_fast.config import config_from_mapping, dump_yaml
 from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_SIZES, CLIP_STD, Clip
 from frozen_fast.models.clip2video.clip2video_model import Clip2Video
+from frozen_fast.records.checkpoint import read_tensors
 from frozen_fast.training.run import evaluate_checkpoint, train
 from support.runs import REPOSITORY, environment, losses, make_data, read_json
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 STEPS = (5, 5)
-STRATEGIES = {"ddp": "cpu_2", "zero2": "cpu_2_zero2", "fsdp2": "cpu_2_fsdp2"}
+STRATEGIES = {"ddp": "cpu_2", "zero2": "cpu_2_zero2", "zero3": "cpu_2_zero3", "fsdp2": "cpu_2_fsdp2"}
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,24 @@ def test_two_processes_train_as_one_does(strategy: str, files: dict[str, Path], 
         assert (weights(folder, 10)[name] - value).abs().max() < 2e-4, name
     metrics = [read_json(run / "metrics.json")["evaluations"][0]["metrics"] for run in (alone, folder)]
     assert metrics[0] == pytest.approx(metrics[1], rel=0.05)
+
+
+def test_bf16_autocast_over_fp32_weights(files: dict[str, Path], alone: Path, tmp_path: Path) -> None:
+    """Losses near those of fp32; weights and the optimizer's moments stay fp32."""
+    folder = tmp_path / "bf16"
+    assert train(config_from_mapping(experiment(files, folder, training={"precision": "bf16"}))) == 0
+    assert losses(folder) == pytest.approx(losses(alone), rel=0.05)
+    assert {value.dtype for value in weights(folder, 10).values()} == {torch.float32}
+    _, state = read_tensors(folder / "checkpoints" / "step_00000010")
+    assert {moments["exp_avg"].dtype for moments in state.values()} == {torch.float32}
+
+
+def test_the_run_folder_has_flops_and_kernels(alone: Path) -> None:
+    rows = read_json(alone / "stages.json")["stages"]
+    assert [row["frames"] for row in rows] == [6, 12]
+    assert all(row["flops_per_clip"] > 0 for row in rows) and rows[1]["flops_per_clip"] > rows[0]["flops_per_clip"]
+    kernels = read_json(alone / "environment.json")
+    assert kernels["attention_backends"][0]["backend"] == "sdpa" and kernels["fused_ops"] in ("cpu_c", "plain")
 
 
 def test_evaluation_of_a_released_file(files: dict[str, Path], alone: Path, tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ FUSED_CASES = [
     ("bias_gelu", "float32", 1, 1),
     ("bias_gelu", "bfloat16", 11, 300),
     ("bias_gelu", "float16", 9, 64),
+    ("bias_gelu_sigmoid", "float32", 5, 24),
+    ("bias_gelu_sigmoid", "bfloat16", 11, 300),
+    ("bias_gelu_tanh", "float32", 5, 24),
+    ("bias_gelu_tanh", "bfloat16", 11, 300),
 ]
 
 
@@ -41,10 +45,12 @@ def fused_errors(op: str, dtype: str, rows: int, width: int, backend: str = "tri
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(kind).to(device)
 
-    if op == "bias_gelu":
+    if op.startswith("bias_gelu"):
         inputs = [draw(2, rows, width), draw(width)]
-        ours, plain = partial(bias_gelu, backend=backend), bias_gelu_reference
-        exact: Callable[..., object] = _exact_gelu
+        approximate = op.removeprefix("bias_gelu").removeprefix("_") or "none"
+        ours = partial(bias_gelu, approximate=approximate, backend=backend)
+        plain = partial(bias_gelu_reference, approximate=approximate)
+        exact: Callable[..., object] = partial(_exact_gelu, approximate)
     else:
         branch = [] if op == "layer_norm" else [draw(2, rows, width)]
         first = draw(2, rows, width).to(torch.float32 if "mixed" in op else kind)
@@ -88,8 +94,12 @@ def _exact_layer_norm(x, branch, weight, bias, branch_bias_D, keep_sum):
     return total if keep_sum else x, normed
 
 
-def _exact_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def _exact_gelu(approximate: str, x: Tensor, bias: Tensor) -> Tensor:
     value = x + bias
+    if approximate == "sigmoid":
+        return value / (1 + torch.exp(-1.702 * value))
+    if approximate == "tanh":
+        return value * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (value + 0.044715 * value**3)))
     return value * 0.5 * (1 + torch.erf(value / 2**0.5))
 
 

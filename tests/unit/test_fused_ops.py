@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frozen_kernels import add_layer_norm, add_positions, bias_gelu
+from frozen_kernels import add_layer_norm, add_positions, bias_gelu, gelu_reference
 from frozen_kernels.fused import forms
 from frozen_kernels.fused.forms import fused_form
 from frozen_kernels.fused.positions import add_positions_reference
@@ -26,13 +26,17 @@ def test_cpu_c_forms(case):
     assert_close(fused_errors(op, dtype, rows, width, backend="cpu_c"), getattr(torch, dtype))
 
 
-def test_cpu_c_gelu_far_from_zero():
+@pytest.mark.parametrize("approximate", ["none", "sigmoid", "tanh"])
+def test_cpu_c_gelu_far_from_zero(approximate):
     """The tails, where an approximation of erf would show, and what is not finite."""
-    x = torch.linspace(-30, 30, 4001).requires_grad_()
-    out = bias_gelu(x, torch.zeros(4001), backend="cpu_c")
-    exact = torch.nn.functional.gelu(x.detach().double().requires_grad_())
-    torch.testing.assert_close(out.double(), exact.detach(), rtol=1e-6, atol=1e-6)
-    odd = bias_gelu(torch.tensor([torch.nan, torch.inf]), torch.zeros(2), backend="cpu_c")
+    x, wide = (torch.linspace(-30, 30, 4001, dtype=kind).requires_grad_() for kind in (torch.float32, torch.float64))
+    out = bias_gelu(x, torch.zeros(4001), approximate=approximate, backend="cpu_c")
+    exact = gelu_reference(wide, approximate)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
+    out.sum().backward()
+    exact.sum().backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=2e-6)
+    odd = bias_gelu(torch.tensor([torch.nan, torch.inf]), torch.zeros(2), approximate=approximate, backend="cpu_c")
     assert odd[0].isnan() and odd[1] == torch.inf
 
 
@@ -74,8 +78,9 @@ BACKWARD = ("HAS_STREAM", "HAS_BRANCH", "HAS_BIAS", "BRANCH_APART", "SUM_BRANCH"
         ("triton_layer_norm", "forward_kernel", "fp16", {**dict.fromkeys(FORWARD, False), "ROWS": 4, "DP": 1024}),
         ("triton_layer_norm", "backward_kernel", "bf16", {**dict.fromkeys(BACKWARD, True), "ROWS": 64, "DP": 1024}),
         ("triton_layer_norm", "backward_kernel", "fp16", {**dict.fromkeys(BACKWARD, False), "ROWS": 64, "DP": 1024}),
-        ("triton_bias_gelu", "forward_kernel", "bf16", {"ROWS": 8, "COLUMNS": 256}),
-        ("triton_bias_gelu", "backward_kernel", "bf16", {"ROWS": 64, "COLUMNS": 256}),
+        ("triton_bias_gelu", "forward_kernel", "bf16", {"APPROXIMATE": 0, "ROWS": 8, "COLUMNS": 256}),
+        ("triton_bias_gelu", "backward_kernel", "bf16", {"APPROXIMATE": 0, "ROWS": 64, "COLUMNS": 256}),
+        ("triton_bias_gelu", "backward_kernel", "bf16", {"APPROXIMATE": 1, "ROWS": 64, "COLUMNS": 256}),
     ],
 )
 def test_compiles_for_hopper(module, kernel, dtype, constants):
@@ -123,6 +128,8 @@ def test_mistakes_are_named():
         add_layer_norm(x, None, weight, weight, branch_bias_D=weight)
     with pytest.raises(ValueError, match=r"bias: got shape \(4,\); allowed: \[8\]"):
         bias_gelu(x, torch.zeros(4))
+    with pytest.raises(ValueError, match="approximate: got 'erf'; allowed: none, sigmoid, tanh"):
+        bias_gelu(x, weight, approximate="erf")
     patches, cls_token, pos, temporal = positions_case()
     with pytest.raises(ValueError, match="positions: got cls"):
         add_positions(patches, cls_token, pos[:, 1:], temporal)

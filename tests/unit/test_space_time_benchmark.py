@@ -26,11 +26,47 @@ def test_the_baseline_computes_the_same_model(model_step: ModuleType) -> None:
     ours = SpaceTimeTransformer(VIDEO_SIZES[SIZE], 4, time_init="random")
     with torch.no_grad():
         ours.temporal_embed.normal_()
-    baseline = model_step.ReleasedTower(VIDEO_SIZES[SIZE], 4)
+    baseline = importlib.import_module("released_tower").ReleasedTower(VIDEO_SIZES[SIZE], 4)
     baseline.load_state_dict(ours.state_dict())
     for frames in (1, 3):
         video = torch.randn(2, frames, 3, 32, 32)
         torch.testing.assert_close(baseline(video), ours(video), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip4clip", "clip2video"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_clip_baselines_compute_the_same_models(model_step: ModuleType, name: str, whole: bool) -> None:
+    """Equal losses and gradients, with CLIP's towers, the temporal blocks, masks and both similarities."""
+    case = model_step.Case(name, 5, 3, whole, "tiny")
+    text = model_step.draw_text(case, torch.device("cpu"), torch.Generator().manual_seed(0))
+    video = torch.randn(3, 5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    losses, gradients = [], []
+    for released in (True, False):
+        torch.manual_seed(0)
+        form = model_step.FORMS[name](case, model_step.How(released, "auto", "auto", False), 5)
+        loss = form.loss(video, text)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({key: one.grad for key, one in form.model.named_parameters() if one.grad is not None})
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    assert set(gradients[0]) == set(gradients[1]) and len(gradients[0]) > 20
+    for key, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], value, rtol=1e-3, atol=1e-4 * float(value.abs().max() + 1e-3))
+
+
+def test_all_models_in_one_run(model_step: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    command = "--device cpu --model clip2video,clip4clip --size tiny --frames 4=2 --contenders released,auto,auto+plain"
+    rest = ["--precisions", "bf16", "--whole", "--windows", "1", "--window-seconds", "0.001", "--output", str(output)]
+    assert model_step.main([*command.split(), *rest]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["model"], row["contender"]) for row in rows] == [
+        (name, contender) for name in ("clip2video", "clip4clip") for contender in ("released", "auto", "auto+plain")
+    ]
+    for row in rows:
+        assert row["times_released_bf16"] > 0 and row["peak_bytes"] > 0
+        assert row["model_flops_per_second"] == pytest.approx(row["model_flops"] / row["seconds"]["median"])
+        assert 0 < row["mfu"] < 1
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -39,8 +75,9 @@ def test_a_run_writes_ratios_to_both_baselines(
 ) -> None:
     from transformers import DistilBertConfig
 
-    tiny = {model_step.TEXT: lambda: DistilBertConfig(dim=16, hidden_dim=16, n_layers=1, n_heads=2)}
-    monkeypatch.setattr(model_step, "KNOWN_ARCHITECTURES", tiny)
+    forms = importlib.import_module("step_forms")
+    tiny = {forms.TEXT: lambda: DistilBertConfig(dim=16, hidden_dim=16, n_layers=1, n_heads=2)}
+    monkeypatch.setattr(forms, "KNOWN_ARCHITECTURES", tiny)
     output = tmp_path / "result.json"
     command = f"--device cpu --size {SIZE} --frames 2=1 --contenders released,sdpa,xformers --windows 2"
     rest = ["--window-seconds", "0.001", "--warmup", "1", "--output", str(output), *(["--whole"] if whole else [])]
@@ -67,6 +104,7 @@ def test_a_run_writes_ratios_to_both_baselines(
         (["--contenders", "released,spda"], "--contenders: got 'spda' .did you mean 'sdpa'"),
         (["--precisions", "fp64"], "--precisions: got 'fp64'"),
         (["--size", "huge"], "--size: got 'huge'"),
+        (["--model", "clip3clip"], "--model: got 'clip3clip' .did you mean 'clip4clip'"),
     ],
 )
 def test_mistakes_are_named(
@@ -101,10 +139,10 @@ def test_a_contender_that_fails_is_a_row_and_the_others_are_measured(
             raise OutOfResources
         step(self, *rest)
 
-    def failing_draw(shape: object, **rest: object) -> torch.Tensor:
-        if isinstance(shape, tuple) and shape[:2] == (3, 2):
+    def failing_draw(*shape: object, **rest: object) -> torch.Tensor:
+        if isinstance(shape[0], tuple) and shape[0][:2] == (3, 2):
             raise torch.OutOfMemoryError("no room for the batch")
-        return draw(shape, **rest)
+        return draw(*shape, **rest)
 
     monkeypatch.setattr(model_step.Contender, "__init__", failing_build)
     monkeypatch.setattr(model_step.Contender, "step", failing_step)

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from frozen_fast.common.autocast import without_autocast
 from frozen_fast.errors import UserError
 from frozen_fast.models.video.attention_plugins import known_attention
-from frozen_fast.models.video.blocks import FusedOps, ResidualNorm
+from frozen_fast.models.video.blocks import FusedOps, GeluLinear, ResidualNorm
+from frozen_fast.models.video.kernel_choice import settle_attention
 from frozen_kernels import cls_attention, divided_attention
 
-Activation = Literal["quick_gelu", "gelu"]
+Activation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"]
+"""As a transformers config.json names them; quick_gelu is the one that OpenAI's weights were trained with."""
+
+GELU_FORMS = {"gelu": "none", "quick_gelu": "sigmoid", "gelu_pytorch_tanh": "tanh"}
+"""Their names in frozen_kernels.bias_gelu."""
 
 CLIP_NORM_EPS = 1e-5
 """Epsilon of CLIP's LayerNorms."""
@@ -50,6 +56,7 @@ class PackedAttention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.backend = backend
+        self.backend_at: dict[tuple[int, int], str] = {}  # (B, S) -> what "auto" chose beforehand
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -70,10 +77,11 @@ class PackedAttention(nn.Module):
             return self.out_proj(self._first_row(x_BSD))
         qkv_BS3ND = F.linear(x_BSD, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         if mask is None and not self.causal and x_BSD.shape[1] > 1:
-            return self.out_proj(divided_attention(qkv_BS3ND, 1, "space", backend=self.backend))
+            backend = self.backend_at.get((x_BSD.shape[0], x_BSD.shape[1]), self.backend)
+            return self.out_proj(divided_attention(qkv_BS3ND, 1, "space", backend=backend))
         query, key, value = (part.transpose(1, 2) for part in qkv_BS3ND.unbind(2))
         mask = None if mask is None else mask.to(query.dtype)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             out_BNSD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=self.causal)
         return self.out_proj(out_BNSD.transpose(1, 2).flatten(2))
 
@@ -87,24 +95,27 @@ class PackedAttention(nn.Module):
         return cls_attention(query_B1ND, kv_BS2ND)
 
 
+def settle_sequences(module: nn.Module, batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Choose attention without masks for B sequences of S tokens, where "auto" cannot choose while it runs."""
+    for attention in module.modules():
+        if isinstance(attention, PackedAttention) and not attention.causal and tokens > 1:
+            shape = (batch, tokens, 3, attention.heads, attention.out_proj.in_features // attention.heads)
+            like = torch.empty((), device=device, dtype=dtype)
+            attention.backend_at[batch, tokens] = settle_attention(attention.backend, shape, 1, "space", like)
+
+
 class ClipMlp(nn.Module):
     """c_fc, activation, c_proj."""
 
-    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+    def __init__(self, width: int, hidden: int, activation: Activation, fused_ops: FusedOps) -> None:
         """Hold both layers."""
         super().__init__()
-        if activation not in ("quick_gelu", "gelu"):
-            raise UserError(f"activation: got {activation!r}; allowed: quick_gelu, gelu")
-        self.activation = activation
-        self.c_fc = nn.Linear(width, hidden)
+        self.c_fc = GeluLinear(width, hidden, fused_ops, approximate=GELU_FORMS[activation])
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]; quick_gelu is x * sigmoid(1.702 x), the one that OpenAI's weights were trained with."""
-        hidden = self.c_fc(x)
-        if self.activation == "quick_gelu":
-            return self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
-        return self.c_proj(F.gelu(hidden))
+        """[..., D] -> [..., D]."""
+        return self.c_proj(self.c_fc(x))
 
 
 class ClipBlock(nn.Module):
@@ -126,7 +137,7 @@ class ClipBlock(nn.Module):
         super().__init__()
         self.attn = PackedAttention(width, heads, causal, attention)
         self.ln_1 = ResidualNorm(width, fused_ops, eps)
-        self.mlp = ClipMlp(width, hidden, activation)
+        self.mlp = ClipMlp(width, hidden, activation, fused_ops)
         self.ln_2 = ResidualNorm(width, fused_ops, eps)
 
     def forward(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from frozen_fast.config.schema import VideoTowerConfig
 from frozen_fast.config.video_sizes import VideoSize
 from frozen_fast.errors import UserError, unknown_name
-from frozen_fast.models.clip.clip_blocks import CLIP_NORM_EPS
+from frozen_fast.models.clip.clip_blocks import CLIP_NORM_EPS, GELU_FORMS
 from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_SIZES, CLIP_STD, ClipSize
 from frozen_fast.models.clip.clip_weights import read_clip
 from frozen_fast.models.pixels import PixelNormalisation
@@ -33,15 +33,6 @@ _BLOCK_NAMES = {
     **{f"mlp.c_fc.{kind}": f"mlp.fc1.{kind}" for kind in ("weight", "bias")},
     **{f"mlp.c_proj.{kind}": f"mlp.fc2.{kind}" for kind in ("weight", "bias")},
 }
-
-
-class QuickGeluLinear(nn.Linear):
-    """A linear layer and CLIP's QuickGELU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., hidden]."""
-        hidden = F.linear(x, self.weight, self.bias)
-        return hidden * torch.sigmoid(1.702 * hidden)
 
 
 class ClipDivided(SpaceTimeTransformer):
@@ -90,10 +81,7 @@ class ClipDivided(SpaceTimeTransformer):
             block = cast(SpaceTimeBlock, module)
             for norm in (block.norm1, block.norm2, block.norm3):
                 norm.eps = CLIP_NORM_EPS
-            if clip.activation == "quick_gelu":
-                fc1 = QuickGeluLinear(size.width, clip.image_hidden)
-                fc1.load_state_dict(block.mlp.fc1.state_dict())
-                block.mlp.fc1 = fc1  # type: ignore[assignment]
+            block.mlp.fc1.approximate = GELU_FORMS[clip.activation]
 
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> ClipDivided:

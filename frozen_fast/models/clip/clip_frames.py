@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from frozen_fast.config.schema import VideoTowerConfig
 from frozen_fast.errors import UserError, unknown_name
-from frozen_fast.models.clip.clip_blocks import HEAD_WIDTH, ClipBlock, ClipTransformer
+from frozen_fast.models.clip.clip_blocks import HEAD_WIDTH, ClipBlock, ClipTransformer, settle_sequences
 from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_SIZES, CLIP_STD, ClipImageTower, ClipSize
 from frozen_fast.models.clip.clip_weights import read_clip
+from frozen_fast.models.video.kernel_choice import AUTO_ATTENTION, kernels_of
 from frozen_fast.models.video.video_tower import ANY_NUMBER, VideoTower
 
 OverTime = Literal["mean", "transformer"]
@@ -28,17 +29,21 @@ class ClipFrames(VideoTower):
     """CLIP4Clip's video side: meanP (over_time "mean") or seqTransf ("transformer").
 
     The transformer adds to the frame embeddings what its blocks add to the embeddings with frame positions. Its output
-    projections start at 0, so that it starts as the identity.
+    projections start at 0, so that it starts as the identity. The image tower is a class attribute: siglip_frames has
+    another.
     """
 
     name = "clip"
     mean, std = CLIP_MEAN, CLIP_STD
+    sizes: ClassVar[Mapping[str, Any]] = CLIP_SIZES
+    size_class: ClassVar[type[Any]] = ClipSize
+    image_tower: ClassVar[type[Any]] = ClipImageTower
     keys = ("size", "weights", "over_time", "time_layers", "attention", "fused_ops", "temporal_init_std")
     described_by = ("over_time", "time_layers")
 
     def __init__(
         self,
-        size: ClipSize,
+        size: Any,
         *,
         over_time: OverTime = "mean",
         time_layers: int = TIME_LAYERS,
@@ -49,18 +54,20 @@ class ClipFrames(VideoTower):
         """Build the tower with random weights.
 
         Args:
-            size: of CLIP.
+            size: of CLIP, a size_class.
             over_time: how the frame embeddings become one.
             time_layers: of the transformer.
             max_frames: rows of the frame positions (over_time "transformer").
             temporal_init_std: spread of the frame positions' start.
-            options: attention, fused_ops, checkpointed_blocks of ClipImageTower.
+            options: attention, fused_ops, checkpointed_blocks of the image tower.
         """
         super().__init__()
         self.size, self.over_time, self.time_layers = size, over_time, time_layers
-        self.visual = ClipImageTower(size, **options)
+        self.visual = self.image_tower(size, **options)
         self.resolution, self.width = size.resolution, size.embedding
         self.checkpointed_blocks = int(options.get("checkpointed_blocks", 0))
+        self.attention = str(options.get("attention", AUTO_ATTENTION))
+        self.fused_ops = str(options.get("fused_ops", "auto"))
         if over_time == "transformer":
             self.max_frames = max_frames
             self.frame_embeddings = ("temporal_embed",)
@@ -72,14 +79,19 @@ class ClipFrames(VideoTower):
                 nn.init.zeros_(block.attn.out_proj.weight)
                 nn.init.zeros_(block.mlp.c_proj.weight)
 
+    @staticmethod
+    def read(source: str) -> Any:
+        """The image model's weights, `state` with the image tower's under `visual.`, and its `size`."""
+        return read_clip(source)
+
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> ClipFrames:
-        """The tower of a config's model.video; weights: none, or what clip_weights.read_clip takes."""
-        weights = None if section.weights == "none" else read_clip(section.weights)
-        if weights is None and section.size not in CLIP_SIZES:
-            raise unknown_name("model.video.size", str(section.size), CLIP_SIZES)
-        size = CLIP_SIZES[str(section.size)] if weights is None else weights.size
-        if weights is not None and section.size is not None and CLIP_SIZES.get(section.size) != size:
+        """The tower of a config's model.video; weights: none, or what `read` takes."""
+        weights = None if section.weights == "none" else cls.read(section.weights)
+        if weights is None and section.size not in cls.sizes:
+            raise unknown_name("model.video.size", str(section.size), cls.sizes)
+        size = cls.sizes[str(section.size)] if weights is None else weights.size
+        if weights is not None and section.size is not None and cls.sizes.get(section.size) != size:
             raise UserError(f"model.video.size: got {section.size!r}; allowed: null, {section.weights} says it")
         tower = cls(
             size,
@@ -100,7 +112,7 @@ class ClipFrames(VideoTower):
     ) -> ClipFrames:
         """The tower that architecture() describes, with random weights."""
         return cls(
-            ClipSize(**data["clip"]),
+            cls.size_class(**data[cls.name]),
             over_time=data["over_time"],
             time_layers=data["time_layers"],
             max_frames=max_frames,
@@ -108,8 +120,8 @@ class ClipFrames(VideoTower):
         )
 
     def architecture(self) -> dict[str, Any]:
-        """CLIP's sizes, and what comes after it."""
-        return {"clip": asdict(self.size), "over_time": self.over_time, "time_layers": self.time_layers}
+        """The image model's sizes, and what comes after it."""
+        return {self.name: asdict(self.size), "over_time": self.over_time, "time_layers": self.time_layers}
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
         """Embed clips: [B, T, 3, resolution, resolution] -> [B, E], the mean of normalised frame embeddings."""
@@ -120,6 +132,17 @@ class ClipFrames(VideoTower):
             x, branch = self.over_frames(placed)
             frames_BTE = frames_BTE + (x + branch - placed).float()
         return F.normalize(frames_BTE, dim=-1).mean(dim=1)
+
+    def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        """Let "auto" choose attention for a stage's shapes and import what it chose."""
+        for frames, batch in batch_sizes.items():
+            settle_sequences(self.visual, batch * frames, self.visual.tokens, device, dtype)
+            if self.over_time == "transformer":
+                settle_sequences(self.over_frames, batch, frames, device, dtype)
+
+    def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
+        """Attention backends as chosen so far, and the form of the fused ops."""
+        return kernels_of(self.attention, self.fused_ops, device, compiled=compiled)
 
 
 def _how(section: VideoTowerConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from frozen_fast.errors import UserError
-from frozen_fast.models.clip.clip_blocks import CLIP_NORM_EPS, HEAD_WIDTH, Activation, ClipTransformer
+from frozen_fast.models.clip.clip_blocks import CLIP_NORM_EPS, GELU_FORMS, HEAD_WIDTH, Activation, ClipTransformer
 from frozen_fast.models.video.blocks import PatchProjection
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -55,6 +55,8 @@ class ClipSize:
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if heads < 1 or width % heads:
                 raise UserError(f"{part}_heads: got {heads} for width {width}; allowed: divisors of the width")
+        if self.activation not in GELU_FORMS:
+            raise UserError(f"activation: got {self.activation!r}; allowed: {', '.join(GELU_FORMS)}")
 
 
 def _published(embedding: int, resolution: int, patch: int, image: tuple[int, int], text: tuple[int, int]) -> ClipSize:
@@ -99,8 +101,8 @@ class ClipImageTower(nn.Module):
         self.width = width
         self.conv1 = PatchProjection(size.patch, width, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        patches = (size.resolution // size.patch) ** 2
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(1 + patches, width))
+        self.tokens = 1 + (size.resolution // size.patch) ** 2
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.tokens, width))
         self.ln_pre = nn.LayerNorm(width, eps=CLIP_NORM_EPS)
         self.transformer = ClipTransformer(
             width, size.image_depth, size.image_heads, hidden=size.image_hidden, activation=size.activation, **options

@@ -144,11 +144,20 @@ def clip_from_state(
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A file's or folder's state dict, and config.json's content."""
     if path.is_dir():
-        found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
-        if found is None:
-            raise UserError(f"checkpoint: got {path}; allowed: a folder with {' or '.join(FOLDER_FILES[:2])}")
-        return read_state(found), _folder_config(path / "config.json")
+        return read_folder(path)
     return read_state(path), {}
+
+
+def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A folder's state dict, and config.json's content.
+
+    Raises:
+        UserError: no weights there, or a damaged file.
+    """
+    found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"checkpoint: got {path}; allowed: a folder with {' or '.join(FOLDER_FILES[:2])}")
+    return read_state(found), _folder_config(path / "config.json")
 
 
 def _folder_config(path: Path) -> dict[str, Any]:
@@ -217,6 +226,9 @@ def _openai_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         return {name.removeprefix("text."): value for name, value in state.items()}
     if "vision_model.embeddings.class_embedding" in state:
         return _from_transformers(state, source)
+    if "vision_model.head.probe" in state:
+        got = "a SigLIP, whose ViT has no CLS token"
+        raise UserError(f"checkpoint: got {source}, which holds {got}; allowed: a CLIP, or the towers siglip")
     raise UserError(f"checkpoint: got {source}, which holds no ViT of CLIP (no visual.conv1.weight)")
 
 
@@ -231,17 +243,28 @@ def _from_transformers(state: dict[str, Tensor], source: str) -> dict[str, Tenso
         elif not name.startswith(("text_model.encoder.layers.", "vision_model.encoder.layers.")):
             named[name] = value  # unknown: reported by its own name
     for tower, root in (("text_model", "transformer"), ("vision_model", "visual.transformer")):
-        for layer in range(count_layers(state, f"{tower}.encoder.layers.")):
-            old, new = f"{tower}.encoder.layers.{layer}", f"{root}.resblocks.{layer}"
-            for kind in ("weight", "bias"):
-                parts = [f"{old}.self_attn.{part}_proj.{kind}" for part in "qkv"]
-                missing = [part for part in parts if part not in state]
-                if missing:
-                    raise UserError(f"checkpoint: got {source}, which lacks {some(missing)}")
-                named[f"{new}.attn.in_proj_{kind}"] = torch.cat([state[part] for part in parts])
-                for theirs, ours in _TRANSFORMERS_LAYER.items():
-                    if f"{old}.{theirs}.{kind}" in state:
-                        named[f"{new}.{ours}.{kind}"] = state[f"{old}.{theirs}.{kind}"]
+        named.update(transformers_layers(state, tower, root, source))
+    return named
+
+
+def transformers_layers(state: Mapping[str, Tensor], tower: str, root: str, source: str) -> dict[str, Tensor]:
+    """The layers of one of transformers' towers (`tower`.encoder.layers) as ClipTransformer's blocks under `root`.
+
+    Raises:
+        UserError: a projection of queries, keys or values is missing.
+    """
+    named = {}
+    for layer in range(count_layers(state, f"{tower}.encoder.layers.")):
+        old, new = f"{tower}.encoder.layers.{layer}", f"{root}.resblocks.{layer}"
+        for kind in ("weight", "bias"):
+            parts = [f"{old}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+            missing = [part for part in parts if part not in state]
+            if missing:
+                raise UserError(f"checkpoint: got {source}, which lacks {some(missing)}")
+            named[f"{new}.attn.in_proj_{kind}"] = torch.cat([state[part] for part in parts])
+            for theirs, ours in _TRANSFORMERS_LAYER.items():
+                if f"{old}.{theirs}.{kind}" in state:
+                    named[f"{new}.{ours}.{kind}"] = state[f"{old}.{theirs}.{kind}"]
     return named
 
 

@@ -7,7 +7,7 @@ pixels, L text tokens, S tokens of a clip, D width, E width of the common space 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from frozen_fast.common.autocast import without_autocast
 from frozen_fast.config.schema import ModelConfig
 from frozen_fast.errors import UserError, unknown_name
-from frozen_fast.models.clip.clip_blocks import ClipTransformer
+from frozen_fast.models.clip.clip_blocks import ClipTransformer, settle_sequences
 from frozen_fast.models.clip.clip_tokenizer import ClipTokenizer
-from frozen_fast.models.clip.clip_towers import CLIP_MEAN, CLIP_SIZES, CLIP_STD, Clip, ClipSize, end_of_text
+from frozen_fast.models.clip.clip_towers import (
+    CLIP_MEAN,
+    CLIP_SIZES,
+    CLIP_STD,
+    Clip,
+    ClipImageTower,
+    ClipSize,
+    ClipTextTower,
+    end_of_text,
+)
 from frozen_fast.models.clip.clip_weights import ClipWeights, read_clip
 from frozen_fast.models.clip2video.clip2video_checkpoint import clip_tokenizer_for, read_clip2video
 from frozen_fast.models.clip2video.frame_masks import aligned, key_scores, masked_mean
+from frozen_fast.models.counted_flops import counted_flops
 from frozen_fast.models.learned_scale import with_ceiling
 from frozen_fast.models.model_folder import write_model_folder
 from frozen_fast.models.pixels import PixelNormalisation
 from frozen_fast.models.pretrained import load_weights, read_run
-from frozen_fast.models.retrieval_model import Features, RetrievalModel, TextInput, VideoInput
+from frozen_fast.models.retrieval_model import Features, RetrievalModel, SideFlops, TextInput, VideoInput
 from frozen_fast.models.video.blocks import FusedOps
+from frozen_fast.models.video.kernel_choice import AUTO_ATTENTION, kernels_of
 
 TEMPORAL_NORM_EPS = 1e-12
 """Epsilon of the LayerNorms inside the temporal transformers."""
@@ -91,6 +103,8 @@ class Clip2Video(RetrievalModel):
         if centers < 1:
             raise UserError(f"centers: got {centers}; allowed: 1 or more")
         self.clip = Clip(size, **options)
+        self._attention = str(options.get("attention", AUTO_ATTENTION))
+        self._fused_ops = str(options.get("fused_ops", "auto"))
         self.compatible_masks = compatible_masks
         self.max_scale = max_scale
         self._tokenizer = tokenizer
@@ -202,7 +216,7 @@ class Clip2Video(RetrievalModel):
         tokens_QLE = self.clip(ids_QL, all_tokens=True).float()
         words_QL = mask_QL.clone()
         words_QL[:, 0] = 0
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device.type):
             scale = self._scale()
             return {
                 "global": scale * F.normalize(end_of_text(tokens_QLE, ids_QL), dim=-1),
@@ -232,7 +246,7 @@ class Clip2Video(RetrievalModel):
         sparse_VTE, sparse_mask = frames_VTE[:, ::2], None if mask_VT is None else mask_VT[:, ::2]
         action = self._over_time(self.actionClip, sparse_VTE, sparse_mask)
         mask_VS = None if mask_VT is None or sparse_mask is None else torch.cat([mask_VT, sparse_mask], dim=1)
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device.type):
             mean_VE = masked_mean(F.normalize(tokens, dim=-1), mask_VT)
             both_VSE = torch.cat([frames_VTE, action], dim=1)
             return {
@@ -292,6 +306,43 @@ class Clip2Video(RetrievalModel):
     def _key_scores(self, mask_VS: Tensor | None) -> Tensor | None:
         heads = self.clip.size.text_heads
         return None if mask_VS is None else key_scores(mask_VS, heads, self.compatible_masks)
+
+    # What training asks
+
+    def compiled_parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
+        """The blocks of the image tower and of the temporal transformers, and CLIP's text tower."""
+        stacks = (self.clip.visual.transformer, self.transformerClip, self.frame2t_attention, self.actionClip)
+        return [block for stack in stacks for block in stack.resblocks], [self.clip]
+
+    def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        """Let "auto" choose attention for a stage's shapes and import what it chose."""
+        for frames, batch in batch_sizes.items():
+            settle_sequences(self.clip.visual, batch * frames, self.clip.visual.tokens, device, dtype)
+            for number in (frames, (frames + 1) // 2):
+                for stack in (self.transformerClip, self.frame2t_attention, self.actionClip):
+                    tokens = number - 1 if stack is self.frame2t_attention else 2 * number - 1
+                    settle_sequences(stack, batch, tokens, device, dtype)
+
+    def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
+        """Attention backends as chosen so far, and the form of the fused ops."""
+        return kernels_of(self._attention, self._fused_ops, device, compiled=compiled)
+
+    def side_flops(self, frames: int, tokens: int) -> SideFlops | None:
+        """Counted on shapes alone (counted_flops)."""
+        size, side = self.clip.size, self.resolution
+        image = counted_flops(lambda: ClipImageTower(size), (1, 1, 3, side, side))
+        depth = len(self.transformerClip.resblocks)
+        video = counted_flops(lambda: _VideoHalf(size, self.centers, depth), (1, frames, 3, side, side))
+        text = counted_flops(lambda: ClipTextTower(size), (1, tokens), dtype=torch.long)
+        if image is None or video is None or text is None:
+            return None
+        visual = {id(parameter) for parameter in self.clip.visual.parameters()}
+        image_learns = any(parameter.requires_grad for parameter in self.clip.visual.parameters())
+        text_learns = any(one.requires_grad for one in self.clip.parameters() if id(one) not in visual)
+        frozen = (0.0 if image_learns else frames * image) + (0.0 if text_learns else text)
+        patches, width = self.clip.visual.tokens - 1, size.image_width
+        rest = 4.0 * patches * width * (width + size.image_hidden + patches + 1)  # of the last block, which is not read
+        return SideFlops(video, video + frames * rest, text, pair=2 * 2.0 * size.embedding, frozen=frozen)
 
     # Inputs
 
@@ -393,3 +444,14 @@ class Clip2Video(RetrievalModel):
         load_weights(model, stored.state, path)
         model.run = read_run(path)
         return model.eval()
+
+
+class _VideoHalf(nn.Module):
+    """The video side alone, for counting."""
+
+    def __init__(self, size: ClipSize, centers: int, temporal_depth: int) -> None:
+        super().__init__()
+        self.model = Clip2Video(size, centers=centers, temporal_depth=temporal_depth)
+
+    def forward(self, video_VTCHW: Tensor) -> Tensor:
+        return self.model.video_features(video_VTCHW)["aligned"]

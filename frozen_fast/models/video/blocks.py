@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from frozen_fast.common.autocast import autocast_dtype
 from frozen_fast.models.pixels import PixelNormalisation
-from frozen_kernels import add_layer_norm, bias_gelu, cls_attention, divided_attention, fused_form
+from frozen_kernels import add_layer_norm, bias_gelu, cls_attention, divided_attention, fused_form, gelu_reference
 
 Block = Literal["frozen_in_time", "timesformer"]
 FusedOps = Literal["auto", "plain"]
@@ -86,8 +87,6 @@ class ResidualNorm(nn.LayerNorm):
 
         Without keep_sum the first is x, and the sum is not written to memory.
         """
-        device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
         return add_layer_norm(
             x,
             branch,
@@ -96,7 +95,7 @@ class ResidualNorm(nn.LayerNorm):
             branch_bias_D=branch_bias,
             keep_sum=keep_sum,
             eps=self.eps,
-            out_dtype=torch.get_autocast_dtype(device_type) if autocast else None,
+            out_dtype=autocast_dtype(x.device.type),
             backend=_form(self.fused_ops),
         )
 
@@ -209,18 +208,19 @@ class Attention(nn.Module):
 
 
 class GeluLinear(nn.Linear):
-    """A linear layer and the exact GELU."""
+    """A linear layer and GELU."""
 
-    def __init__(self, width: int, hidden: int, fused_ops: FusedOps) -> None:
-        """Weights as nn.Linear's."""
+    def __init__(self, width: int, hidden: int, fused_ops: FusedOps, *, approximate: str = "none") -> None:
+        """Weights as nn.Linear's; approximate: which GELU, as in frozen_kernels.bias_gelu."""
         super().__init__(width, hidden)
         self.fused_ops = fused_ops
+        self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., hidden]. Where there is a kernel, it adds the bias too, and reduces its gradient."""
         if fused_form(_form(self.fused_ops), x.device, x.dtype) != "plain":
-            return bias_gelu(F.linear(x, self.weight), self.bias)
-        return F.gelu(super().forward(x))
+            return bias_gelu(F.linear(x, self.weight), self.bias, approximate=self.approximate)
+        return gelu_reference(super().forward(x), self.approximate)
 
 
 class Mlp(nn.Module):

@@ -28,23 +28,15 @@ from frozen_fast.models.video.blocks import (
     SpaceTimeBlock,
     add_branch,
 )
+from frozen_fast.models.video.kernel_choice import AUTO_ATTENTION, kernels_of, settle_attention
 from frozen_fast.models.video.space_time_flops import embedding_flops, space_time_flops
 from frozen_fast.models.video.video_tower import VideoTower
 from frozen_fast.models.video.vit_weights import load_vit_weights
-from frozen_kernels import (
-    BACKEND_NAMES,
-    add_positions,
-    chosen_backends,
-    fused_form,
-    resolve_backend,
-    unavailable_backends,
-)
-from frozen_kernels.attention.api import load_backend
+from frozen_kernels import BACKEND_NAMES, add_positions, unavailable_backends
 
 TimeInit = Literal["zero_output", "released", "random"]
 ResidualDtype = Literal["fp32", "bf16"]
 
-AUTO_ATTENTION = "auto"
 INIT_STD = 0.02
 """Standard deviation of the truncated normal that ViT and the released code draw linear weights from."""
 
@@ -275,22 +267,16 @@ class SpaceTimeTransformer(VideoTower):
         """Let "auto" choose attention for a stage's shapes and import what it chose."""
         for frames, batch in batch_sizes.items():
             tokens = 1 + frames * self.size.patches_per_frame
-            # Only sizes, dtype and device are read, so one number stands for all.
             shape = (batch, tokens, 3, self.size.heads, self.size.width // self.size.heads)
-            qkv_BS3ND = torch.empty((), device=device, dtype=dtype).expand(shape)
+            like = torch.empty((), device=device, dtype=dtype)
             for attention in self.modules():
                 if isinstance(attention, Attention):
-                    name = resolve_backend(attention.backend, qkv_BS3ND, frames, attention.axis)
-                    load_backend(name, device, dtype)  # an import inside a compiled step would break its graph
+                    name = settle_attention(attention.backend, shape, frames, attention.axis, like)
                     attention.backend_at[frames] = name
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
         """Attention backends as chosen so far, and the form of the fused ops."""
-        attention = [{"backend": self.attention, "how": "model.video.attention"}]
-        if self.attention == AUTO_ATTENTION:
-            attention = chosen_backends()
-        form = "compiled" if compiled else fused_form(self.fused_ops, device, torch.float32)
-        return {"attention_backends": attention, "fused_ops": form}
+        return kernels_of(self.attention, self.fused_ops, device, compiled=compiled)
 
     def repeated_blocks(self) -> list[nn.Module]:
         """The space-time blocks."""

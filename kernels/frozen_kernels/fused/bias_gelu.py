@@ -1,4 +1,4 @@
-"""Bias and exact GELU in one pass, the bias's gradient reduced in the pass that computes the input's.
+"""Bias and GELU in one pass, the bias's gradient reduced in the pass that computes the input's.
 
 The plain form is `bias_gelu_reference`; the others are triton_bias_gelu and cpu_c_bias_gelu. It saves
 passes over the widest activations of a block. Legend: R rows (all axes but the last), D width.
@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from frozen_kernels.fused.forms import fused_form
+from frozen_kernels.fused.forms import APPROXIMATE, fused_form
 
 
-def bias_gelu_reference(x: Tensor, bias_D: Tensor) -> Tensor:
+def gelu_reference(x: Tensor, approximate: str = "none") -> Tensor:
+    """GELU in one of its forms; see bias_gelu."""
+    return x * torch.sigmoid(1.702 * x) if approximate == "sigmoid" else gelu(x, approximate=approximate)
+
+
+def bias_gelu_reference(x: Tensor, bias_D: Tensor, approximate: str = "none") -> Tensor:
     """gelu(x + bias) in x's dtype; the sum and the GELU in fp32."""
-    return gelu(x.float() + bias_D.float()).to(x.dtype)
+    return gelu_reference(x.float() + bias_D.float(), approximate).to(x.dtype)
 
 
 def _kernels(form: str) -> ModuleType:
@@ -28,52 +33,56 @@ def _kernels(form: str) -> ModuleType:
 
 
 @torch.library.custom_op("frozen_kernels::bias_gelu", mutates_args=())
-def _forward(x: Tensor, bias: Tensor, form: str) -> Tensor:
-    return _kernels(form).launch_forward(x, bias)
+def _forward(x: Tensor, bias: Tensor, approximate: str, form: str) -> Tensor:
+    return _kernels(form).launch_forward(x, bias, approximate)
 
 
 @_forward.register_fake
-def _(x: Tensor, bias: Tensor, form: str) -> Tensor:
+def _(x: Tensor, bias: Tensor, approximate: str, form: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("frozen_kernels::bias_gelu_backward", mutates_args=())
-def _backward(grad_out: Tensor, x: Tensor, bias: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    return _kernels(form).launch_backward(grad_out, x, bias)
+def _backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str, form: str) -> tuple[Tensor, Tensor]:
+    return _kernels(form).launch_backward(grad_out, x, bias, approximate)
 
 
 @_backward.register_fake
-def _(grad_out: Tensor, x: Tensor, bias: Tensor, form: str) -> tuple[Tensor, Tensor]:
+def _(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str, form: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
-    x, bias, ctx.form = inputs
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str, str], output: Tensor) -> None:
+    x, bias, ctx.approximate, ctx.form = inputs
     ctx.save_for_backward(x, bias)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *_backward(grad_out, *ctx.saved_tensors, ctx.form), None
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *_backward(grad_out, *ctx.saved_tensors, ctx.approximate, ctx.form), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def bias_gelu(x: Tensor, bias_D: Tensor, *, backend: str = "auto") -> Tensor:
-    """gelu(x + bias), the exact GELU of the released model.
+def bias_gelu(x: Tensor, bias_D: Tensor, *, approximate: str = "none", backend: str = "auto") -> Tensor:
+    """gelu(x + bias).
 
     Args:
         x: [..., D], fp32, bf16 or fp16: a matrix product without its bias.
         bias_D: the bias, in any of these dtypes.
+        approximate: of the sum v: none (the exact GELU), tanh (as in torch), or sigmoid, v * sigmoid(1.702 v), the
+            QuickGELU that OpenAI trained CLIP with.
         backend: auto (Triton on CUDA, C on a CPU), plain, triton, or cpu_c.
 
     Returns:
         [..., D] in x's dtype; differentiable in both.
 
     Raises:
-        ValueError: for a bias of another width or a backend that cannot run here.
+        ValueError: for a bias of another width, an unknown form or a backend that cannot run here.
     """
+    if approximate not in APPROXIMATE:
+        raise ValueError(f"approximate: got {approximate!r}; allowed: {', '.join(APPROXIMATE)}")
     if bias_D.shape != x.shape[-1:]:
         raise ValueError(f"bias: got shape {tuple(bias_D.shape)}; allowed: [{x.shape[-1]}]")
     form = fused_form(backend, x.device, x.dtype)
-    return bias_gelu_reference(x, bias_D) if form == "plain" else _forward(x, bias_D, form)
+    return bias_gelu_reference(x, bias_D, approximate) if form == "plain" else _forward(x, bias_D, approximate, form)

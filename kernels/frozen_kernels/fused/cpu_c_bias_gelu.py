@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
+from frozen_kernels.fused.forms import APPROXIMATE
 
 TASKS = 32
 """Parts of the rows in the backward pass, each with its own sum of the bias's gradient."""
 
 
-def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
+def launch_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """gelu(x + bias)."""
-    library = load_kernels("bias_gelu.c", {"KIND": KINDS[x.dtype]})
+    library = load_kernels("bias_gelu.c", {"KIND": KINDS[x.dtype], "APPROXIMATE": APPROXIMATE[approximate]})
     width = x.shape[-1]
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -23,9 +24,9 @@ def launch_forward(x: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def launch_backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def launch_backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     """Gradients of x and the bias; the bias's is added over the parts in a fixed order."""
-    library = load_kernels("bias_gelu.c", {"KIND": KINDS[x.dtype]})
+    library = load_kernels("bias_gelu.c", {"KIND": KINDS[x.dtype], "APPROXIMATE": APPROXIMATE[approximate]})
     width = x.shape[-1]
     rows = x.numel() // width
     x, grad_out = x.contiguous(), grad_out.contiguous()

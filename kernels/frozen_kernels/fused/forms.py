@@ -10,6 +10,9 @@ from frozen_kernels.availability import unavailable_backends
 
 FusedForm = Literal["plain", "triton", "cpu_c"]
 
+APPROXIMATE = {"none": 0, "sigmoid": 1, "tanh": 2}
+"""Forms of GELU by name, and what the kernels call them."""
+
 
 def fused_form(backend: str, device: torch.device, dtype: torch.dtype) -> FusedForm:
     """The form that runs; `auto`: Triton on CUDA, C on a CPU, plain where that cannot run.

@@ -55,6 +55,11 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|none|PATH",
         help="auto: the run folder's newest checkpoint, if any; none (default): start a new run; PATH: this checkpoint",
     )
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="continue the run of the run folder with a longer last stage (a larger budget, or more steps)",
+    )
     parser.add_argument("--seeds", metavar="0,1,2", help="train once per seed, and write mean and deviation (seeds.md)")
     parser.add_argument(
         "--splits", metavar="1,2,3", help="train once per split_version of the sources, and write the mean (splits.md)"
@@ -77,7 +82,9 @@ def train(arguments: argparse.Namespace) -> int:
         raise UserError("--splits: got it with --seeds; allowed: one of the two")
     if arguments.seeds is not None or arguments.splits is not None:
         return train_repeats(config, arguments, "seed" if arguments.splits is None else "split")
-    return train_run(config, resume=arguments.resume)
+    if arguments.extend and arguments.resume != "none":
+        raise UserError(f"--extend: got it with --resume {arguments.resume}; allowed: one of the two")
+    return train_run(config, resume="extend" if arguments.extend else arguments.resume)
 
 
 def check_model_section(config: ExperimentConfig) -> None:

@@ -427,6 +427,7 @@ class EvaluationConfig:
     every: Literal["epoch", "stage", "end", "never"] = key("stage", "after each epoch (data.epoch_ends) of a stage and at its end, after each stage, after the last, or not at all")
     metrics: tuple[Annotated[str, OneOf(extensions.metrics)], ...] = key(("retrieval",), "families of metrics to compute: retrieval (recall and ranks), or a plugin's")
     keep_best: str = key("none", "keep the checkpoint with the best value on the first of evaluation.sources as checkpoints/best: validation_loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or any metric such as t2v/R@1; none: keep none")
+    patience: int = key(0, "early stopping: end the run after this many evaluations in a row without a better value of keep_best, 0: never", ge=0)
     protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
     gallery: int = key(0, "number of queries on the retrieval page of each source, with the first 5 clips found, beside the best and worst of all (gallery_SOURCE.html in the run folder, from the last evaluation; evaluate writes it to the folder of --output), 0: no page", ge=0)
     gallery_videos: str | None = key(None, "folder with ID.mp4 for the retrieval page, for sources without videos (feature stores)")
@@ -458,6 +459,8 @@ class EvaluationConfig:
         if self.keep_best != "none" and (not self.sources or self.every == "never"):
             why = "no evaluation.sources" if not self.sources else "evaluation.every: never"
             refuse([("keep_best", f"got {self.keep_best!r} with {why}; allowed: none, or something to evaluate")])
+        if self.patience and self.keep_best == "none":
+            refuse([("patience", f"got {self.patience} with keep_best: none; allowed: 0, or a metric as keep_best")])
         return self
 
 

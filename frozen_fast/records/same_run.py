@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from frozen_fast.errors import UserError
@@ -30,12 +30,13 @@ _MUST_NOT_CHANGE = ("training.precision",)
 _SOURCE_PATH = re.compile(r"data\.sources\[\d+\]\.path")  # moved data: RunState.sources tells whether it is the same
 
 
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], also: Collection[str] = ()) -> list[str]:
     """Compare a checkpoint's config with the one it is resumed with.
 
     Args:
         saved: the checkpoint's config in plain values.
         current: the present config in plain values.
+        also: further keys that may differ.
 
     Returns:
         The allowed differences: "key: old -> new".
@@ -45,7 +46,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list
     """
     old, new = dict(_flat(saved)), dict(_flat(current))
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    harmful = [key for key in changed if not _may_change(key)]
+    harmful = [key for key in changed if key not in also and not _may_change(key)]
     if harmful:
         shown = "; ".join(f"{key} was {old.get(key)!r}, got {new.get(key)!r}" for key in harmful[:4])
         more = f" and {len(harmful) - 4} more" if len(harmful) > 4 else ""

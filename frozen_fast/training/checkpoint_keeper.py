@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from frozen_fast.common.files import read_rows
 from frozen_fast.common.secrets import without_secrets
 from frozen_fast.config import ExperimentConfig, to_plain
 from frozen_fast.data import DataPosition
@@ -47,6 +48,7 @@ class CheckpointKeeper:
     """Writes a run's checkpoints; every rank calls it alike, rank 0 writes.
 
     Attributes:
+        metric: evaluation.keep_best.
         best: {"step", "metric", "value"} of the best evaluation so far under evaluation.keep_best; None: none yet.
     """
 
@@ -65,8 +67,8 @@ class CheckpointKeeper:
         """Go on from a checkpoint's state, or begin; `directions` are those of the task's numbers."""
         self._config, self._parallel, self._folder = config, parallel, folder
         self._model, self._fingerprints, self._roll_backs = model, fingerprints, roll_backs
-        self._metric, self._directions = config.evaluation.keep_best, directions
-        check_metric(self._metric, directions)
+        self.metric, self._directions = config.evaluation.keep_best, directions
+        check_metric(self.metric, directions)
         self._writer, self._snapshot = CheckpointWriter(self._make_room), Snapshot()
         self._saved_seconds = time.monotonic()
         kept = config.checkpoints
@@ -76,14 +78,28 @@ class CheckpointKeeper:
         # A run that resumes from another folder's checkpoint has a best of its own.
         self._last = state if state is not None and self._is_here(state.step) else None
         self.best = None if self._last is None else self._last.best
-        if self.best is not None and self._metric not in ("none", self.best["metric"]):
+        if self.best is not None and self.metric not in ("none", self.best["metric"]):
             log.warning(
-                "evaluation.keep_best: metric changed to %s; discarding the previous best %s", self._metric, self.best
+                "evaluation.keep_best: metric changed to %s; discarding the previous best %s", self.metric, self.best
             )
             self.best = None
         with parallel.together():
             if parallel.is_main:
                 restore_best(folder.checkpoints, self.best)
+        without_better = self._evaluations_without_better() if parallel.is_main else 0
+        self._without_better = parallel.gather_objects(without_better)[0]
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether evaluation.patience evaluations in a row were no better than the best; the same on every rank."""
+        patience = self._config.evaluation.patience
+        return bool(patience) and self._without_better >= patience
+
+    def _evaluations_without_better(self) -> int:
+        """Evaluations of metrics.json after the best one; those before the run was extended do not count."""
+        extended = [row.get("step") for row in read_rows(self._folder.events)[0] if row.get("kind") == "extended"]
+        known = [step for step in extended if isinstance(step, int)] + ([self.best["step"]] if self.best else [])
+        return len({row["step"] for row in self._folder.evaluations() if row["step"] > max(known, default=0)})
 
     def is_saved(self, step: int) -> bool:
         """Whether the last checkpoint that this run wrote or went on from is of this step."""
@@ -250,13 +266,14 @@ class CheckpointKeeper:
             step: optimizer step of the evaluation.
             rows: of metrics.json; the first one's source and protocol decide.
         """
-        value = selection_value(self._metric, rows[0])
+        value = selection_value(self.metric, rows[0])
         best = None if self.best is None else float(self.best["value"])
         better = False
-        if self._metric != "none" and value is not None:
-            better = is_better(self._metric, value, best, self._directions)
+        if self.metric != "none" and value is not None:
+            better = is_better(self.metric, value, best, self._directions)
+        self._without_better = 0 if better else self._without_better + 1
         if better:
-            self.best = {"step": step, "metric": self._metric, "value": value}
+            self.best = {"step": step, "metric": self.metric, "value": value}
         if self._last is None or not self.is_saved(step):
             return
         self._restate(replace(self._last, evaluated=True, best=self.best), stage)
@@ -265,7 +282,7 @@ class CheckpointKeeper:
 
     def _link_best(self, step: int, value: float | None) -> None:
         link_best(self._folder.checkpoints, step)
-        log.info("best so far by %s (%.4f): step %d", self._metric, value, step)
+        log.info("best so far by %s (%.4f): step %d", self.metric, value, step)
 
     def _is_here(self, step: int) -> bool:
         """Whether the run folder has a checkpoint of a step; asks rank 0."""

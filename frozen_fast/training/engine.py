@@ -84,6 +84,8 @@ class Engine:
         for plan in self._parts.plans:
             if plan.index < closed_stages:
                 continue
+            if self.keeper.out_of_patience:
+                break
             here = state if state is not None and state.stage == plan.index else None
             if not self._run_stage(plan, here):
                 return False
@@ -119,8 +121,10 @@ class Engine:
                 return False
             if not self._run_steps(stage, done):
                 return False
-            self._save(stage, plan.steps)
-        if self._evaluation.is_due(plan, plan.steps) and not self._evaluate(stage, plan.steps):
+            if not self.keeper.out_of_patience:
+                self._save(stage, plan.steps)
+        due = not self.keeper.out_of_patience and self._evaluation.is_due(plan, plan.steps)
+        if due and not self._evaluate(stage, plan.steps):
             return False
         graphs = compiling.compiled_graphs() - graphs
         joules = stage.energy.joules()
@@ -151,6 +155,9 @@ class Engine:
         every = config.checkpoints.every_steps
         try:
             for index in range(done, plan.steps):
+                if self.keeper.out_of_patience:
+                    log.info("early stopping: no better %s for evaluation.patience evaluations", self.keeper.metric)
+                    break
                 trace.before_step(index)
                 try:
                     with self._parts.watchdog.phase("first_step" if index == done else "step"):

@@ -39,6 +39,7 @@ from frozen_fast.training import compiling
 from frozen_fast.training.batch_parts import DeviceMemoryError
 from frozen_fast.training.determinism import deterministic_operators
 from frozen_fast.training.engine import Engine
+from frozen_fast.training.extension import check_extension, extension_keys, with_finished_steps
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.non_finite import NonFiniteSteps, NotFiniteError
 from frozen_fast.training.parts import (
@@ -74,8 +75,8 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
 
     Args:
         config: the experiment.
-        resume: "none": start a new run; "auto": resume from the run folder's newest checkpoint if there is one; or a
-            checkpoint folder.
+        resume: "none": start a new run; "auto": resume from the run folder's newest checkpoint if there is one; "extend":
+            likewise, with a longer last stage than the run had (training.extension); or a checkpoint folder.
 
     Returns:
         0 when the run is complete, 75 when SIGTERM or SIGINT stopped it after a checkpoint.
@@ -191,6 +192,8 @@ class _Run:
         self._folder = RunFolder(config.run_folder.format(name=config.name))
         self._lock = RunLock(self._folder)
         self._owned = False
+        self._extending = False
+        self._finished: dict[int, int] = {}
         self._engine: Engine | None = None
         self._watchdog = Watchdog(config.watchdog, folder=self._folder.hangs, rank=parallel.rank, note=self._note_hang)
         self._journal: Journal | None = None
@@ -200,6 +203,7 @@ class _Run:
 
     def train(self, resume: str, stop: StopRequest) -> int:
         """Prepare, run, report; returns the exit code."""
+        self._extending = resume == "extend"
         log.info("precision %s: %s", self._parallel.precision, self._parallel.precision_reason)
         start = self._cut_folder_back(self._take_folder(resume))
         self._origin = start.checkpoint
@@ -316,12 +320,12 @@ class _Run:
         found = Survey(None, {})
         with parallel.together():
             if parallel.is_main:
-                if resume != "auto":  # a mistake leaves no folder behind
+                if resume not in ("auto", "extend"):  # a mistake leaves no folder behind
                     found = find_checkpoint(folder, resume)
                 folder.create()
                 self._lock.acquire()
-                if resume == "auto":
-                    found = find_checkpoint(folder, resume)
+                if resume in ("auto", "extend"):
+                    found = find_checkpoint(folder, "auto")
         return found
 
     def _cut_folder_back(self, found: Survey) -> _Start:
@@ -329,13 +333,16 @@ class _Run:
         config, parallel, folder = self._config, self._parallel, self._folder
         checkpoint = parallel.gather_objects(found.usable)[0]
         state: RunState | None = None
-        closed = 0
+        closed, finished = 0, dict[int, int]()
         with parallel.together(), folder.must_be_writable():
             if checkpoint is not None:
                 state = read_state(checkpoint)
                 saved = to_plain(config_from_mapping(state.config))  # old names and keys added since included
-                for change in check_same_run(without_secrets(saved), without_secrets(to_plain(config))):
+                longer = extension_keys(saved) if self._extending else ()
+                for change in check_same_run(without_secrets(saved), without_secrets(to_plain(config)), also=longer):
                     log.info("resuming with another %s", change)
+            if self._extending:
+                check_extension(state, len(config.curriculum.stages))
             if parallel.is_main:
                 self._owned = True
                 events = folder.repair() + set_aside(found.damaged)
@@ -349,7 +356,12 @@ class _Run:
                         state.step, state.stage, stage_complete=state.stage_complete, evaluated=state.evaluated
                     )
                     rows = folder.stage_rows()
-                    closed = state.stage + any(row["stage"] == state.stage for row in rows)
+                    closed = state.stage
+                    if self._extending:
+                        folder.append_event("extended", f"the run continues after step {state.step}", step=state.step)
+                    else:
+                        closed += any(row["stage"] == state.stage for row in rows)
+                    finished = {row["stage"]: row["steps"] for row in rows if row["stage"] < closed}
                 for event in events:
                     folder.append_event("damage", event)
                 folder.write_config(dump_yaml(config))
@@ -363,7 +375,8 @@ class _Run:
                     state.world_size,
                 )
             self._roll_backs = max(self._roll_backs, state.rollbacks)
-        return _Start(checkpoint, state, parallel.gather_objects(closed)[0])
+        closed, self._finished = parallel.gather_objects((closed, finished))[0]
+        return _Start(checkpoint, state, closed)
 
     def _build(self, checkpoint: Path | None, state: RunState | None) -> RunParts:
         """Read the sources, settle the stages, build model, optimizer and loader."""
@@ -394,6 +407,7 @@ class _Run:
                 parallel.world_size,
                 image_sources=[name for name, source in sources.items() if source.kind == "image"],
             )
+            plans = with_finished_steps(plans, self._finished, state, extending=self._extending)
             check_stage_frames(config.model, plans)
             task = build_task(_without_cache(config))
             sources = task.training_sources(sources)

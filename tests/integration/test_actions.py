@@ -1,4 +1,4 @@
-"""Action recognition by finetuning: motions that one frame cannot tell apart, and everything an engine's run has."""
+"""Action recognition by finetuning: classes that one frame cannot tell apart, and everything an engine's run has."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from frozen_fast.records.checkpoint import read_tensors
 from frozen_fast.report.write_report import write_report
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.run import evaluate_checkpoint, train
-from support.motion_clips import DIRECTIONS, make_motions
+from support.ordered_clips import CLASSES, make_ordered
 from support.runs import REPOSITORY, environment, losses, read_json, without_reports
 
 pytestmark = pytest.mark.integration
 
-TRAIN, TEST = 96, 40
+TRAIN, TEST = 96, 42
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("motions")
+    folder = tmp_path_factory.mktemp("orders")
     return {
-        "train": make_motions(folder / "train", TRAIN),
-        "test": make_motions(folder / "test", TEST, first=10_000),
+        "train": make_ordered(folder / "train", TRAIN),
+        "test": make_ordered(folder / "test", TEST, first=10_000),
     }
 
 
 def mapping(data: dict[str, Path], folder: Path, **sections: Any) -> dict[str, Any]:
-    """A classifier of four motions from scratch; sections are merged into it, one level deep."""
+    """A classifier of six orders of colours from scratch; sections are merged into it, one level deep."""
     tree: dict[str, Any] = {
-        "name": "motions",
+        "name": "orders",
         "run_folder": str(folder),
         "model": {
             "kind": "classifier",
@@ -96,17 +96,17 @@ def learned(data: dict[str, Path], folder: Path, stages: list[dict[str, Any]]) -
 
 
 @pytest.mark.slow
-def test_motions_are_learned_from_several_frames_and_not_from_one(data: dict[str, Path], tmp_path: Path) -> None:
-    """One frame gives chance, a curriculum that ends at four frames above 90 %; top-k is a count by hand."""
+def test_orders_are_learned_from_several_frames_and_not_from_one(data: dict[str, Path], tmp_path: Path) -> None:
+    """One frame gives chance (16.7 %), a curriculum that ends at four frames above 90 %; top-k is a count by hand."""
     one = row_of(learned(data, tmp_path / "one", [{"frames": 1, "global_batch_size": 16, "steps": 60}]))
-    stages = [{"frames": 2, "global_batch_size": 16, "steps": 40}, {"frames": 4, "global_batch_size": 16, "steps": 260}]
+    stages = [{"frames": 2, "global_batch_size": 16, "steps": 20}, {"frames": 4, "global_batch_size": 16, "steps": 120}]
     run = learned(data, tmp_path / "four", stages)
     row = row_of(run)
-    assert one["metrics"]["top1"] < 50.0
+    assert one["metrics"]["top1"] < 40.0, "chance is 16.7 %"
     assert row["metrics"]["top1"] > 90.0 and row["protocol"] == "classification" and row["frames"] == 4
 
     model = load_model(run)
-    assert isinstance(model, Classifier) and model.classes == tuple(sorted(DIRECTIONS)) and model.learned_frames == 4
+    assert isinstance(model, Classifier) and model.classes == tuple(sorted(CLASSES)) and model.learned_frames == 4
     source = read_source(experiment(data, tmp_path).evaluation.sources[0])
     config = experiment(data, tmp_path)
     loader = build_evaluation_loader(
@@ -118,16 +118,16 @@ def test_motions_are_learned_from_several_frames_and_not_from_one(data: dict[str
         frames=4,
     )
     right = right5 = 0
-    confusion = [[0] * 4 for _ in DIRECTIONS]
+    confusion = [[0] * 6 for _ in CLASSES]
     for batch in loader.batches():
         assert isinstance(batch.windows, torch.Tensor)
         for clip, probabilities in zip(batch.clip_indices, model.probabilities(batch.windows).tolist(), strict=True):
             own = model.classes.index(str(source.clips[clip].label))
-            order = sorted(range(4), key=lambda number: -probabilities[number])
+            order = sorted(range(6), key=lambda number: -probabilities[number])
             right, right5 = right + (order[0] == own), right5 + (own in order[:5])
             confusion[own][order[0]] += 1
     assert row["metrics"]["top1"] == pytest.approx(100 * right / TEST)
-    assert row["metrics"]["top5"] == pytest.approx(100 * right5 / TEST) == pytest.approx(100.0)
+    assert row["metrics"]["top5"] == pytest.approx(100 * right5 / TEST)
     assert row["finetuned"]["confusion"] == confusion
     write_report(run)
     report = (run / "report.md").read_text(encoding="utf-8")
@@ -210,8 +210,8 @@ def test_mistakes_are_told_by_their_key(data: dict[str, Path], tmp_path: Path) -
             )
         )
     few = tmp_path / "classes.txt"
-    few.write_text("moves right\nmoves left\n", encoding="utf-8")
-    with pytest.raises(UserError, match="^classification.classes: got .*, which lacks 'moves down'"):
+    few.write_text("red then green then blue\nred then blue then green\n", encoding="utf-8")
+    with pytest.raises(UserError, match="^classification.classes: got .*, which lacks 'blue then green then red'"):
         train(experiment(data, tmp_path / "classes", classification={"classes": str(few)}))
     with pytest.raises(UserError, match="^model.checkpoint|^--checkpoint|^checkpoint"):
         evaluate_checkpoint(experiment(data, tmp_path), str(tmp_path / "nothing"))

@@ -1,0 +1,67 @@
+"""`--extend`: more steps for a run that is in its last stage, finished or not.
+
+Finished stages keep the steps that they had. The last stage takes the steps that the new config gives it, and the
+learning rate is that of the longer run at each step: a constant one stays, a cosine is computed with the new total, so
+that it rises where the run continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from frozen_fast.config import StagePlan
+from frozen_fast.errors import UserError
+from frozen_fast.records.checkpoint import RunState
+
+
+def extension_keys(saved: Mapping[str, Any]) -> tuple[str, ...]:
+    """The config keys that an extension may change, beside those that any resumed run may change.
+
+    Args:
+        saved: the checkpoint's config in plain values.
+    """
+    last = len(saved["curriculum"]["stages"]) - 1
+    return "curriculum.budget_clips", "curriculum.budget_epochs", f"curriculum.stages[{last}].steps"
+
+
+def check_extension(state: RunState | None, num_stages: int) -> None:
+    """Refuse to extend what has no checkpoint, or is not in its last stage.
+
+    Args:
+        state: of the newest checkpoint; None: there is none.
+        num_stages: stages of the run.
+
+    Raises:
+        UserError: saying what there is.
+    """
+    if state is None:
+        raise UserError(
+            "--extend: got a run_folder without a checkpoint; allowed: that of a run (without --extend: start)"
+        )
+    if state.stage != num_stages - 1:
+        got = f"got a run in stage {state.stage + 1} of {num_stages}"
+        raise UserError(f"--extend: {got}; allowed: a run in its last stage (--resume auto continues this one)")
+
+
+def with_finished_steps(
+    plans: Sequence[StagePlan], finished: Mapping[int, int], state: RunState | None, *, extending: bool
+) -> tuple[StagePlan, ...]:
+    """The stages' plans, where finished stages have the steps that they took.
+
+    Args:
+        plans: as the config gives them.
+        finished: index of a finished stage -> its steps.
+        state: of the checkpoint that the run resumes from.
+        extending: the last stage gets more steps than it had.
+
+    Raises:
+        UserError: an extension without more steps.
+    """
+    kept = tuple(replace(plan, steps=finished.get(plan.index, plan.steps)) for plan in plans)
+    if extending and state is not None and kept[-1].steps <= state.steps_in_stage:
+        got = f"got {kept[-1].steps} steps for the last stage, which has done {state.steps_in_stage}"
+        keys = "curriculum.budget_epochs, budget_clips or the last stage's steps"
+        raise UserError(f"--extend: {got}; allowed: more, through {keys}")
+    return kept

@@ -145,7 +145,7 @@ def mixed(video_BTCHW: Tensor, class_BC: Tensor, alpha: float) -> tuple[Tensor, 
     """Mixup (Zhang et al., 2018, equation 1): each clip and its target blended with another of the batch.
 
     Args:
-        video_BTCHW: clips.
+        video_BTCHW: clips; uint8 pixels stay uint8, rounded.
         class_BC: one-hot classes.
         alpha: of Beta(alpha, alpha), from which the batch's share is drawn.
 
@@ -155,7 +155,9 @@ def mixed(video_BTCHW: Tensor, class_BC: Tensor, alpha: float) -> tuple[Tensor, 
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     order = torch.randperm(len(video_BTCHW)).to(video_BTCHW.device)
     targets_BC = class_BC.to(video_BTCHW.device)
-    mixed_BTCHW = share * video_BTCHW + (1 - share) * video_BTCHW[order]
+    mixed_BTCHW = torch.lerp(video_BTCHW[order].float(), video_BTCHW.float(), share)
+    if video_BTCHW.dtype == torch.uint8:
+        mixed_BTCHW = mixed_BTCHW.round_().to(torch.uint8)
     return mixed_BTCHW, {"class": share * targets_BC + (1 - share) * targets_BC[order]}
 
 

@@ -129,6 +129,11 @@ def test_mixup_blends_clips_and_classes_alike() -> None:
     for row, other in enumerate(order.tolist()):
         assert torch.allclose(blended[row], share * clips[row] + (1 - share) * clips[other], atol=1e-6)
         assert torch.allclose(text["class"][row], share * classes[row] + (1 - share) * classes[other])
+    pixels = torch.randint(0, 256, clips.shape, dtype=torch.uint8)
+    torch.manual_seed(3)
+    rounded, _ = mixed(pixels, classes, 0.4)
+    expected = share * pixels.float() + (1 - share) * pixels[order].float()
+    assert rounded.dtype == torch.uint8 and (rounded.float() - expected).abs().max() <= 0.5001
     task = build_task(experiment())
     same = task.inputs(clips, {"class": classes})
     assert same[0] is clips and same[1]["class"] is classes, "off by default"

@@ -57,6 +57,7 @@ def tiny(config: ExperimentConfig, tower: Path, run_folder: Path) -> ExperimentC
     )
     tree["optimizer"]["groups"] = []  # they name blocks that a pico tower lacks; test_optimizer.py tests them
     tree["distillation"]["teachers"] = []
+    tree["classification"]["head"] = "random"  # class names need the checkpoint
     tree["data"]["decode"].update(backend="pyav", threads=1)
     stages = tree["curriculum"]["stages"]
     tree["curriculum"].update(budget_epochs=None, budget_clips=None)

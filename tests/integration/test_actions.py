@@ -99,7 +99,7 @@ def learned(data: dict[str, Path], folder: Path, stages: list[dict[str, Any]]) -
 def test_orders_are_learned_from_several_frames_and_not_from_one(data: dict[str, Path], tmp_path: Path) -> None:
     """One frame gives chance (16.7 %), a curriculum that ends at four frames above 90 %; top-k is a count by hand."""
     one = row_of(learned(data, tmp_path / "one", [{"frames": 1, "global_batch_size": 16, "steps": 60}]))
-    stages = [{"frames": 1, "global_batch_size": 16, "steps": 20}, {"frames": 4, "global_batch_size": 16, "steps": 120}]
+    stages = [{"frames": 1, "global_batch_size": 16, "steps": 20}, {"frames": 4, "global_batch_size": 32, "steps": 300}]
     run = learned(data, tmp_path / "four", stages)
     row = row_of(run)
     assert one["metrics"]["top1"] < 40.0, "chance is 16.7 %"

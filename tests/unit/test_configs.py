@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from frozen_fast.config import (
     resolve_stages,
     source_name,
 )
-from frozen_fast.data.sources import karpathy
+from frozen_fast.data.sources import Source, karpathy
 from frozen_fast.evaluation.published import published_row, row_names, table_names
+from frozen_fast.models.classifier import Classifier
 from frozen_fast.profiling.paper import table_4
 from frozen_fast.training.parts import build_model, read_evaluation_sources, read_training_sources
 from support.config_data import CONFIGS, experiments, small_video_tower, with_data, write_data
@@ -70,6 +72,13 @@ def test_every_experiment_loads_and_builds(name: str, text_tower: Path) -> None:
         "training.device=cpu",
         *(["optimizer.groups=[]"] if name in NAMES_EIGHT_BLOCKS else []),
     )
+    if config.model.kind == Classifier.kind:
+        sources = {"clips": Source("clips", "manifest", [], classes=("falls", "rises"))}
+        config = replace(config, classification=replace(config.classification, head="random"))
+        classifier = build_model(config, torch.device("cpu"), sources=sources)
+        clips = torch.rand(2, config.curriculum.stages[-1].frames, 3, 32, 32)
+        assert classifier.video_features(clips)["logits"].shape == (2, 2)
+        return
     model = build_model(config, torch.device("cpu"))
     text = model.text_model.tokenize(["a dog runs", "a cat"])
     for stage in config.curriculum.stages:

@@ -75,8 +75,8 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
 
     Args:
         config: the experiment.
-        resume: "none": start a new run; "auto": resume from the run folder's newest checkpoint if there is one; "extend":
-            likewise, with a longer last stage than the run had (training.extension); or a checkpoint folder.
+        resume: "none": start a new run; "auto": resume from the run folder's newest checkpoint if there is one;
+            "extend": likewise, with a longer last stage than the run had (training.extension); or a checkpoint folder.
 
     Returns:
         0 when the run is complete, 75 when SIGTERM or SIGINT stopped it after a checkpoint.

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 NAN = {"rank": 1, "nan_at": [3]}
 NAN_ONCE = {"rank": 1, "nan_at": [6], "seed": 1}
 MEMORY = {"rank": 1, "most_clips": 2}
-SLOW = {"rank": 1, "slow_seconds": 0.2}
+SLOW = {"rank": 1, "slow_seconds": 0.5}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "skip": (NAN, {"on_non_finite": "skip"}),
     "roll_back": (NAN_ONCE, {"on_non_finite": "roll_back"}),
@@ -176,7 +176,7 @@ def test_the_report_names_the_slow_rank(ddp: tuple[Path, Outcomes]) -> None:
     folder = ddp[0] / "slow"
     for stage in read_json(folder / "stages.json"):
         times = [row["forward_seconds"] / row["steps"] for row in stage["ranks"]]
-        assert times[1] > times[0] + 0.15
+        assert times[1] > times[0] + 0.2
     text = to_markdown(build_report(read_run(folder)))
     assert (
         "Ranks slower than the median by more than 20 %" in text and "- rank 1 (" in text and "- rank 0 (" not in text

@@ -167,7 +167,7 @@ def test_dali_finishes_a_run_with_damaged_files(
         tmp_path / "run",
         data={
             "sources": [{"name": "videos", "path": str(manifest)}],
-            "decode": {"backend": "dali", "threads": 1, "max_bad_share": 0.9},
+            "decode": {"backend": "dali", "threads": 1, "max_bad_share": 0.9, "on_bad_clip": "skip"},
         },
         curriculum={"stages": [{"frames": 4, "global_batch_size": 8, "steps": 2}]},
         evaluation={"every": "end", "sources": [{"name": "held_out", "path": str(manifest)}]},

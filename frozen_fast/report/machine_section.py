@@ -15,7 +15,7 @@ def _model(run: RunData) -> str:
     if "parameters" not in model:
         return ""
     whole = f"{model['parameters'] / 1e6:.1f} million weights"
-    if "video_parameters" not in model:
+    if "text_parameters" not in model:
         return f"{model['kind']}, {whole}"
     video, text = model["video"], model["text"]
     parts = [

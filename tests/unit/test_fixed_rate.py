@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from frozen_fast.config.schema import AugmentationConfig, DecodeConfig, SamplingConfig
+from frozen_fast.data.decode import Decoded
 from frozen_fast.data.load.evaluation_loader import EvaluationLoader
 from frozen_fast.data.load.training_loader import TrainingLoader, stacked
 from frozen_fast.data.plan.frame_sampling import FixedRate
@@ -129,5 +130,5 @@ def test_the_evaluation_loader_pads_and_masks(workers: int) -> None:
 
 def test_clips_of_one_length_are_stacked_as_they_are() -> None:
     clips = [torch.rand(3, 3, 2, 2) for _ in range(2)]
-    whole = stacked(clips, None)
+    whole = stacked([Decoded(clip, "pyav") for clip in clips], None)
     assert isinstance(whole, torch.Tensor) and torch.equal(whole, torch.stack(clips))

@@ -373,7 +373,7 @@ def test_a_missing_annotation_is_told_with_where_to_get_it(case: Case, tmp_path:
 
 @case_of
 def test_a_missing_root_is_told(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.sources\[0\].path: got '.*nowhere.*', which is no f"):
+    with pytest.raises(UserError, match=r"data.sources\[0\].path: got '.*nowhere.*', which is not a f"):
         case.read(tmp_path / "nowhere")
 
 

@@ -35,7 +35,7 @@ def test_what_is_open_follows_the_device(
 
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_cores", lambda: 96)
+    monkeypatch.setattr(module, "available_cores", lambda: 96)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert load_settings(DecodeConfig(), CUDA).workers == 11
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "128")

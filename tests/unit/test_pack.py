@@ -274,7 +274,7 @@ def test_changed_settings_are_refused(change: dict, finished: bool, manifest: Pa
     source = source_of(manifest, max_clips=1) if finished else source_of(manifest)
     ((name, value),) = change.items()
     field = f"--{name.replace('_', '-')}: got {value}; allowed: {getattr(SMALL, name)}"
-    with pytest.raises(UserError, match=f"^{field}, with which .* was begun, or a new folder$"):
+    with pytest.raises(UserError, match=f"^{field}, with which .* was started, or a new folder$"):
         pack(source, folder, PackSettings(**(SMALL.to_json() | change)))
     assert files_of(folder) == before
 
@@ -419,7 +419,7 @@ def test_the_command_line_names_mistakes(manifest: Path, tmp_path: Path, capsys:
     assert "evaluation.sources[0] (a)" in mistake("--config", str(config), *output)
     assert "got 'a', which names 2 sources" in mistake("--config", str(config), "--source", "a", *output)
     assert "--source" in mistake("--manifest", str(manifest), "--source", "a", *output)
-    assert "is no file" in mistake("--manifest", str(tmp_path / "none.jsonl"), *output)
+    assert "is not a file" in mistake("--manifest", str(tmp_path / "none.jsonl"), *output)
     assert "--quality" in mistake("--manifest", str(manifest), "--quality", "1", *output)
     assert "whole number" in mistake("--manifest", str(manifest), "--frames-per-clip", "-3", *output)
     assert "required" in mistake(*output)

@@ -88,7 +88,7 @@ def test_the_stage_table_is_the_sum_of_the_steps(run: Path) -> None:
     stages = json.loads((run / "stages.json").read_text())
     assert [float(row[6]) for row in rows[:3]] == pytest.approx([stage["gpu_hours"] for stage in stages], rel=0.005)
     assert rows[3][0] == "all" and float(rows[3][6]) == pytest.approx(sum(s["gpu_hours"] for s in stages), rel=0.005)
-    assert "Checked: steps, clips, seconds and stall" in markdown and "disagree" not in markdown
+    assert "Checked: steps, clips, seconds and stall" in markdown and "stages.json differs" not in markdown
     parts = table_after(markdown, "Stages", "Warm-up")
     shown = [[float(cell.split()[0]) for cell in row[1:]] for row in parts]
     for row, stage in zip(shown, stages, strict=True):
@@ -107,7 +107,7 @@ def test_the_stage_table_is_the_sum_of_the_steps(run: Path) -> None:
 def test_disagreement_of_the_files_is_said(run: Path, key: str, change: Any, message: str) -> None:
     edit_json(run / "stages.json", lambda stages: stages[1].update({key: change(stages[1][key])}))
     markdown, _ = report_of(run)
-    assert "disagree" in markdown and "Checked:" not in markdown
+    assert "stages.json differs from the sums of steps.jsonl" in markdown and "Checked:" not in markdown
     assert re.search(message, markdown)
     assert "stage 1:" not in markdown and "stage 3:" not in markdown
 
@@ -274,7 +274,7 @@ def test_what_happened_to_a_run_is_told(run: Path) -> None:
 def test_a_run_that_was_killed_is_told_from_one_that_runs(run: Path) -> None:
     status = json.loads((run / "status.json").read_text())
     (run / "status.json").write_text(json.dumps({**status, "state": "running", "exit_code": None}))
-    assert "State: killed: it says that it is running" in report_of(run)[0]
+    assert "State: killed: status.json says running, but no process writes to the folder" in report_of(run)[0]
     lock = RunLock(RunFolder(run))
     lock.acquire()
     assert "State: running" in report_of(run)[0]

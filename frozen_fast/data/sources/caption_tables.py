@@ -72,7 +72,7 @@ def read_parquet(config: SourceConfig, key: str, collector: ClipCollector) -> It
 def _table_file(config: SourceConfig, key: str) -> Path:
     path = Path(config.path)
     if not path.is_file():
-        raise MissingFileError(f"{key}.path: got {config.path!r}, which is no file; allowed: a {config.format} file")
+        raise MissingFileError(f"{key}.path: got {config.path!r}, which is not a file; allowed: a {config.format} file")
     return path
 
 

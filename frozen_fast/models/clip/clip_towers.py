@@ -85,6 +85,16 @@ CLIP_SIZES: dict[str, ClipSize] = {
 """Named sizes: OpenAI's, and a tiny one for tests."""
 
 
+def check_frames(video_BTCHW: Tensor, side: int) -> None:
+    """Refuse anything but square RGB frames of this many pixels, at least one of them.
+
+    Raises:
+        ValueError: naming the shape.
+    """
+    if video_BTCHW.dim() != 5 or tuple(video_BTCHW.shape[2:]) != (3, side, side) or 0 in video_BTCHW.shape:
+        raise ValueError(f"video: got shape {list(video_BTCHW.shape)}; allowed: [B, T, 3, {side}, {side}]")
+
+
 class ClipImageTower(nn.Module):
     """A ViT over single frames: frames -> the projected CLS token of each."""
 
@@ -122,9 +132,7 @@ class ClipImageTower(nn.Module):
         Raises:
             ValueError: for another shape.
         """
-        side = self.resolution
-        if video_BTCHW.dim() != 5 or tuple(video_BTCHW.shape[2:]) != (3, side, side) or 0 in video_BTCHW.shape:
-            raise ValueError(f"video: got shape {list(video_BTCHW.shape)}; allowed: [B, T, 3, {side}, {side}]")
+        check_frames(video_BTCHW, self.resolution)
         batch, frames = video_BTCHW.shape[:2]
         patches = self.conv1(video_BTCHW).flatten(0, 1)
         tokens = torch.cat([self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1), patches], dim=1)

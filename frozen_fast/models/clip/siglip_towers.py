@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from frozen_fast.errors import UserError
 from frozen_fast.models.clip.clip_blocks import GELU_FORMS, Activation, ClipMlp, ClipTransformer
+from frozen_fast.models.clip.clip_towers import check_frames
 from frozen_fast.models.video.blocks import FusedOps, PatchProjection, ResidualNorm
 from frozen_kernels import cls_attention
 
@@ -148,9 +149,7 @@ class SiglipImageTower(nn.Module):
         Raises:
             ValueError: for another shape.
         """
-        side = self.resolution
-        if video_BTCHW.dim() != 5 or tuple(video_BTCHW.shape[2:]) != (3, side, side) or 0 in video_BTCHW.shape:
-            raise ValueError(f"video: got shape {list(video_BTCHW.shape)}; allowed: [B, T, 3, {side}, {side}]")
+        check_frames(video_BTCHW, self.resolution)
         read = self.pixels_read
         patches = self.conv1(video_BTCHW[..., :read, :read]).flatten(0, 1)
         _, normed = self.ln_post(*self.transformer(patches + self.positional_embedding))

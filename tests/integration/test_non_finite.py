@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ from frozen_fast.config import ExperimentConfig
 from frozen_fast.errors import UserError
 from frozen_fast.records.checkpoint import read_state, read_tensors
 from frozen_fast.training.run import train
-from support.faults import inject
+from support.faults import Fault, replacing_faults
 from support.runs import losses, make_data, read_json, tiny_config, without_reports
 
 pytestmark = pytest.mark.integration
-
-Fault = Callable[..., None]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,13 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
-    """Puts a fault in the place of the one before."""
-
-    def put(**what: Any) -> None:
-        monkeypatch.undo()
-        inject(monkeypatch, what)
-
-    return put
+    return replacing_faults(monkeypatch)
 
 
 def experiment(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,10 @@ from frozen_fast.records.checkpoint import read_state
 from frozen_fast.training.retrieval_task import RetrievalTask
 from frozen_fast.training.run import train
 from frozen_fast.training.step import rehearse
-from support.faults import inject
+from support.faults import Fault, replacing_faults
 from support.runs import losses, make_data, read_json, tiny_config, without_reports
 
 pytestmark = pytest.mark.integration
-
-Fault = Callable[..., None]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,13 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Fault:
-    """Puts a fault in the place of the one before."""
-
-    def put(**what: Any) -> None:
-        monkeypatch.undo()
-        inject(monkeypatch, what)
-
-    return put
+    return replacing_faults(monkeypatch)
 
 
 def experiment(data: dict[str, Path], folder: Path, batch: int, passes: int, **training: Any) -> ExperimentConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,19 @@ import torch
 from frozen_fast.data import Batch
 from frozen_fast.models import DualEncoder
 from frozen_fast.training import optimizer_step
+
+Fault = Callable[..., None]
+"""Takes the keys of inject's fault as arguments."""
+
+
+def replacing_faults(patch: pytest.MonkeyPatch) -> Fault:
+    """Puts a fault in the place of the one before."""
+
+    def put(**what: Any) -> None:
+        patch.undo()
+        inject(patch, what)
+
+    return put
 
 
 def inject(patch: pytest.MonkeyPatch, fault: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from frozen_fast.parallel.base import Parallel
+from frozen_fast.parallel.model_state import ModelState
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.training import checkpoint_keeper as keeper_module
 from frozen_fast.training import engine as engine_module
@@ -50,7 +50,7 @@ class Watch:
 def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     """A watch on every stage of runs in this test; saving takes a while, and the device 50 watts."""
     made = Watch()
-    stage_meter, write_state, weights = engine_module.StageMeter, keeper_module.write_state, Parallel.weights
+    stage_meter, write_state, weights = engine_module.StageMeter, keeper_module.write_state, ModelState.weights
     put_stage_row = RunFolder.put_stage_row
 
     def begin(*arguments: Any, **options: Any) -> Any:
@@ -65,7 +65,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         made.end()
         put_stage_row(*arguments)
 
-    def slow_weights(self: Parallel) -> dict[str, torch.Tensor]:
+    def slow_weights(self: ModelState) -> dict[str, torch.Tensor]:
         time.sleep(SAVING_SECONDS)
         return weights(self)
 
@@ -73,7 +73,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setattr(engine_module, "StageMeter", begin)
     monkeypatch.setattr(keeper_module, "write_state", write)
     monkeypatch.setattr(RunFolder, "put_stage_row", put)
-    monkeypatch.setattr(Parallel, "weights", slow_weights)
+    monkeypatch.setattr(ModelState, "weights", slow_weights)
     device = SimpleNamespace(uuid="GPU-test", joules=lambda: WATTS * time.perf_counter())
     monkeypatch.setattr(run_module, "energy_meter", lambda _: (device, "a made-up counter"))
     yield made

@@ -17,16 +17,10 @@ from support.attention_cases import make_case, run
 
 
 @pytest.fixture
-def fresh(monkeypatch, tmp_path):
+def fresh(forgotten_c_builds, monkeypatch, tmp_path):
     """No kernel loaded or built yet, and none left behind for later tests."""
     monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path))
-    cached = (library._load, library.compiler, library._probe)
-    for function in (*cached, library._compiler_version):
-        function.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    for function in (*cached, library._compiler_version):
-        function.cache_clear()
+    return tmp_path
 
 
 def script(folder, name, text):

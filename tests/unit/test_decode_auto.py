@@ -75,7 +75,7 @@ def test_what_dali_cannot_decode_gets_a_second_chance_and_is_said_once(
     assert backends(outcomes) == ["pyav", "dali", "pyav", "dali"]
     assert fakes["dali"].given == ["vp9.webm", "h264_b.mp4", "picture.png"]
     messages = [record.getMessage() for record in caplog.records]
-    assert sum("leaves pyav out: it is not installed" in message for message in messages) == 1
+    assert sum("does not use pyav: it is not installed" in message for message in messages) == 1
     assert sum("dali cannot" in message for message in messages) == 1
 
 

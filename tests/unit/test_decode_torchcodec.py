@@ -14,7 +14,7 @@ from frozen_fast.data.decode.ffmpeg_libraries import link_ffmpeg_libraries
 from frozen_fast.errors import UserError
 
 needs_absence = pytest.mark.skipif(torchcodec.missing() is None, reason="torchcodec works here as it is")
-SETTINGS = {"device": "cpu", "resolution": 64, "mean": (0.5,) * 3, "std": (0.5,) * 3, "threads": 1, "max_pixels": 10**6}
+SETTINGS = {"device": "cpu", "resolution": 64, "threads": 1, "max_pixels": 10**6}
 
 
 def test_links_are_complete_and_shadow_no_library_of_the_system(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_what_is_slow_but_works_is_a_warning_with_what_to_do(name: str) -> None:
     assert problems[0].advice and words in f"{problems[0].what}: {problems[0].found}. {problems[0].advice}"
 
 
+@pytest.mark.usefixtures("forgotten_c_builds")
 def test_faults_of_this_machine_are_found_by_looking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

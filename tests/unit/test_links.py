@@ -15,7 +15,7 @@ from frozen_fast.errors import UserError
 from frozen_fast.records.run_folder import RunFolder
 from frozen_fast.records.run_lock import RunLock
 from frozen_kernels import divided_attention
-from frozen_kernels.attention.selection import CACHE_FILE
+from frozen_kernels.attention.selection import CACHE_FILE, forget_choices
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_an_atomic_write_replaces_a_link_and_leaves_its_target(tmp_path: Path, o
 
 
 def attend(seed: int) -> None:
+    forget_choices()  # another test of this process may have used the same sizes
     qkv = torch.randn(1, 1 + 2 * 4, 3, 2, 8 + 8 * seed)
     divided_attention(qkv, 2, "time")
 
@@ -97,7 +98,6 @@ DAMAGED = (3, "sdpa", [], {"backend": 7}, {"backend": "nowhere"}, None)
 def test_a_damaged_cache_of_choices_is_measured_anew(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each with a shape of its own: a process asks the cache once for each."""
     from frozen_kernels.attention import selection
 
     monkeypatch.setenv("FROZEN_FAST_CACHE", str(tmp_path))

@@ -71,7 +71,7 @@ class InfoNCE(RetrievalLoss):
     """Cross-entropy of the true pair among all candidates, both sides as anchors (equations 1-2 of the paper)."""
 
     def __init__(self, temperature: float = 0.05, *, average_directions: bool = False) -> None:
-        """Set the options.
+        """Initialise the loss.
 
         Args:
             temperature: divides the similarities if the model has no learned logit_scale; above 0.

@@ -22,16 +22,16 @@ class SimilarityDistillation(RetrievalLoss):
     directions: tuple[Direction, ...] = ("t2v",)
 
     def __init__(self, beta: float = 1.0) -> None:
-        """Set beta, the difference at which the loss changes from quadratic to linear."""
+        """Initialise with beta, the difference at which the loss changes from quadratic to linear."""
         self.beta = beta
 
     @classmethod
     def from_config(cls, config: LossConfig) -> SimilarityDistillation:
-        """With beta 1, as released; the config's loss section has no key for it."""
+        """Use beta 1, as in the released code; the config has no key for it."""
         return cls()
 
     def anchor_loss(self, sim_AG: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The share of some captions; parameters["teachers"] is the teachers' mean similarity [G, G]."""
+        """See RetrievalLoss; parameters["teachers"] is the teachers' mean similarity [G, G]."""
         target_AG = parameters[TEACHERS][first : first + len(sim_AG)]
         total = F.smooth_l1_loss(sim_AG, target_AG, beta=self.beta, reduction="sum")
         return total / target_AG.shape[1] ** 2

@@ -1,4 +1,4 @@
-"""A loss over the clips of all ranks: features gathered with their gradient, this rank's anchors computed.
+"""A loss over the clips of all ranks: features are gathered with their gradient, and a rank computes its own anchors.
 
 Axis letters: B clips of this rank, G = world_size * B clips of all ranks, K similarities of a pair, A anchors.
 """
@@ -30,7 +30,7 @@ Compare = Callable[[Features, Features], Tensor]
 
 
 def batch_loss(loss: RetrievalLoss, sim_KBB: Tensor, parameters: Features) -> Tensor:
-    """The loss of one batch from its similarities, caption i belonging to clip i, averaged over K."""
+    """The loss of one batch from its similarities, averaged over K; caption i belongs to clip i."""
     sides: dict[Direction, Tensor] = {"t2v": sim_KBB, "v2t": sim_KBB.transpose(1, 2)}
     shares = [loss.anchor_loss(sim_BB, 0, parameters) for direction in loss.directions for sim_BB in sides[direction]]
     return torch.stack(shares).sum() / len(sim_KBB)
@@ -84,7 +84,7 @@ def gathered_loss(
             total = anchors_loss(compare, loss, all_text, all_video, first, count, chunk_rows or count, parameters)
         if alone or not local:
             return total, total.detach()
-        total = total * world_size()  # gradients are averaged over ranks, and each rank holds its anchors' share
+        total = total * world_size()  # gradients are averaged over ranks; a rank has the loss of its anchors
         return total, mean_over_ranks(total)
 
 
@@ -120,7 +120,7 @@ def anchors_loss(
 
 
 def _gather(text: Features, video: Features) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every rank's features in rank order, through one collective."""
+    """Gather the features of all ranks in rank order, with one collective."""
     named = [("text", name, tensor) for name, tensor in text.items()]
     named += [("video", name, tensor) for name, tensor in video.items()]
     double = all(tensor.dtype == torch.float64 for _, _, tensor in named)
@@ -136,7 +136,7 @@ def _gather(text: Features, video: Features) -> tuple[dict[str, Tensor], dict[st
 
 
 def _check(text: Features, video: Features, chunk_rows: int) -> tuple[int, torch.device]:
-    """Clips of this rank, and their device."""
+    """Check the inputs; return the number of clips of this rank and their device."""
     if chunk_rows < 0:
         raise UserError(f"loss.chunk_rows: got {chunk_rows}; allowed: 0 or more")
     lengths = {len(tensor) for tensor in (*text.values(), *video.values())}

@@ -15,7 +15,7 @@ class MaxMarginLoss(RetrievalLoss):
     """Mean over both directions and all i != j of relu(margin - sim_ii + sim_ij) and relu(margin - sim_ii + sim_ji)."""
 
     def __init__(self, margin: float) -> None:
-        """Set the margin between the similarities of matching and other pairs."""
+        """Initialise with the margin between the similarities of matching and other pairs."""
         self.margin = margin
 
     @classmethod

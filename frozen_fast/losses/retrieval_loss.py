@@ -40,13 +40,13 @@ class RetrievalLoss(ABC):
 
     @abstractmethod
     def anchor_loss(self, sim_AG: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The part of the loss of a batch of G pairs from some anchors.
+        """Compute the part of the loss of a batch of G pairs that comes from some anchors.
 
         Args:
             sim_AG: similarities of the anchors with all candidates, fp32 or fp64; the model's own, before any
                 temperature.
             first: anchor i belongs to candidate first + i.
-            parameters: what the model learns for the loss (RetrievalModel.loss_parameters), empty for most.
+            parameters: parameters of the loss that the model learns (RetrievalModel.loss_parameters); usually empty.
 
         Returns:
             Scalar. The sum over all anchors of both directions is the loss of the batch.

@@ -18,7 +18,7 @@ class SigmoidLoss(RetrievalLoss):
     directions = ("t2v",)  # a pair counts once
 
     def __init__(self, scale: float, bias: float) -> None:
-        """Set the values for models that do not learn them.
+        """Initialise with the values for models that do not learn them.
 
         Args:
             scale: factor on the similarities, replaced by exp(logit_scale) if that is learned.

@@ -31,10 +31,10 @@ class Parallel(RankAgreement):
     Attributes:
         device: where the model runs.
         precision: "bf16" (autocast over fp32 weights) or "fp32".
-        precision_reason: one line, why.
+        precision_reason: why this precision was chosen, in one line.
         distributed_type: Accelerate's name for the kind of launch.
         strategy: "one process", "ddp", "zero1" to "zero3" (with "+offload") or "fsdp2".
-        state: the whole weights and optimizer state, from prepare() on.
+        state: the whole weights and optimizer state; available after prepare().
     """
 
     state: ModelState
@@ -43,7 +43,7 @@ class Parallel(RankAgreement):
     """Accelerate's distributed types under which this strategy runs."""
 
     holds_whole_weights = True
-    """Every rank's device holds all weights, so that a pass without other ranks is possible."""
+    """Whether every rank holds all weights, so that it can run a pass without the other ranks."""
 
     def __init__(self, accelerator: Accelerator, config: ExperimentConfig, precision: tuple[str, str]) -> None:
         super().__init__(accelerator.process_index, accelerator.num_processes)
@@ -73,8 +73,8 @@ class Parallel(RankAgreement):
         """Leave the process group, so that no rank aborts at exit, and forget Accelerate's process-wide state.
 
         Args:
-            failed: an error is on its way out that the other ranks do not know of; they may wait in a collective that
-                this rank would have to join, so the group is left to the end of the process.
+            failed: this rank is raising an error that the other ranks do not know of. They may wait in a collective
+                that this rank would have to join, so the group is not destroyed before the process ends.
         """
         from accelerate.state import AcceleratorState, GradientState
 
@@ -84,7 +84,7 @@ class Parallel(RankAgreement):
         GradientState._reset_state()
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Wrap model and optimizer for this strategy; the bare model stays usable for evaluation and saving."""
+        """Wrap model and optimizer for this strategy; the bare model can still be used for evaluation and saving."""
         self._model = model
         self._wrapped, self._optimizer = self.accelerator.prepare(model, optimizer)
         if self._gradient_exchange == "bf16" and isinstance(self._wrapped, DistributedDataParallel):
@@ -129,11 +129,11 @@ class Parallel(RankAgreement):
 
         Args:
             gradient_clip_norm: largest norm; 0: no clipping.
-            skip_non_finite: where the norm is NaN or infinite, no rank applies the gradients. The host waits for the
-                device to know it, unless a fused kernel decides on the device.
+            skip_non_finite: if the norm is NaN or infinite, no rank applies the gradients. The host synchronises with
+                the device to read the norm, unless a fused kernel decides on the device.
 
         Returns:
-            The norm before clipping, over all ranks' gradients: a scalar tensor, on the device.
+            The norm of all ranks' gradients before clipping: a scalar tensor on the device.
         """
         norm = self._gradient_norm()
         if gradient_clip_norm:
@@ -154,13 +154,13 @@ class Parallel(RankAgreement):
 
     @property
     def _fused_kernel_skips(self) -> bool:
-        """Whether the optimizer's kernel leaves weights and state alone where its found_inf is 1, as for fp16."""
+        """Return whether the optimizer's kernel skips the update if its found_inf is 1, as for fp16."""
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         knows = type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         return knows and fused and WEIGHT_AVERAGE not in self._optimizer_kind.state_keys
 
     def release(self) -> None:
-        """Forget model and optimizer; prepare() may then be called with others."""
+        """Release model and optimizer; prepare() may then be called with others."""
         self._model = self._wrapped = self._optimizer = None
         del self.state
         self.accelerator.free_memory()
@@ -174,7 +174,7 @@ class Parallel(RankAgreement):
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed PyTorch's generators by step and rank.
 
-    Dropout then depends on nothing else, so that a resumed run draws what the uninterrupted one would have drawn and
-    no generator state has to be kept in a checkpoint.
+    Dropout then depends on step and rank only. A resumed run draws the same values as an uninterrupted one, and
+    checkpoints contain no generator state.
     """
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)

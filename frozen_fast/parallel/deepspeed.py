@@ -1,10 +1,10 @@
 """DeepSpeed ZeRO stages 1, 2 and 3 behind Parallel.
 
-DeepSpeed's engine wraps the model, exchanges gradients while they are computed, clips and steps. It keeps a second
-fp32 copy of the weights, cut over the ranks, and the optimizer's state beside it, as one flat tensor per parameter
-group ("flat partition"); stage 3 cuts the model's own weights as well. bf16 is DeepSpeed's torch_autocast over fp32
-weights, so that training.precision means what it means elsewhere. Its own checkpoint format is not used: whole tensors
-are gathered by name, and put back by name, on any number of ranks.
+DeepSpeed's engine wraps the model, exchanges gradients while they are computed, clips them and steps. It shards a
+second fp32 copy of the weights and the optimizer's state over the ranks, as one flat tensor per parameter group ("flat
+partition"). Stage 3 shards the model's own weights as well. bf16 is DeepSpeed's torch_autocast over fp32 weights, so
+that training.precision has the same meaning as under the other strategies. DeepSpeed's checkpoint format is not used:
+whole tensors are gathered and loaded by name, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DeepSpeedParallel(Parallel):
             return _accelerator(settings, cpu)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Hand model and optimizer to DeepSpeed's engine."""
+        """Wrap model and optimizer in DeepSpeed's engine."""
         hollow = hollow_copy(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         trained = {
@@ -110,7 +110,7 @@ class DeepSpeedParallel(Parallel):
     def update(self, gradient_clip_norm: float, *, skip_non_finite: bool = False) -> Tensor:
         """DeepSpeed's step: clips at gradient_clipping of its configuration, which is the same number.
 
-        It never applies gradients whose norm is not finite, whatever skip_non_finite says.
+        DeepSpeed never applies gradients whose norm is not finite, even without skip_non_finite.
         """
         assert gradient_clip_norm == self._engine.gradient_clipping(), "the configuration was made from the experiment"
         self._engine.step()
@@ -118,12 +118,12 @@ class DeepSpeedParallel(Parallel):
         return torch.as_tensor(norm, device=self.device)
 
     def release(self) -> None:
-        """Forget model, optimizer and DeepSpeed's engine; prepare() may then be called with others."""
+        """Release model, optimizer and DeepSpeed's engine; prepare() may then be called with others."""
         self._engine = None
         super().release()
 
     def close(self, *, failed: bool = False) -> None:
-        """Leave the process group and forget DeepSpeed's own handle on it."""
+        """Leave the process group, and clear DeepSpeed's reference to it."""
         super().close(failed=failed)
         if not failed:
             from deepspeed.comm import comm
@@ -151,7 +151,7 @@ def _accelerator(settings: dict[str, Any], cpu: bool) -> Accelerator:
         raise UserError(f"accelerate config, deepspeed_config: {' '.join(str(error).split())}") from error
     plugin.hf_ds_config = HfDeepSpeedConfig({**settings, "steps_per_print": float("inf")})
     plugin.deepspeed_config = plugin.hf_ds_config.config
-    # Without gloo each process would believe itself alone on a machine without GPUs.
+    # Without gloo, each process would use a world size of 1 on a machine without GPUs.
     handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
     accelerator = Accelerator(
         mixed_precision="no",
@@ -159,14 +159,14 @@ def _accelerator(settings: dict[str, Any], cpu: bool) -> Accelerator:
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
-    # Accelerate tells transformers of ZeRO-3, which would then cut a pretrained text tower while it is being loaded.
+    # Accelerate enables ZeRO-3 in transformers, which would then partition a pretrained text tower while loading it.
     plugin.dschf = None
     unset_hf_deepspeed_config()
     return accelerator
 
 
 def _leave_ops_uncompiled() -> None:
-    """On a CPU DeepSpeed would compile a shared-memory reduction for a minute at its first start; gloo does as well."""
+    """On a CPU, DeepSpeed would compile a shared-memory reduction for a minute at its first start; gloo replaces it."""
     import deepspeed.ops
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
@@ -175,7 +175,7 @@ def _leave_ops_uncompiled() -> None:
 
 @contextlib.contextmanager
 def _device_choice(cpu: bool) -> Iterator[None]:
-    """DeepSpeed and Accelerate take the CPU from these variables only: Accelerator(cpu=True) drops DeepSpeed."""
+    """Only these variables make DeepSpeed and Accelerate use the CPU: Accelerator(cpu=True) disables DeepSpeed."""
     if not cpu:
         yield
         return
@@ -192,7 +192,7 @@ def _device_choice(cpu: bool) -> Iterator[None]:
 
 
 def _check_stage_3(config: ExperimentConfig) -> None:
-    """Refuse what reads parameters where stage 3 has not gathered them."""
+    """Refuse options that read parameters that stage 3 has not gathered."""
     refused = {
         "training.compile": config.training.compile,
         "model.video.skip_time_attention_at_one_frame": config.model.video.skip_time_attention_at_one_frame,

@@ -31,16 +31,16 @@ class DeepSpeedState(ShardedState):
         ranks: RankAgreement,
         device: torch.device,
     ) -> None:
-        """Keep what gathering needs, and make the optimizer's state, which DeepSpeed would make in the first step.
+        """Create the optimizer's state, which DeepSpeed otherwise creates in the first step.
 
         Args:
             model: the bare model.
             zero_optimizer: DeepSpeed's wrapper of the optimizer.
-            kind: what this optimizer keeps.
+            kind: the state that this optimizer keeps.
             stage: of ZeRO, 1 to 3.
             trained: names of the trained parameters, with the index of their group.
             hollow: hollow_copy() of the model.
-            ranks: this process among the others.
+            ranks: rank and world size.
             device: where the model runs.
         """
         super().__init__(model, zero_optimizer.optimizer, kind, hollow=hollow, ranks=ranks)
@@ -52,7 +52,7 @@ class DeepSpeedState(ShardedState):
         self._allocate_state([0.0] * len(self._partitions()))
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter as a whole tensor; stages 1 and 2 hold them on every rank."""
+        """Yield every parameter as a whole tensor; under stages 1 and 2 every rank holds them."""
         for name, parameter in self.model.named_parameters():
             with self._gathered([parameter]):
                 yield name, parameter.detach()
@@ -67,7 +67,7 @@ class DeepSpeedState(ShardedState):
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """The bare model, which is whole under stages 1 and 2; under stage 3 a copy."""
+        """The unwrapped model under stages 1 and 2, a copy with whole weights under stage 3."""
         if self._stage < 3 and WEIGHT_AVERAGE not in self._kind.state_keys:
             yield self.model
         else:
@@ -75,9 +75,9 @@ class DeepSpeedState(ShardedState):
                 yield whole
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's state whole, by parameter name, on the CPU; a collective, empty but on rank 0.
+        """Return the whole optimizer state by parameter name, on the CPU; a collective, empty on ranks other than 0.
 
-        Before the first step it is zero, as an optimizer makes it.
+        Before the first step the state is zero.
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -107,7 +107,7 @@ class DeepSpeedState(ShardedState):
         self._allocate_state(self._steps(state, trained))
         for name, tensors in state.items():
             for key in self._kind.state_keys:
-                if key not in tensors:  # an average that the earlier run did not keep
+                if key not in tensors:  # an average that the earlier run did not have
                     continue
                 whole = tensors[key].to(self._device, torch.float32)
                 safe_set_full_optimizer_state(trained[name], whole, key)
@@ -142,7 +142,7 @@ class DeepSpeedState(ShardedState):
         return zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
 
     def _flat_index(self, name: str, parameter: nn.Parameter) -> int:
-        """Which of _partitions() a parameter lies in."""
+        """Return the index in _partitions() of a parameter's partition."""
         if self._stage < 3:
             return self._trained[name]
         return self._zero.grad_position[self._zero.get_param_id(parameter)][0]
@@ -151,7 +151,7 @@ class DeepSpeedState(ShardedState):
         return ((name, parameter) for name, parameter in self.model.named_parameters() if name in self._trained)
 
     def _steps(self, state: dict[str, dict[str, Tensor]], trained: dict[str, nn.Parameter]) -> list[float]:
-        """Steps done, for each of _partitions(): one number, since a flat tensor is stepped as a whole."""
+        """Return the number of steps of each of _partitions(); all parameters of a flat tensor have the same number."""
         found: list[set[float]] = [set() for _ in self._partitions()]
         for name, tensors in state.items():
             found[self._flat_index(name, trained[name])].add(float(tensors["step"]))
@@ -164,7 +164,7 @@ class DeepSpeedState(ShardedState):
         return [max(steps, default=0.0) for steps in found]
 
     def _allocate_state(self, steps: list[float]) -> None:
-        """Make the optimizer's state as its first step would, and let DeepSpeed find it by parameter."""
+        """Create the optimizer's state as the first step does, and link it to the parameters for DeepSpeed."""
         group = self.optimizer.param_groups[0]
         on_device = group.get("fused") or group.get("capturable")
         for flat, step in zip(self._partitions(), steps, strict=True):
@@ -181,7 +181,7 @@ class DeepSpeedState(ShardedState):
     def _gathered(
         self, parameters: list[nn.Parameter], modifier_rank: int | None = None
     ) -> contextlib.AbstractContextManager[Any]:
-        """Parameters whole inside; with a modifier_rank, that rank's edit is kept."""
+        """Gather whole parameters in this context; with a modifier_rank, that rank's edits are kept."""
         if self._stage < 3:
             return contextlib.nullcontext()
         from deepspeed import zero

@@ -1,8 +1,8 @@
 """PyTorch's FSDP2 (fully_shard) behind Parallel.
 
-Accelerate starts the processes and hands its fsdp_config over; fully_shard is applied here, the same way on GPUs and on
-CPUs (Accelerate itself would leave FSDP out on a CPU). Each block of either tower is a unit, the rest is one more.
-Weights, gradients and optimizer state are DTensors, cut along their first axis; they stay fp32, and bf16 is autocast as
+Accelerate starts the processes and reads its fsdp_config. This module applies fully_shard, on GPUs and on CPUs
+(Accelerate itself ignores FSDP on a CPU). Each block of either tower is a unit, and the remaining parameters are one
+more. Weights, gradients and optimizer state are fp32 DTensors sharded along their first axis. bf16 is autocast, as
 without sharding.
 """
 
@@ -41,7 +41,7 @@ class FsdpParallel(Parallel):
 
     @classmethod
     def accelerator_for(cls, config: ExperimentConfig, cpu: bool, precision: str) -> Accelerator:
-        """Accelerate's object; its fsdp_config is checked first.
+        """Check fsdp_config, and return Accelerate's object.
 
         Raises:
             UserError: a setting that has no meaning here.

@@ -29,7 +29,7 @@ class FsdpState(ShardedState):
                 yield name, whole_tensor(self.optimizer.state[parameter][WEIGHT_AVERAGE])
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's state whole, by parameter name, on the CPU; a collective, empty but on rank 0."""
+        """Return the whole optimizer state by parameter name, on the CPU; a collective, empty on ranks other than 0."""
         gathered: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters_with_state():
             tensors = {key: whole_tensor(tensor) for key, tensor in self.optimizer.state[parameter].items()}
@@ -93,7 +93,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _cut(whole: Tensor, like: Tensor) -> DTensor:
-    """This rank's part of a tensor that every rank holds whole, cut as another one is; no communication."""
+    """Return this rank's shard of a tensor that every rank holds whole, sharded like another one; no communication."""
     assert isinstance(like, DTensor), "parameters are sharded"
     tensor = whole.detach().to(like.device, like.dtype)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

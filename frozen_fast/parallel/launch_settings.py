@@ -1,8 +1,8 @@
 """Checks the settings of a launch (DeepSpeed, FSDP2, precision) against the experiment.
 
-`accelerate launch` hands its file over in environment variables. What the experiment says as well (batch sizes,
-accumulation, clipping, precision) is filled in from the experiment; the launch may leave it out, write "auto", or
-repeat it. A contradiction is a UserError that names both places with both values.
+`accelerate launch` passes its settings in environment variables. Settings that the experiment also defines (batch
+sizes, accumulation, clipping, precision) are filled in from the experiment. The launch may omit them, set them to
+"auto" or repeat them. A contradiction is a UserError that names both places and both values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from frozen_fast.errors import UserError
 
 Strategy = Literal["ddp", "deepspeed", "fsdp2"]
 
-# Elements per bucket. DeepSpeed's own 5e8 would take more memory than this model's gradients.
+# Elements per bucket. DeepSpeed's default of 5e8 would need more memory than this model's gradients.
 _BUCKET = 50_000_000
 _ZERO_DEFAULTS: dict[str, Any] = {
     "contiguous_gradients": True,
@@ -30,7 +30,7 @@ _ZERO_DEFAULTS: dict[str, Any] = {
     "stage3_prefetch_bucket_size": _BUCKET,
     "stage3_param_persistence_threshold": 100_000,
 }
-# What the experiment decides alone: section or key -> where it says so.
+# Settings that only the experiment may define: section or key -> the experiment's key.
 _FOREIGN = {
     "optimizer": "the experiment's optimizer section",
     "scheduler": "the experiment's optimizer.schedule and optimizer.warmup_steps",
@@ -46,17 +46,18 @@ class FsdpSettings:
     """The supported settings of Accelerate's fsdp_config.
 
     Attributes:
-        reshard_after_forward: free gathered weights between forward and backward pass (less memory, one more gather).
+        reshard_after_forward: free gathered weights between the forward and the backward pass (less memory, one more
+            gather).
     """
 
     reshard_after_forward: bool
 
 
 def requested_strategy(environ: Mapping[str, str]) -> Strategy:
-    """The strategy of the launch; "ddp" is also that of a single process.
+    """Return the strategy of the launch; "ddp" for a single process too.
 
     Raises:
-        UserError: Accelerate would drop DeepSpeed in silence.
+        UserError: Accelerate would ignore DeepSpeed without a message.
     """
     if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
         if _flag(environ, "ACCELERATE_USE_CPU"):
@@ -91,7 +92,7 @@ def check_precision(environ: Mapping[str, str], training: TrainingConfig) -> Non
 
 
 def read_deepspeed(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """The launch's DeepSpeed settings: its JSON file, or the keys of Accelerate's deepspeed_config.
+    """Return the launch's DeepSpeed settings: its JSON file, or the keys of Accelerate's deepspeed_config.
 
     Returns:
         (settings in DeepSpeed's own layout, the name of the place they come from).
@@ -127,10 +128,10 @@ def read_deepspeed(environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
 def deepspeed_settings(
     given: Mapping[str, Any], where: str, config: ExperimentConfig, *, world_size: int, precision: str
 ) -> dict[str, Any]:
-    """DeepSpeed's whole configuration: what the launch gives, completed from the experiment.
+    """Return DeepSpeed's whole configuration: the launch's settings, completed from the experiment.
 
     Args:
-        given: settings in DeepSpeed's layout; "auto" counts as left out.
+        given: settings in DeepSpeed's layout; "auto" counts as omitted.
         where: the place they come from, for messages.
         config: the experiment.
         world_size: number of processes.
@@ -140,7 +141,7 @@ def deepspeed_settings(
         A configuration without "auto".
 
     Raises:
-        UserError: naming both places where they contradict each other; or a setting that has no meaning here.
+        UserError: a setting contradicts the experiment (the message names both places), or is not supported.
     """
     settings = _without_auto(copy.deepcopy(dict(given)))
     for section, owner in _FOREIGN.items():
@@ -158,7 +159,7 @@ def deepspeed_settings(
     micro = _check_batches(settings, config, where, world_size, accumulation)
     zero = settings["zero_optimization"]
     settings["zero_optimization"] = {**_ZERO_DEFAULTS, **zero}
-    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # PyTorch's AdamW steps on the CPU; nothing to compile
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # use PyTorch's AdamW on the CPU, without compilation
     settings["torch_autocast"] = {
         "lower_precision_safe_modules": [],
         **settings.get("torch_autocast", {}),
@@ -168,7 +169,7 @@ def deepspeed_settings(
     return {
         **settings,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": norm,  # DeepSpeed through Accelerate clips at 1.0 where nothing is said
+        "gradient_clipping": norm,  # DeepSpeed through Accelerate clips at 1.0 by default
         "train_micro_batch_size_per_gpu": micro,
         "train_batch_size": micro * accumulation * world_size,
     }
@@ -178,7 +179,7 @@ def fsdp_settings(environ: Mapping[str, str]) -> FsdpSettings:
     """Read Accelerate's fsdp_config.
 
     Raises:
-        UserError: FSDP 1, or a setting that would be dropped in silence.
+        UserError: FSDP 1, or a setting that would be ignored.
     """
     version = environ.get("FSDP_VERSION", "1")
     if version != "2":
@@ -200,7 +201,7 @@ def fsdp_settings(environ: Mapping[str, str]) -> FsdpSettings:
 
 
 def clips_per_pass(config: ExperimentConfig) -> dict[str, int]:
-    """Clips of one forward pass over all ranks, by the key that says so, for every stage and source that is trained."""
+    """Return the clips of one forward pass over all ranks for every stage and training source, by config key."""
     sizes: dict[str, int] = {}
     for index, stage in enumerate(config.curriculum.stages):
         own = dict(stage.batch_sizes)
@@ -214,7 +215,7 @@ def clips_per_pass(config: ExperimentConfig) -> dict[str, int]:
 
 
 def _check_zero(zero: dict[str, Any], where: str) -> None:
-    """Stages and offloading that are supported."""
+    """Check the stage and offloading."""
     stage = zero.get("stage")
     if stage not in (1, 2, 3):
         raise UserError(
@@ -245,7 +246,7 @@ def _check_autocast(section: Mapping[str, Any], where: str, precision: str) -> N
 def _check_batches(
     settings: Mapping[str, Any], config: ExperimentConfig, where: str, world_size: int, accumulation: int
 ) -> int:
-    """Clips of a forward pass on one rank; DeepSpeed asks for the number, this engine's steps do not depend on it."""
+    """Set the clips per forward pass on one rank, which DeepSpeed requires. Training steps do not depend on it."""
     sizes = clips_per_pass(config)
     for key, factor in (("train_micro_batch_size_per_gpu", 1), ("train_batch_size", accumulation * world_size)):
         if key not in settings:
@@ -274,14 +275,14 @@ def _fsdp_error(key: str, got: str, allowed: str) -> UserError:
 
 
 def _without_auto(value: Any) -> Any:
-    """The same tree without what says "auto"."""
+    """Return the tree without values that are "auto"."""
     if isinstance(value, dict):
         return {key: _without_auto(item) for key, item in value.items() if item not in ("auto", None)}
     return value
 
 
 def _number(text: str) -> Any:
-    """A whole number or a float where the text is one, otherwise the text (which a check then refuses)."""
+    """Parse an integer or a float; other text is returned unchanged, for a check to refuse."""
     for kind in (int, float):
         try:
             return kind(text)

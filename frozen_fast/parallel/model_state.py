@@ -13,9 +13,9 @@ from frozen_fast.optimizers import WEIGHT_AVERAGE, OptimizerKind
 
 
 class ModelState:
-    """Weights and optimizer state where every rank holds whole tensors: one process, DDP.
+    """Weights and optimizer state of strategies under which every rank holds whole tensors: one process, DDP.
 
-    Subclasses gather and cut them under the sharding strategies; names, shapes and values are the same under all.
+    Subclasses gather and shard them under the sharding strategies. Names, shapes and values are the same under all.
 
     Attributes:
         model: the bare model.
@@ -23,7 +23,7 @@ class ModelState:
     """
 
     gathers_copies = False
-    """weights() and optimizer_state() return copies on the CPU, which no later step changes."""
+    """Whether weights() and optimizer_state() return copies on the CPU, which later steps do not change."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, kind: OptimizerKind) -> None:
         self.model = model
@@ -32,9 +32,9 @@ class ModelState:
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """A model with whole weights for evaluation: ranks may call it unequally often. A collective at its start.
+        """Provide a model with whole weights for evaluation; entering is a collective, calling the model is not.
 
-        With optimizer.weight_average_decay its weights are the averages, for as long as it is used.
+        With optimizer.weight_average_decay, its weights are the averages inside the context.
         """
         state = self.optimizer.state
         averages = {p: state[p][WEIGHT_AVERAGE] for p in self.model.parameters() if WEIGHT_AVERAGE in state.get(p, {})}
@@ -50,13 +50,13 @@ class ModelState:
                     parameter.copy_(weight)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter and buffer whole, by name. Under sharding a collective, and empty but on rank 0."""
+        """Return every whole parameter and buffer by name. With sharding: a collective, empty on ranks other than 0."""
         return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's state whole, by parameter name (exp_avg, exp_avg_sq, step); empty before the first step.
+        """Return the whole optimizer state by parameter name (exp_avg, exp_avg_sq, step); empty before the first step.
 
-        Under sharding strategies a collective, and empty but on rank 0.
+        With sharding: a collective, empty on ranks other than 0.
         """
         found = {name: dict(self.optimizer.state[parameter]) for name, parameter in self.parameters_with_state()}
         if self._kind.step_in_group:
@@ -107,12 +107,12 @@ class ModelState:
         return bool(torch.stack(largest).isfinite().all())
 
     def parameters_with_state(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that the optimizer has stepped, with their names."""
+        """Return the parameters that the optimizer has stepped, by name."""
         state = self.optimizer.state
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter in state]
 
     def steps_on_device(self) -> bool:
-        """Fused and capturable AdamW count their steps on the device."""
+        """Return whether the optimizer counts its steps on the device, as fused and capturable AdamW do."""
         group = self.optimizer.param_groups[0]
         return bool(group.get("fused") or group.get("capturable"))
 

@@ -31,7 +31,7 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
         device: where the model runs.
 
     Returns:
-        ("bf16" or "fp32", one line that says why). bf16 means autocast over fp32 master weights.
+        ("bf16" or "fp32", the reason in one line). bf16 means autocast over fp32 master weights.
     """
     if requested == "fp32":
         return "fp32", "asked for by training.precision"

@@ -1,7 +1,7 @@
-"""Ranks that torch's launcher has started again after one was lost (torchrun and accelerate launch, max_restarts).
+"""Restarts of ranks by torch's launcher after the loss of one (max_restarts of torchrun and accelerate launch).
 
-With the static rendezvous, which `accelerate launch` takes by default, the launcher keeps one key-value store over all
-starts. The ranks of a later start then read the addresses of dead ones from it, and cannot connect (PyTorch 2.10,
+With the static rendezvous, the default of `accelerate launch`, the launcher uses one key-value store for all starts.
+After a restart, ranks read the addresses of the former ranks from it and cannot connect (PyTorch 2.10,
 github.com/pytorch/pytorch/issues/135712).
 """
 
@@ -17,10 +17,10 @@ _WAIT_SECONDS = 300.0
 
 
 def use_a_new_store(environ: MutableMapping[str, str]) -> None:
-    """Let the ranks of a later start meet in a store of their own; call it before the process group starts.
+    """Give the ranks of a restart a new store; call this before initialising the process group.
 
-    Rank 0 tells the others its port through the launcher's store. On several machines nothing is changed: their
-    launchers count starts apart, and launch/multi_node.sh uses the c10d rendezvous, which makes a store for each start.
+    Rank 0 publishes its port in the launcher's store. On several machines nothing changes: their launchers count starts
+    separately, and launch/multi_node.sh uses the c10d rendezvous, which creates a store for each start.
 
     Args:
         environ: the launcher's variables; MASTER_PORT and TORCHELASTIC_USE_AGENT_STORE are changed.

@@ -11,9 +11,9 @@ from frozen_fast.common.ranks import is_distributed, mean_over_ranks
 
 @torch.no_grad()
 def average_running_statistics(model: nn.Module) -> None:
-    """Give all ranks the mean of their running averages, before an evaluation or a checkpoint; a collective.
+    """Average the running statistics over ranks before an evaluation or a checkpoint; a collective.
 
-    Training normalises by a rank's own batch and reads none of them, so that its steps stay as they are.
+    Training normalises by the rank's own batch and does not read them, so this does not change training steps.
     """
     if not is_distributed():
         return

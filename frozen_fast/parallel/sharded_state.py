@@ -1,4 +1,4 @@
-"""Weights and optimizer state under a sharding strategy: whole tensors on rank 0, a whole model for evaluation."""
+"""Weights and optimizer state under a sharding strategy: whole tensors on rank 0, and a whole model for evaluation."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from frozen_fast.parallel.model_state import ModelState
 class ShardedState(ModelState, ABC):
     """ModelState whose ranks hold parts of the model; subclasses gather whole tensors.
 
-    Gathering goes tensor by tensor, in the same order on every rank, so that no rank holds more than one whole tensor
-    beyond its shards; rank 0 keeps them on the CPU.
+    Tensors are gathered one at a time, in the same order on every rank, so that a rank holds at most one whole tensor
+    beyond its shards. Rank 0 stores them on the CPU.
     """
 
     gathers_copies = True
@@ -36,14 +36,14 @@ class ShardedState(ModelState, ABC):
         hollow: nn.Module,
         ranks: RankAgreement,
     ) -> None:
-        """Keep what gathering needs.
+        """Initialise the state.
 
         Args:
             model: the bare model, sharded.
             optimizer: the optimizer that steps on the shards.
-            kind: what this optimizer keeps.
+            kind: the state that this optimizer keeps.
             hollow: hollow_copy() of the model, made before it was sharded.
-            ranks: this process among the others.
+            ranks: rank and world size.
         """
         super().__init__(model, optimizer, kind)
         self._hollow = hollow
@@ -51,14 +51,14 @@ class ShardedState(ModelState, ABC):
 
     @abstractmethod
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, one after the other; a collective, to be run to its end on every rank."""
+        """Yield every whole parameter; a collective, which every rank must exhaust."""
 
     @abstractmethod
     def whole_averages(self) -> Iterator[tuple[str, Tensor]]:
-        """The average of every trained parameter whole, one after the other; none where none is kept. A collective."""
+        """Yield the whole average of every trained parameter; nothing if no averages are kept. A collective."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter and buffer whole, by name, on the CPU; a collective, empty but on rank 0."""
+        """Return every whole parameter and buffer by name, on the CPU; a collective, empty on ranks other than 0."""
         gathered = {
             name: tensor.detach().cpu().clone() for name, tensor in self.whole_parameters() if self._ranks.is_main
         }
@@ -70,7 +70,7 @@ class ShardedState(ModelState, ABC):
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """A copy of the model with whole weights (or their averages) on this rank's device, while it is used."""
+        """Provide a copy of the model with whole weights (or their averages) on this rank's device."""
         whole = copy.deepcopy(self._hollow)
         parameters = {name: nn.Parameter(tensor.detach().clone(), False) for name, tensor in self.whole_parameters()}
         for name, average in self.whole_averages():
@@ -85,7 +85,7 @@ class ShardedState(ModelState, ABC):
 
 
 def hollow_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model without its parameters' values, to be made before a strategy shards it."""
+    """Copy a model without the values of its parameters; call this before a strategy shards the model."""
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
         for parameter in model.parameters()
@@ -94,7 +94,7 @@ def hollow_copy(model: nn.Module) -> nn.Module:
 
 
 def check_elementwise(config: ExperimentConfig, strategy: str) -> None:
-    """Refuse an optimizer that needs whole parameters under a strategy that shards them.
+    """Refuse optimizers that need whole parameters under a strategy that shards them.
 
     Raises:
         UserError: naming optimizer.name.

@@ -19,7 +19,7 @@ def start_parallel(config: ExperimentConfig) -> Parallel:
     """Join the other processes under the launch's strategy, and check the number of processes.
 
     Raises:
-        UserError: no such device, a world of another size than asked for, or a launch that contradicts the
+        UserError: the device or the number of processes differs from the request, or the launch contradicts the
             experiment.
     """
     training = config.training
@@ -43,7 +43,7 @@ def start_parallel(config: ExperimentConfig) -> Parallel:
 
 
 def wants_cpu(requested: str) -> bool:
-    """Whether to run on the CPU; `accelerate launch --cpu` says so in ACCELERATE_USE_CPU."""
+    """Return whether to run on the CPU; `accelerate launch --cpu` sets ACCELERATE_USE_CPU."""
     told_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     if requested == "cuda":
         if not torch.cuda.is_available():
@@ -55,9 +55,9 @@ def wants_cpu(requested: str) -> bool:
 
 
 def check_gpus_are_there(environ: Mapping[str, str], device: str, strategy: str) -> None:
-    """Refuse an accelerate config for several GPUs on a machine without any, unless the experiment asks for the CPU.
+    """Refuse an accelerate config for several GPUs on a machine without a GPU, unless training.device is cpu.
 
-    Under DeepSpeed and FSDP2 the files for the CPU say use_cpu false too, so there several processes may share a CPU.
+    DeepSpeed and FSDP2 are exempt, because their accelerate configs for the CPU also have use_cpu false.
 
     Raises:
         UserError: naming the config for CPU processes.

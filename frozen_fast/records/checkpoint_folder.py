@@ -60,7 +60,7 @@ def prune(folder: Path, retention: Retention) -> None:
     best = best_checkpoint(folder)
     for old in checkpoints(folder)[retention.newest :]:
         if old != best and not retention.keeps(old):
-            # Rename first, so that a kill never leaves an incomplete checkpoint under its name.
+            # Rename first, so that a killed process never leaves an incomplete checkpoint under its name.
             aside = old.with_name(f".{old.name}.{os.getpid()}.old.tmp")
             old.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
@@ -117,7 +117,7 @@ def set_aside_before(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the leftovers of a kill; call it while no other process writes to the folder."""
+    """Delete temporary files of a killed process; call this while no other process writes to the folder."""
     for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
     for path in [*folder.glob(f".{BEST}.*.tmp"), *folder.glob("step_*/.*.tmp")]:
@@ -153,7 +153,7 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def restore_best(folder: Path, best: Mapping[str, Any] | None) -> None:
-    """Restore the link `best` from a checkpoint's state, after a kill or after dropping steps."""
+    """Restore the link `best` from a checkpoint's state, after a process was killed or steps were dropped."""
     if best is not None and (folder / checkpoint_name(best["step"])).is_dir():
         link_best(folder, best["step"])
         return

@@ -1,9 +1,9 @@
-"""Features of clips on disk, found again by what they were computed from.
+"""A cache of clip features on disk, keyed by their inputs.
 
     FOLDER/<digest of the settings>/<digest of the content>.safetensors
 
-Everything below FOLDER is opened without following symbolic links. A file is written once, under a name that its
-content gives, so that a cut or damaged one is noticed and several processes can write at a time.
+Everything below FOLDER is opened without following symbolic links. A file is named after the hash of its content, so
+that truncated and damaged files are detected and several processes can write at the same time.
 
 Axis letters: N clips of a file.
 """
@@ -29,7 +29,7 @@ from frozen_fast.errors import UserError
 log = logging.getLogger(__name__)
 
 Entry = tuple[dict[str, Tensor], int]
-"""(a clip's features with first axis 1, how many windows they were merged from)."""
+"""(a clip's features with first axis 1, the number of windows that they were merged from)."""
 
 KEY = "evaluation.embedding_cache"
 _FOLDER, _FILE = re.compile(r"[0-9a-f]{64}"), re.compile(r"([0-9a-f]{64})\.safetensors")
@@ -37,12 +37,12 @@ _PREFIX = "feature."
 
 
 def digest(values: Any) -> str:
-    """The SHA-256 of JSON-able values."""
+    """Return the SHA-256 of values that JSON can represent."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of names, types, shapes and bytes of tensors."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of tensors."""
     found = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -55,14 +55,14 @@ class EmbeddingCache:
     """The entries of one combination of settings, all read when it is opened."""
 
     def __init__(self, folder: Path, settings: str) -> None:
-        """Read what is there.
+        """Open the cache and read its entries.
 
         Args:
-            folder: of the cache, made if missing.
-            settings: digest of all that the features depend on beside the clip.
+            folder: the cache; created if missing.
+            settings: digest of everything except the clip that the features depend on.
 
         Raises:
-            UserError: the folder, or one of its own, is a symbolic link or cannot be used.
+            UserError: the folder or a folder in it is a symbolic link or cannot be used.
         """
         self._folder, self._settings = folder, settings
         self._entries: dict[str, Entry] = {}
@@ -85,7 +85,7 @@ class EmbeddingCache:
             raise _unusable(folder, error) from None
 
     def get(self, key: str) -> Entry | None:
-        """The entry of a clip's digest; None: there is none."""
+        """Return the entry of a clip's digest, or None."""
         return self._entries.get(key)
 
     def put(self, entries: Mapping[str, Entry]) -> None:
@@ -118,7 +118,7 @@ class EmbeddingCache:
 
 
 def shrink(folder: Path, most_bytes: int) -> None:
-    """Delete the files that were used longest ago until the rest has at most this size."""
+    """Delete the least recently used files until the rest has at most this size."""
     found = []
     for file in _files(folder):
         state = file.lstat()
@@ -138,7 +138,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _read(name: str, place: int) -> dict[str, Entry]:
-    """The entries of a file, which then counts as used; a damaged one is deleted."""
+    """Return the entries of a file and mark it as used; a damaged file is deleted."""
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=place)
     with os.fdopen(descriptor, "rb") as file:
         data = file.read()

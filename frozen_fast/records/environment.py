@@ -47,7 +47,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """(commit, whether tracked files differ from it) of this package's checkout; (None, None) outside of one."""
+    """Return (commit, whether tracked files differ from it) of this checkout; (None, None) without one."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None, None
@@ -71,7 +71,7 @@ def cpu_name() -> str:
 def describe(
     *, devices: list[str], world_size: int, distributed_type: str, precision: str, precision_reason: str
 ) -> dict[str, Any]:
-    """The content of environment.json as known at the start; the selected backends are added later."""
+    """Return the content of environment.json that is known at the start; the selected backends are added later."""
     commit, dirty = git_state()
     return {
         "versions": package_versions(),

@@ -199,7 +199,7 @@ class RunFolder:
         return list(self._value(self.stages, list))
 
     def put_stage_row(self, row: Row) -> None:
-        """Add a stage's row to stages.json, in place of an earlier one of the same stage."""
+        """Add a stage's row to stages.json; it replaces an earlier row of the same stage."""
         rows = [other for other in self.stage_rows() if other["stage"] != row["stage"]]
         self._put(self.stages, sorted([*rows, row], key=lambda other: other["stage"]))
 
@@ -282,7 +282,7 @@ class RunFolder:
         finished = [row for row in self.stage_rows() if row["stage"] <= last]
         kept_here = any(row["stage"] == stage for row in finished) if stage_complete else evaluated
         _rewrite(self.steps, lambda row: row["step"] <= step)
-        # What made a run stop or go back stays; a skipped step comes again.
+        # Rows on stops and roll-backs are kept; skipped steps are repeated.
         _rewrite(self.non_finite, lambda row: row["step"] <= step or row.get("action") != "skip")
         # Bad clips without a replacement come from an evaluation.
         _rewrite(

@@ -130,7 +130,7 @@ def _is_alive_elsewhere(path: Path, holder: dict[str, Any] | None) -> bool:
 
 
 def _process_start(pid: int) -> str | None:
-    """A process's start in clock ticks since boot, which identifies it together with its id; None: no such process."""
+    """Return when a process started, in clock ticks since boot, or None. Start and process id identify a process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -32,7 +32,7 @@ def wandb(run: TrackedRun) -> TrackerSetUp:
 
 
 def mlflow(run: TrackedRun) -> TrackerSetUp:
-    """MLflow: an experiment per project; the server draws the run's id. Its names have no @: t2v/R_at_1."""
+    """MLflow: one experiment per project; the server chooses the run's id. Names contain no @: t2v/R_at_1."""
     tracker = tracking.MLflowTracker(run.project, run_id=run.known_id, run_name=run.name)
 
     def name_of(name: str) -> str:
@@ -48,13 +48,13 @@ def comet_ml(run: TrackedRun) -> TrackerSetUp:
 
 
 def aim(run: TrackedRun) -> TrackerSetUp:
-    """Aim: a repository in RUN_FOLDER; Aim draws the run's hash."""
+    """Aim: a repository in RUN_FOLDER; Aim chooses the run's hash."""
     tracker = tracking.AimTracker(run.name, logging_dir=run.folder, experiment=run.project, run_hash=run.known_id)
     return TrackerSetUp(tracker, lambda: tracker.tracker.hash, takes_text=False)
 
 
 def clearml(run: TrackedRun) -> TrackerSetUp:
-    """ClearML: the server draws the task's id."""
+    """ClearML: the server chooses the task's id."""
     tracker = tracking.ClearMLTracker(
         run.project, project_name=run.project, task_name=run.name, continue_last_task=run.known_id or False
     )
@@ -77,6 +77,6 @@ def swanlab(run: TrackedRun) -> TrackerSetUp:
 
 
 def trackio(run: TrackedRun) -> TrackerSetUp:
-    """Trackio: a run is known by its name, which therefore ends in a few digits of its own."""
+    """Trackio: the name identifies a run, so a unique suffix is added to it."""
     name = run.known_id or f"{run.name}-{run.id[:8]}"
     return TrackerSetUp(tracking.TrackioTracker(run.project, name=name, resume="allow"), lambda: name)

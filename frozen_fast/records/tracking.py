@@ -33,7 +33,7 @@ class TrackedRun:
         project: the project or experiment that lists it.
         name: its name there.
         folder: where local files go.
-        known_id: its id at this tracker if it was opened before; then it continues.
+        known_id: its id in this tracker if the run exists; it is then continued.
         id: known_id, or 32 hexadecimal digits for a new run where the tracker lets the caller choose.
         step: the optimizer step that training continues after; None for a new run.
         wandb_mode: "online" or "offline".
@@ -54,9 +54,9 @@ class TrackerSetUp:
 
     Attributes:
         tracker: not started yet.
-        run_id: called once it has started: the id under which the run can be continued.
-        takes_text: whether its log() takes texts beside numbers.
-        name_of: the name that a value such as `t2v/R@1` has there.
+        run_id: returns the id for continuing the run; called after the start.
+        takes_text: whether its log() accepts text as well as numbers.
+        name_of: returns the tracker's name for a value such as `t2v/R@1`.
     """
 
     tracker: GeneralTracker
@@ -66,7 +66,7 @@ class TrackerSetUp:
 
 
 class Trackers:
-    """The trackers of a run, started; a tracker that fails later is dropped with a warning."""
+    """The started trackers of a run; a tracker that fails later is disabled with a warning."""
 
     def __init__(self, started: Mapping[str, TrackerSetUp] | None = None) -> None:
         self._started = dict(started or {})
@@ -81,17 +81,17 @@ class Trackers:
 
         Args:
             settings: the config's section `tracking`.
-            name: the run's name where the section gives none.
-            config: a section of the schema whose values a new run is listed with.
+            name: the run's name if the section has none.
+            config: a section of the schema; its values are logged as the run's config.
             folder: the run's folder.
-            step: the optimizer step that training continues after; None: a new run, whatever the folder holds.
+            step: the optimizer step that training continues after; None: a new run, even if the folder contains one.
 
         Raises:
             UserError: a tracker is not installed, or cannot start.
         """
         known = {} if step is None else _known_ids(folder)
         if settings.trackers:
-            PartialState()  # Accelerate's trackers ask it for the rank; a sweep has not made it
+            PartialState()  # Accelerate's trackers read the rank from it; a sweep has not created it
         started: dict[str, TrackerSetUp] = {}
         ids = dict(known)
         for kind in settings.trackers:
@@ -115,7 +115,7 @@ class Trackers:
             except ImportError as error:
                 got = f"got {kind!r}, which is not installed ({error.name or error})"
                 raise UserError(f"tracking.trackers: {got}; allowed: trackers that are installed") from None
-            except Exception as error:  # the tracker's own: whatever it raises is told in one line
+            except Exception as error:  # a tracker can raise anything: report it in one line
                 got = f"got {kind!r}, which does not start ({reason(error)})"
                 raise UserError(f"tracking.trackers: {got}; allowed: trackers that are set up") from error
             started[kind] = set_up
@@ -137,7 +137,7 @@ class Trackers:
             }
             try:
                 set_up.tracker.log(sent, step=step)
-            except Exception as error:  # a service that fails must not end a training
+            except Exception as error:  # a failing service must not end training
                 log.warning("tracker %s failed and is no longer used: %s", kind, reason(error))
                 del self._started[kind]
 
@@ -163,7 +163,7 @@ def _clean_command_line() -> Iterator[None]:
 
 
 def _known_ids(folder: Path) -> dict[str, str]:
-    """The runs that a folder's training has at its trackers; wandb_id is the file of earlier versions."""
+    """Return the run ids of a folder's trackers; earlier versions wrote the file wandb_id."""
     path, earlier = folder / "trackers.json", folder / "wandb_id"
     if path.is_file():
         try:
@@ -174,7 +174,7 @@ def _known_ids(folder: Path) -> dict[str, str]:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested plain values as `a.b.0` -> scalar, which every tracker can list."""
+    """Flatten nested plain values to `a.b.0` -> scalar, which every tracker can display."""
     if not isinstance(value, (dict, list)):
         return {path: "null" if value is None else value}
     flat: dict[str, Any] = {}

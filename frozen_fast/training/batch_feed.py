@@ -1,4 +1,4 @@
-"""The batches of a run: planned, read, counted, and agreed on by all ranks."""
+"""The batches of a run, on which all ranks agree."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from frozen_fast.training.run_parts import RunParts
 from frozen_fast.training.signals import StopRequest, stop_explains
 
 _SEED_STEP = 2_654_435_769
-"""Between the seeds of the clips' order before and after a roll-back; odd, so that no two of them meet."""
+"""Difference between the seeds of the clips' order before and after a roll-back; odd, so that seeds do not repeat."""
 
 
 class StepGivenUp(Exception):
-    """A rank has no batch because its loader was stopped with it; every rank raises it at the same pass."""
+    """Raised by every rank at the same pass if a rank that was told to stop has lost its loader."""
 
 
 class BatchFeed:
     """Yields a stage's batches; for each, the ranks exchange errors and signals.
 
     Attributes:
-        position: how far the sources have been read when the last whole step ended.
+        position: the sources' position at the end of the last complete step.
         ledger: counts bad clips.
-        decode_backends: source -> decoder -> clips, of this rank.
+        decode_backends: source -> decoder -> number of clips, on this rank.
         stopped: a rank was told to stop.
-        save_wanted: a rank was asked for a checkpoint, or one is due by the clock.
+        save_wanted: a checkpoint was requested on a rank, or one is due by checkpoints.every_minutes.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class BatchFeed:
         state: RunState | None,
         checkpoint_is_due: Callable[[], bool],
     ) -> None:
-        """Begin, or continue where a checkpoint's `state` left off."""
+        """Start from the beginning, or from a checkpoint's `state`."""
         self._config, self._parallel, self._parts, self._stop = config, parallel, parts, stop
         self._checkpoint_is_due = checkpoint_is_due
         self.position = DataPosition() if state is None else DataPosition.from_json(state.position)
@@ -56,7 +56,7 @@ class BatchFeed:
         self.save_wanted = False
 
     def batches(self, plan: StagePlan, done: int) -> Iterator[Batch]:
-        """The batches of a stage from its step number `done` on; reading begins with the first one."""
+        """Yield the batches of a stage after `done` steps; reading starts with the first one."""
         config, sources, teachers = self._config, self._parts.sources, self._parts.teachers
         specs = plan_steps(
             {name: len(source) for name, source in sources.items()},
@@ -75,11 +75,11 @@ class BatchFeed:
         yield from self._parts.loader.batches(specs)
 
     def next_batch(self, batches: Iterator[Batch], timing: StepTime) -> tuple[Batch, int]:
-        """The next batch and the bad clips of all ranks in it; the ranks exchange errors first.
+        """Return the next batch and its number of bad clips over all ranks; the ranks exchange errors first.
 
         Raises:
             UserError: a clip that cannot be read under policy error, or too many of them; on every rank.
-            StepGivenUp: told to stop, and a rank's loader is gone; on every rank.
+            StepGivenUp: a rank that was told to stop has lost its loader; on every rank.
         """
         error: Exception | None = None
         batch: Batch | None = None
@@ -89,7 +89,7 @@ class BatchFeed:
                     batch = next(batches)
             except StopIteration:
                 error = RuntimeError("the loader ended before the stage did")
-            except Exception as caught:  # told to the other ranks, then raised by agree()
+            except Exception as caught:  # sent to the other ranks, then raised by agree()
                 error = caught
             if error is not None and stop_explains(error, lambda: self._stop.asked):
                 error = None

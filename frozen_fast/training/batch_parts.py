@@ -1,8 +1,8 @@
 """Batches that do not fit in a device's memory: the message, and training.on_out_of_memory=smaller_micro_batch.
 
-A pass that runs out of memory in the middle leaves its rank between two collectives in which the others wait. So the
-policy tries a batch first, without communication: in the first two steps of each source in a stage, and where captions
-are longer than any before. Then the ranks agree on how many parts they train one after the other.
+If a rank runs out of memory in the middle of a pass, the other ranks wait for it in a collective. The policy therefore
+tries a pass without communication first: in the first two steps of each source in a stage, and for captions longer than
+all earlier ones. The ranks then agree on the number of parts into which they split the batch.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class DeviceMemoryError(UserError):
 
 
 class BatchParts:
-    """Cuts batches into parts that fit in memory, the same number on every rank.
+    """Splits batches into parts that fit in memory, the same number on every rank.
 
     Attributes:
-        numbers: source -> parts of its batches in this stage; sources that fit whole are left out.
+        numbers: source -> parts of its batches in this stage, for sources whose batches do not fit whole.
     """
 
     def __init__(self, config: ExperimentConfig, parallel: Parallel, folder: RunFolder, parts: RunParts) -> None:
-        """Hold the parts of the run.
+        """Initialise from the parts of the run.
 
         Raises:
             UserError: the policy needs whole weights on every rank.
@@ -57,7 +57,7 @@ class BatchParts:
         self._fitted = {}
 
     def cut(self, batch: Batch, plan: StagePlan) -> list[Batch]:
-        """A batch in the parts that fit; a collective under smaller_micro_batch.
+        """Split a batch into parts that fit; a collective under smaller_micro_batch.
 
         Raises:
             DeviceMemoryError: one clip does not fit; on every rank.
@@ -67,7 +67,7 @@ class BatchParts:
         source = batch.source
         while True:
             parts = batch.parts(self.numbers.get(source, 1))
-            # The optimizer makes its state in the first step, so that the second one needs more.
+            # The optimizer creates its state in the first step, so the second step needs more memory.
             known = self._parallel.optimizer.state and self._fitted.get(source, 0) >= batch.text_tokens
             failed = not known and not self._fits(parts[-1], plan)
             _, (failures,) = self._parallel.agree(counts=(int(failed),))
@@ -80,7 +80,7 @@ class BatchParts:
             self._halve(batch, plan, len(parts))
 
     def error(self, batch: Batch, plan: StagePlan) -> DeviceMemoryError:
-        """What to say when a batch does not fit: where, how large, and which settings make it fit."""
+        """Return the message for a batch that does not fit: where, how large, and which settings make it fit."""
         config, world, source = self._config, self._parallel.world_size, batch.source
         clips = -(-len(batch.clip_ids) // self.numbers.get(source, 1))
         where = f"step {batch.spec.step} (stage {plan.index}, {plan.source_frames[source]} frames, source {source})"
@@ -112,11 +112,11 @@ class BatchParts:
         else:
             fits = True
         if self._parallel.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the rehearsal cut the memory into would not fit the pass
+            torch.cuda.empty_cache()  # the trial's cached blocks may not fit the pass
         return fits
 
     def _halve(self, batch: Batch, plan: StagePlan, number: int) -> None:
-        """Twice as many parts of a source's batches from here on."""
+        """Double the number of parts of a source's batches."""
         world, source = self._parallel.world_size, batch.source
         self.numbers[source] = min(2 * number, len(batch.clip_ids))
         self._fitted.pop(source, None)

@@ -1,4 +1,4 @@
-"""A classifier to train: its classes, its tower and how its head starts.
+"""Builds a classifier for training: its classes, its tower and the initial weights of its head.
 
 Axis letters: C classes, P prompts, E width of the common space, D width of the tower.
 """
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 def build_classifier(
     config: ExperimentConfig, sources: Mapping[str, Source], *, resume_from: Path | None = None
 ) -> Classifier:
-    """The classifier that a run starts from or resumes, on the CPU; random weights are drawn from config.seed.
+    """Build the classifier that a run starts from or resumes, on the CPU; random weights are drawn from config.seed.
 
     Args:
         config: the experiment.
@@ -41,7 +41,7 @@ def build_classifier(
         resume_from: this run's checkpoint.
 
     Raises:
-        UserError: the classes, the tower or the checkpoint are not what the config needs.
+        UserError: the classes, the tower or the checkpoint do not fit the config.
     """
     classes = classes_of(config.classification, sources)
     frames = [stage.frames for stage in config.curriculum.stages]
@@ -70,7 +70,7 @@ def build_classifier(
 def _from_checkpoint(
     config: ExperimentConfig, classes: tuple[str, ...], *, first_frames: int, max_frames: int
 ) -> Classifier:
-    """A head on the video tower of a retrieval checkpoint, or a classifier's own head where its classes are these."""
+    """Build a head on the video tower of a checkpoint; a classifier's head is kept if its classes are the same."""
     section, settings = config.model, config.classification
     path = checkpoint_of_run(Path(str(section.checkpoint)).expanduser())
     start: VideoSide
@@ -83,7 +83,7 @@ def _from_checkpoint(
         log.info("model.checkpoint has other classes: its video tower is used, the head starts anew")
     elif settings.head == "class_names":
         start = load_checkpoint(section, max_frames=max_frames)
-    else:  # no text is read, so no tokenizer is looked for
+    else:  # no text is read, so no tokenizer is needed
         stored = read_model(path, video_heads=section.video.heads, text_heads=section.text.heads)
         check_agreement(section, stored)
         start = DualEncoder.from_stored(stored, path, None, section.expansion, max_frames=max_frames, config=section)
@@ -103,9 +103,9 @@ def _from_checkpoint(
 
 @torch.no_grad()
 def _start_from_names(model: Classifier, start: VideoSide, settings: ClassificationConfig) -> None:
-    """Set the head so that a clip's logits are the dot products of its embedding with the classes' mean directions.
+    """Set the head's weights to the classes' mean text embeddings, so that logits are dot products with them.
 
-    The embedding's length scales all logits of a clip alike, so that the first top-1 is that of zero-shot
+    The norm of a clip's embedding scales all its logits alike, so the initial top-1 equals that of zero-shot
     classification.
 
     Raises:
@@ -126,10 +126,11 @@ def _start_from_names(model: Classifier, start: VideoSide, settings: Classificat
 
 
 def classes_of(settings: ClassificationConfig, sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """The classes of a classifier: those of classification.classes, or of all training sources, sorted.
+    """Return the sorted classes of a classifier: those of classification.classes, or of all training sources.
 
     Raises:
-        UserError: the file cannot be read, holds a class twice, or lacks one of the sources'; the sources have none.
+        UserError: the file cannot be read, contains a class twice, or lacks a class of the sources; or the sources have
+            none.
     """
     found = sorted({name for source in sources.values() for name in source.classes})
     for name, source in sources.items():

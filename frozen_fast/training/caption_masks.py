@@ -1,7 +1,7 @@
-"""Denoising masks: the training captions with which a teacher finds their video (TeachText's denoising).
+"""Denoising masks (TeachText): the training captions for which a teacher retrieves the right video.
 
-The released masks come without their generator; this one keeps a caption whose own video the teacher ranks below a
-threshold, and the best-ranked caption of a video that would keep none.
+TeachText releases masks but not the code that generates them. This module keeps a caption if the teacher ranks its
+video within a threshold. A video without such a caption keeps its best-ranked one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def caption_masks(
         model: the teacher, in eval mode.
         source: its videos are the gallery.
         format: what the teacher reads.
-        rank_below: a caption is kept where fewer videos than this come before its own, ties counting half: rank
+        rank_below: a caption is kept if fewer videos than this rank before its own (ties count half), that is if rank
             (from 1) <= rank_below.
         batch_size: videos, and captions, of a forward pass.
 

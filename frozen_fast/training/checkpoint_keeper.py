@@ -1,4 +1,4 @@
-"""The checkpoints of a run: schedule, state of evaluations, and the best checkpoint."""
+"""The checkpoints of a run: their schedule, the state of evaluations, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from frozen_fast.training.stages import OpenStage
 log = logging.getLogger(__name__)
 
 AVERAGED = "averaged"
-"""Folder of a checkpoint with the average of the weights (optimizer.weight_average_decay) as a model of its own."""
+"""Folder in a checkpoint that contains the averaged weights (optimizer.weight_average_decay) as a separate model."""
 
 _POLL_SECONDS = 10.0
 _STOP_PATIENCE_SECONDS = 60.0
-"""A run that was told to stop gives a disk that refuses so long, not checkpoints.give_up_minutes."""
+"""How long a run that was told to stop retries a failing write, instead of checkpoints.give_up_minutes."""
 
 
 class CheckpointKeeper:
-    """Writes a run's checkpoints; every rank calls it alike, rank 0 writes.
+    """Writes a run's checkpoints; all ranks make the same calls, and rank 0 writes.
 
     Attributes:
         metric: evaluation.keep_best.
-        best: {"step", "metric", "value"} of the best evaluation so far under evaluation.keep_best; None: none yet.
+        best: {"step", "metric", "value"} of the best evaluation by evaluation.keep_best; None: none yet.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CheckpointKeeper:
         *,
         roll_backs: int = 0,
     ) -> None:
-        """Go on from a checkpoint's state, or begin; `directions` are those of the task's numbers."""
+        """Start, or continue from a checkpoint's state; `directions` says for each metric whether higher is better."""
         self._config, self._parallel, self._folder = config, parallel, folder
         self._model, self._fingerprints, self._roll_backs = model, fingerprints, roll_backs
         self.metric, self._directions = config.evaluation.keep_best, directions
@@ -75,7 +75,7 @@ class CheckpointKeeper:
         self._retention = Retention(
             newest=kept.keep, every_steps=kept.keep_every_steps, stage_ends=kept.keep_stage_ends
         )
-        # A run that resumes from another folder's checkpoint has a best of its own.
+        # A run that resumes from another folder's checkpoint has its own best checkpoint.
         self._last = state if state is not None and self._is_here(state.step) else None
         self.best = None if self._last is None else self._last.best
         if self.best is not None and self.metric not in ("none", self.best["metric"]):
@@ -96,18 +96,18 @@ class CheckpointKeeper:
         return bool(patience) and self._without_better >= patience
 
     def _evaluations_without_better(self) -> int:
-        """Evaluations of metrics.json after the best one; those before the run was extended do not count."""
+        """Count the evaluations in metrics.json after the best one, without those before the run was extended."""
         extended = [row.get("step") for row in read_rows(self._folder.events)[0] if row.get("kind") == "extended"]
         known = [step for step in extended if isinstance(step, int)] + ([self.best["step"]] if self.best else [])
         return len({row["step"] for row in self._folder.evaluations() if row["step"] > max(known, default=0)})
 
     def is_saved(self, step: int) -> bool:
-        """Whether the last checkpoint that this run wrote or went on from is of this step."""
+        """Return whether the last checkpoint that this run wrote or resumed from is of this step."""
         return self._last is not None and self._last.step == step
 
     @property
     def is_due(self) -> bool:
-        """Whether checkpoints.every_minutes have passed since the last checkpoint; by rank 0's clock."""
+        """Return whether checkpoints.every_minutes have passed since the last checkpoint, by rank 0's clock."""
         minutes = self._config.checkpoints.every_minutes
         return bool(minutes) and self._parallel.is_main and time.monotonic() - self._saved_seconds >= 60 * minutes
 
@@ -120,21 +120,21 @@ class CheckpointKeeper:
         bad_clips: dict[str, Any],
         batch_parts: dict[str, int],
     ) -> None:
-        """Take a snapshot and write it in the background; raises for weights that are not finite.
+        """Take a snapshot and write it in the background.
 
-        The meter's section "checkpoint" is the time in which training stands still: the snapshot, and the wait for an
+        The meter's section "checkpoint" is the time for which training pauses: the snapshot, and the wait for an
         earlier checkpoint that is still being written.
 
         Args:
             stage: the stage that is running.
             steps_in_stage: optimizer steps done in it.
-            position: how far the sources have been read.
+            position: the sources' position.
             bad_clips: the ledger's counts.
             batch_parts: parts of each source's batches (RunState).
 
         Raises:
             NotFiniteError: the weights are not finite; on every rank.
-            UserError: the disk has refused for checkpoints.give_up_minutes; on every rank.
+            UserError: writes have failed for checkpoints.give_up_minutes; on every rank.
         """
         parallel, model = self._parallel, self._model
         began = time.perf_counter()
@@ -175,21 +175,20 @@ class CheckpointKeeper:
         self._restate(state, stage)  # with the time that the snapshot took
 
     def settle(self) -> None:
-        """Wait until what is being written is on disk; every rank calls it."""
+        """Wait until the current checkpoint is on disk; every rank calls it."""
         with self._parallel.together():
             if self._parallel.is_main:
                 self._writer.wait_for_attempt()
                 self._writer.check(60 * self._config.checkpoints.give_up_minutes)
 
     def finish(self, *, stopped: bool) -> None:
-        """Wait for the last checkpoint; every rank calls it before the run says that it is done or stopped.
+        """Wait for the last checkpoint; every rank calls this before the run's status becomes done or stopped.
 
         Args:
-            stopped: the run was told to stop and has little time.
+            stopped: the run was told to stop; failed writes are retried for a minute only.
 
         Raises:
-            UserError: it could not be written for checkpoints.give_up_minutes, or for a minute where it was told to
-                stop.
+            UserError: writing failed for checkpoints.give_up_minutes, or for a minute if the run was told to stop.
         """
         parallel = self._parallel
         patience = 60 * self._config.checkpoints.give_up_minutes
@@ -209,7 +208,7 @@ class CheckpointKeeper:
                 self._writer.check(patience)
 
     def close(self) -> None:
-        """Wait for the current write, unless it fails; for a run that ends with an error."""
+        """Wait for the current write unless it fails; called when a run ends with an error."""
         if self._parallel.is_main:
             self._writer.wait_for_attempt()
             self._writer.close()
@@ -222,7 +221,7 @@ class CheckpointKeeper:
         path = save_checkpoint(
             folder.checkpoints, state, partial(self._save_models, weights=weights, optimizer=optimizer), optimizer
         )
-        if state.best is not None:  # the disk may have refused the link before
+        if state.best is not None:  # writing the link may have failed before
             best = folder.checkpoints / checkpoint_name(state.best["step"])
             if best.is_dir() and best_checkpoint(folder.checkpoints) != best:
                 link_best(folder.checkpoints, state.best["step"])
@@ -237,7 +236,7 @@ class CheckpointKeeper:
         )
 
     def _make_room(self) -> bool:
-        """Delete the oldest checkpoint that need not stay, but never the newest; called where the disk is full."""
+        """Delete the oldest checkpoint that need not be kept, but never the newest; called when the disk is full."""
         newest = checkpoints(self._folder.checkpoints)
         for keep in range(len(newest) - 1, 0, -1):
             prune(self._folder.checkpoints, replace(self._retention, newest=keep))
@@ -252,19 +251,19 @@ class CheckpointKeeper:
         return False
 
     def _save_models(self, folder: Path, *, weights: dict[str, Tensor], optimizer: OptimizerState) -> None:
-        """The model as it trains, and the average of its weights as a model of its own."""
+        """Return the trained model, and the average of its weights as a separate model."""
         self._model.save_pretrained(folder, state=weights)
         averages = {name: state[WEIGHT_AVERAGE] for name, state in optimizer.items() if WEIGHT_AVERAGE in state}
         if averages:
             self._model.save_pretrained(folder / AVERAGED, state={**weights, **averages})
 
     def evaluated(self, stage: OpenStage, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Note in the step's checkpoint, if it has one, that its evaluation is done, and keep the best.
+        """Record a finished evaluation in the step's checkpoint, if there is one, and keep the best checkpoint.
 
         Args:
             stage: the stage that is running.
             step: optimizer step of the evaluation.
-            rows: of metrics.json; the first one's source and protocol decide.
+            rows: rows of metrics.json; the first row's source and protocol decide.
         """
         value = selection_value(self.metric, rows[0])
         best = None if self.best is None else float(self.best["value"])
@@ -292,7 +291,7 @@ class CheckpointKeeper:
         return bool(self._parallel.gather_objects(found)[0])
 
     def _restate(self, state: RunState, stage: OpenStage) -> None:
-        """Write a checkpoint's state again, with the stage's totals as they are now."""
+        """Rewrite a checkpoint's state with the stage's current totals."""
         self._last = replace(state, meter=stage.totals())
         if self._parallel.is_main:
             path = self._folder.checkpoints / checkpoint_name(state.step)
@@ -300,7 +299,7 @@ class CheckpointKeeper:
 
 
 def selection_value(metric: str, row: Mapping[str, Any]) -> float | None:
-    """The number of an evaluation that evaluation.keep_best looks at; None for "none"."""
+    """Return the metric of an evaluation that evaluation.keep_best names; None for "none"."""
     if metric == "none":
         return None
     return float(row["loss"] if metric == VALIDATION_LOSS else row["metrics"][metric])

@@ -24,11 +24,9 @@ RETRY_SECONDS = 20.0
 class CheckpointWriter:
     """Runs actions in order in one thread; retries failed writes.
 
-    Where the disk is full, `make_room` is asked first to delete something; where it has, the action is tried again at
-    once.
+    If the disk is full, `make_room` may delete something; the action is then retried at once.
 
-    An action raises CheckpointWriteError or OSError for a disk that refuses; any other error is a defect or a mistake,
-    and check() raises it.
+    An action raises CheckpointWriteError or OSError if a write fails. check() raises any other error.
     """
 
     def __init__(self, make_room: Callable[[], bool] = lambda: False) -> None:
@@ -56,7 +54,7 @@ class CheckpointWriter:
             self._condition.wait_for(lambda: not self._running and (not self._actions or bool(self._failure)))
 
     def settle(self) -> None:
-        """Wait as above, then drop failed writes, because a newer one follows."""
+        """Wait as in wait(), then drop failed writes, because a newer one follows."""
         with self._condition:
             self.wait_for_attempt()
             self._actions.clear()
@@ -72,10 +70,10 @@ class CheckpointWriter:
         """Raise an error of the thread.
 
         Args:
-            give_up_seconds: a disk that has refused everything for so long is an error.
+            give_up_seconds: how long all writes may fail before this raises.
 
         Raises:
-            CheckpointWriteError: the disk has refused for too long.
+            CheckpointWriteError: writes have failed for too long.
         """
         with self._condition:
             error, since, failure = self._error, self._failing_since, self._failure
@@ -126,7 +124,7 @@ class CheckpointWriter:
                         log.warning("checkpoints can be written again")
                     self._failure, self._failing_since = "", None
                 self._condition.notify_all()
-                if failure:  # a newer snapshot cuts the pause short
+                if failure:  # a newer snapshot ends the pause early
                     self._condition.wait_for(partial(self._is_superseded, action), RETRY_SECONDS)
 
     def _do(self, action: Callable[[], None]) -> None:
@@ -148,7 +146,7 @@ class CheckpointWriter:
 
 
 class Snapshot:
-    """Copies of tensors in host memory; page-locked and used again where the tensors are on a GPU."""
+    """Copies of tensors in host memory; for tensors on a GPU the memory is page-locked and reused."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -156,7 +154,7 @@ class Snapshot:
     def take(
         self, weights: Mapping[str, Tensor], optimizer: OptimizerState
     ) -> tuple[dict[str, Tensor], OptimizerState]:
-        """Copy weights and optimizer state; the copies of the last call are overwritten on a GPU.
+        """Copy weights and optimizer state; with tensors on a GPU this overwrites the copies of the last call.
 
         Args:
             weights: by name.
@@ -185,7 +183,7 @@ class Snapshot:
 
 
 def total_bytes(weights: Mapping[str, Tensor], optimizer: OptimizerState) -> int:
-    """Memory of a snapshot."""
+    """Size of a snapshot in bytes."""
     tensors = [*weights.values(), *(tensor for state in optimizer.values() for tensor in state.values())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

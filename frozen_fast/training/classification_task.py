@@ -63,7 +63,7 @@ class ClassificationTask(Task):
         return cls(config)
 
     def training_sources(self, sources: Mapping[str, Source]) -> dict[str, Source]:
-        """The sources with each clip's class in place of its captions."""
+        """Return the sources with each clip's class in place of its captions."""
         return {name: replace(source, clips=ClassAsCaption(source)) for name, source in sources.items()}
 
     def inputs(self, video: VideoInput, text: Mapping[str, Tensor]) -> tuple[VideoInput, Mapping[str, Tensor]]:
@@ -76,7 +76,7 @@ class ClassificationTask(Task):
     def loss(
         self, model: RetrievalModel, text: Features, video: Features, parameters: Features
     ) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy. Ranks have equally many clips, so the mean over ranks is that of the whole batch."""
+        """Mean cross-entropy. Ranks have equal numbers of clips, so the mean over ranks is that of the whole batch."""
         value = self.rehearsal_loss(model, text, video, parameters, 1)
         return value, mean_over_ranks(value.detach())
 
@@ -142,15 +142,15 @@ class ClassificationTask(Task):
 
 
 def mixed(video_BTCHW: Tensor, class_BC: Tensor, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mixup (Zhang et al., 2018, equation 1): each clip and its target blended with another of the batch.
+    """Mixup (Zhang et al., 2018, equation 1): interpolate each clip and its target with another clip of the batch.
 
     Args:
         video_BTCHW: clips; uint8 pixels stay uint8, rounded.
         class_BC: one-hot classes.
-        alpha: of Beta(alpha, alpha), from which the batch's share is drawn.
+        alpha: parameter of Beta(alpha, alpha), from which the batch's mixing weight is drawn.
 
     Returns:
-        (clips, {"class": targets}); the share and the pairs come from torch's global random state of the CPU.
+        (clips, {"class": targets}); weight and pairs are drawn from torch's global CPU generator.
     """
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     order = torch.randperm(len(video_BTCHW)).to(video_BTCHW.device)

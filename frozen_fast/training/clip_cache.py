@@ -1,4 +1,4 @@
-"""Which clips of an evaluation were encoded before: evaluation.embedding_cache for one model and one source."""
+"""The embedding cache (evaluation.embedding_cache) for one model and one source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from frozen_fast.parallel.base import Parallel
 from frozen_fast.records.embedding_cache import EmbeddingCache, Entry, digest, shrink, weights_digest
 
 EVALUATION_KEYS = ("stride_seconds", "max_windows", "crops", "resize")
-"""Keys of the evaluation section that decide what the model sees of a clip."""
+"""Keys of the evaluation section on which a clip's input depends."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ClipCache:
     Attributes:
         source: the clips.
         store: their features.
-        most_bytes: size that the whole cache may have.
-        folder: of the whole cache.
+        most_bytes: largest size of the whole cache.
+        folder: the whole cache.
     """
 
     source: Source
@@ -39,7 +39,7 @@ class ClipCache:
     most_bytes: int
 
     def key(self, index: int) -> str | None:
-        """What identifies a clip: its file with size and time of change, and which part of it; None: no such file."""
+        """Return the key of a clip: its file with size and modification time, and its time range; None: no file."""
         clip = self.source.clips[index]
         packed = parse_address(clip.path)
         file = os.path.abspath(clip.path if packed is None else packed.file)
@@ -52,7 +52,7 @@ class ClipCache:
         return digest([file, row, state.st_size, state.st_mtime_ns, clip.kind, where])
 
     def find(self, indices: list[int]) -> dict[int, Entry]:
-        """The clips that are there."""
+        """Return the cached clips."""
         found = {}
         for index in indices:
             key = self.key(index)
@@ -62,11 +62,11 @@ class ClipCache:
         return found
 
     def add(self, entries: Mapping[int, Entry], *, clean: bool) -> None:
-        """Keep newly encoded clips.
+        """Add newly encoded clips.
 
         Args:
-            entries: by index.
-            clean: delete what was used longest ago where the cache is too large; on one rank.
+            entries: features by index of the clip.
+            clean: delete the least recently used entries if the cache is too large; set on one rank only.
         """
         keyed = {index: self.key(index) for index in entries}
         self.store.put({key: entries[index] for index, key in keyed.items() if key is not None})
@@ -77,10 +77,10 @@ class ClipCache:
 def open_clip_cache(
     config: ExperimentConfig, model: RetrievalModel, source: Source, parallel: Parallel, frames: int
 ) -> ClipCache | None:
-    """The cache that evaluation.embedding_cache names; None: it names none, or the model reads no frames.
+    """Open the cache of evaluation.embedding_cache; None if there is none, or if the model reads no frames.
 
-    What is found depends on the model's weights and architecture, on frames, windows, crops, sampling and the decoder,
-    on precision and kind of device, and on the versions of frozen_fast and torch.
+    Entries are keyed by the model's weights and architecture; frames, windows, crops, sampling and the decoder; the
+    precision and the kind of device; and the versions of frozen_fast and torch.
 
     Raises:
         UserError: the folder cannot be used.

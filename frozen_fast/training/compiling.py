@@ -1,8 +1,8 @@
-"""torch.compile of the towers, across stage changes, and the number of compiled graphs.
+"""torch.compile of the towers, with changes of stage, and the number of compiled graphs.
 
-A block is compiled for each shape a stage has (a source's batch and frames), with sizes fixed: shapes are few, and
-fixed sizes make faster kernels and compile sooner than symbolic ones. The text tower is compiled once with symbolic
-sizes, because the longest caption, and with it L, changes from batch to batch. A stage change drops what was compiled.
+Blocks are compiled with static shapes, once for each shape in a stage (a source's batch size and frames). There are few
+shapes, and static shapes compile faster and to faster kernels than dynamic ones. The text tower is compiled once with
+dynamic shapes, because L changes from batch to batch. A change of stage drops the compiled code.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from frozen_fast.errors import UserError
 from frozen_fast.models.retrieval_model import RetrievalModel
 
-# A shape takes three graphs: first block, those between, last block. Beyond the limit Dynamo falls back to eager.
+# A shape needs three graphs: first, middle and last blocks. Beyond the limit Dynamo falls back to eager mode.
 _RECOMPILE_LIMIT = 64
 
 
 def compile_towers(model: RetrievalModel, *, backend: str = "inductor") -> None:
-    """Compile the video side's blocks and the text tower in place; parameter names stay as they are.
+    """Compile the video tower's blocks and the text tower in place; parameter names do not change.
 
     Raises:
         UserError: the model has no such towers.
@@ -38,14 +38,14 @@ def compile_towers(model: RetrievalModel, *, backend: str = "inductor") -> None:
 
 
 def begin_stage(model: RetrievalModel, batch_sizes: Mapping[int, int], *, device: torch.device, precision: str) -> None:
-    """Drop the code compiled for another stage's shapes and let the tower choose its kernels for this stage's.
+    """Drop the compiled code of the previous stage, and choose the tower's kernels for this stage's shapes.
 
-    Under torch.compile nothing can be measured, so the choice must stand before the first step.
+    Kernels cannot be measured under torch.compile, so they are chosen before the first step.
 
     Args:
         model: its towers compiled.
         batch_sizes: frames -> clips of one forward pass on this rank.
-        device: where it runs.
+        device: device of the model.
         precision: "bf16" or "fp32", the dtype of attention.
     """
     torch.compiler.reset()
@@ -54,12 +54,12 @@ def begin_stage(model: RetrievalModel, batch_sizes: Mapping[int, int], *, device
 
 
 def compiled_graphs() -> int:
-    """Graphs compiled by this process so far."""
+    """Return the number of graphs that this process has compiled."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled modules eagerly inside: evaluation has other shapes and is not worth compiling."""
+    """Run compiled modules in eager mode in this context; evaluation has other shapes."""
     return torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""training.deterministic: PyTorch's deterministic operators, and what a missing one says."""
+"""training.deterministic: PyTorch's deterministic operators, and the error for operators without one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MISSING = re.compile(
 
 @contextlib.contextmanager
 def deterministic_operators(wanted: bool) -> Iterator[None]:
-    """Run with deterministic operators only, and put PyTorch's settings back; nothing where not wanted.
+    """Allow deterministic operators only, and restore PyTorch's settings afterwards; does nothing if not enabled.
 
-    Seeds need no setting: every draw of a run is a function of `seed` and the step.
+    Random numbers need no setting: every draw of a run is a function of `seed` and the step.
 
     Raises:
         UserError: an operator has no deterministic form, or CUBLAS_WORKSPACE_CONFIG holds another value.
@@ -30,7 +30,7 @@ def deterministic_operators(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    found = os.environ.setdefault(_CUBLAS, _CUBLAS_VALUES[0])  # read by cuBLAS when it starts
+    found = os.environ.setdefault(_CUBLAS, _CUBLAS_VALUES[0])  # cuBLAS reads it when it is initialised
     if found not in _CUBLAS_VALUES:
         allowed = f"{' or '.join(_CUBLAS_VALUES)} in the environment variable {_CUBLAS}"
         raise UserError(f"training.deterministic: got {_CUBLAS}={found}; allowed: {allowed}")

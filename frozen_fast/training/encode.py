@@ -1,4 +1,4 @@
-"""Clips and captions of an evaluation to features: every rank its own share, then all of them together."""
+"""Encodes the clips and captions of an evaluation: each rank encodes its share, then all ranks exchange features."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AnyEvaluationLoader = EvaluationLoader | FeatureEvaluationLoader
 
 @dataclass(frozen=True)
 class EncodedClips:
-    """The clips of a source, the same on every rank.
+    """The encoded clips of a source, the same on every rank.
 
     Attributes:
         features: index into source.clips -> features with first axis 1, merged over the clip's windows, fp32 on the
@@ -62,8 +62,8 @@ def encode_clips(
         model: in eval mode, on its device.
         loader: this rank's windows.
         parallel: ranks and autocast.
-        stop_asked: tells that this process was told to stop.
-        cache: where clips that were encoded before are found and new ones are kept.
+        stop_asked: returns whether this process was told to stop.
+        cache: features of clips that were encoded before; new ones are added to it.
 
     Returns:
         The clips, or None when any rank was told to stop.
@@ -105,7 +105,7 @@ def encode_clips(
 def _encode_windows(
     model: RetrievalModel, loader: AnyEvaluationLoader, parallel: Parallel, stop_asked: Callable[[], bool]
 ) -> dict[int, list[Features]]:
-    """The features of this rank's windows per clip, each with first axis 1, fp32 on the CPU."""
+    """Return the features of this rank's windows per clip, each with first axis 1, fp32 on the CPU."""
     windows: dict[int, list[Features]] = {}
     tell = progress("evaluate", len(loader.clip_indices), last_line=False) if parallel.is_main else None
     try:
@@ -136,7 +136,7 @@ def encode_texts(
     parallel: Parallel,
     batch_size: int,
 ) -> Features:
-    """Features of some queries, fp32 on the CPU; empty without queries."""
+    """Encode some queries; features are fp32 on the CPU, and empty without queries."""
     parts = []
     for first in range(0, len(queries), batch_size):
         text = inputs(queries[first : first + batch_size])
@@ -146,7 +146,7 @@ def encode_texts(
 
 
 def on_cpu(features: Features) -> Features:
-    """Features as fp32 on the CPU."""
+    """Convert features to fp32 on the CPU."""
     return {name: tensor.float().cpu() for name, tensor in features.items()}
 
 
@@ -156,21 +156,21 @@ def stack_features(parts: Sequence[Features]) -> Features:
 
 
 def flat(features: Features) -> Tensor:
-    """All features of a clip as one row."""
+    """Return all features of a clip as one row."""
     return torch.cat([tensor.flatten(1) for tensor in features.values()], dim=1)
 
 
 def class_numbers(source: Source, kept: Sequence[int], classes: Sequence[str], key: str = "source") -> list[int]:
-    """The class of each of some clips, as its place in a list of classes.
+    """Return the class of each clip as its index in a list of classes.
 
     Args:
-        source: its clips carry a class each.
+        source: a source whose clips each have a class.
         kept: indices of the clips.
-        classes: the classes that are known.
-        key: what knows them, for messages.
+        classes: the known classes.
+        key: the config key that defines them, for messages.
 
     Raises:
-        UserError: a clip has no class, or one that is not known.
+        UserError: a clip has no class, or an unknown one.
     """
     place = {name: number for number, name in enumerate(classes)}
     numbers = []

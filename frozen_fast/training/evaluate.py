@@ -1,4 +1,4 @@
-"""Retrieval on held-out clips: encode their windows, merge them per clip, rank. Exact on any number of processes.
+"""Evaluates retrieval on held-out clips: encode windows, merge them per clip, rank. Exact on any number of processes.
 
 Axis letters: Q text queries, V gallery videos.
 """
@@ -48,7 +48,7 @@ class Evaluation:
     Attributes:
         rows: entries of metrics.json, one per protocol, without step and stage; "loss" is the validation loss.
         bad_clips: clips left out of the gallery (policy skip), over all ranks.
-        gallery: the retrieval page, on rank 0 and where one is asked for.
+        gallery: the retrieval page, on rank 0 if one is requested.
     """
 
     rows: list[Row]
@@ -67,21 +67,21 @@ def evaluate_with(
     gallery: bool,
     stop: StopRequest,
 ) -> Evaluation | None:
-    """Evaluate a model on one source by the config; None if a stop was requested.
+    """Evaluate a model on one source as the config says; returns None if a stop was requested.
 
     Args:
-        config: its evaluation and data.decode sections count.
+        config: its evaluation and data.decode sections are used.
         model: on its device.
         source: gallery and captions.
         parallel: ranks.
-        frames: frames per window where evaluation.frames says none; pictures have one. A model that has learned fewer
-            frames than evaluation.frames so far is shown those that it has learned.
-        loss_batch_size: clips over which the validation loss is taken.
-        gallery: make the retrieval page that evaluation.gallery asks for.
-        stop: this process's wish to stop.
+        frames: frames per window if evaluation.frames is null; images have one. If the model has learned fewer frames
+            than evaluation.frames so far, it gets as many as it has learned.
+        loss_batch_size: batch size of the validation loss.
+        gallery: make the retrieval page of evaluation.gallery.
+        stop: this process's stop request.
 
     Raises:
-        UserError: as evaluate_source; and where more clips than data.decode.max_bad_share cannot be read.
+        UserError: as evaluate_source, and if more clips than data.decode.max_bad_share cannot be read.
     """
     loader, cache, frames = evaluation_loader(config, model, source, parallel, frames)
     head = None
@@ -115,7 +115,7 @@ def evaluate_with(
 def evaluation_loader(
     config: ExperimentConfig, model: RetrievalModel, source: Source, parallel: Parallel, frames: int
 ) -> tuple[AnyEvaluationLoader, ClipCache | None, int]:
-    """This rank's loader of a source's windows, what was encoded before, and how many frames a window has.
+    """Return this rank's loader of a source's windows, its cache, and the number of frames per window.
 
     The arguments are those of evaluate_with.
     """
@@ -130,7 +130,7 @@ def evaluation_loader(
 
 
 def check_bad_share(config: ExperimentConfig, source: Source, bad_clips: list[BadClip]) -> None:
-    """Refuse an evaluation of which more clips than data.decode.max_bad_share could not be read.
+    """Refuse an evaluation in which more clips than data.decode.max_bad_share could not be read.
 
     Raises:
         UserError: naming the share.
@@ -160,26 +160,26 @@ def evaluate_source(
     cache: ClipCache | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Evaluate on one source; every rank encodes its own clips and captions, then all hold the same result.
+    """Evaluate on one source. Every rank encodes its own clips and captions; all ranks return the same result.
 
     Args:
-        model: on its device; put into eval mode and back.
+        model: on its device; set to eval mode during the evaluation.
         source: the gallery and its captions.
         loader: this rank's windows of the source.
         parallel: ranks and autocast.
         frames: frames per window, for the record.
         protocol: evaluation.protocol of the config.
-        metrics: names in the table of metrics.
+        metrics: names in the table extensions.metrics.
         batch_size: windows per forward pass, for the captions.
-        loss: of the validation loss; None: no validation loss.
-        loss_batch_size: clips over which the validation loss is taken.
-        rerank: re-rankings, whose metrics the first row holds under "reranked", apart from its plain "metrics".
-        prompts: templates for the class names of a source with classes; the first row then holds "classification".
+        loss: computes the validation loss; None: no validation loss.
+        loss_batch_size: batch size of the validation loss.
+        rerank: re-rankings; the first row contains their metrics under "reranked", beside its "metrics".
+        prompts: templates for the class names of a source with classes; the first row then contains "classification".
         gallery: queries of the retrieval page, 0: no page.
-        head: a linear layer over the model's clip features and the source's classes; the first row then holds
+        head: a linear layer from the model's clip features to the source's classes; the first row then contains
             "linear_head".
-        cache: where clips that were encoded before are found.
-        stop_asked: tells that this process was told to stop.
+        cache: features of clips that were encoded before.
+        stop_asked: returns whether this process was told to stop.
 
     Returns:
         The result, or None when any rank was told to stop.
@@ -245,7 +245,7 @@ def _classifications(
     parallel: Parallel,
     batch_size: int,
 ) -> Row:
-    """Classification of a source with classes, by prompts and by a linear layer, where they are asked for."""
+    """Classify a source with classes by prompts and by a linear layer, if requested."""
     found: Row = {}
     if prompts and source.classes:
         found["classification"] = asdict(_classified(model, source, kept, prompts, video, parallel, batch_size))
@@ -256,16 +256,16 @@ def _classifications(
 
 
 def similarity_in_blocks(model: RetrievalModel, text: Features, video: Features, *, block: int = 1024) -> Tensor:
-    """The ranking similarity of every caption and clip, computed in blocks on the model's device.
+    """Compute the similarity of every caption and clip for ranking, in blocks on the model's device.
 
     Args:
         model: in eval mode.
         text: features of Q captions, on any device.
         video: features of V clips, on any device.
-        block: captions and clips of one block.
+        block: number of captions and of clips in a block.
 
     Returns:
-        sim_QV, fp32, on the CPU: 4 * Q * V bytes, beside a block's on the device.
+        sim_QV, fp32, on the CPU (4 * Q * V bytes).
     """
     captions, clips = len(next(iter(text.values()))), len(next(iter(video.values()), ()))
     sim_QV = torch.empty(captions, clips)
@@ -279,7 +279,7 @@ def similarity_in_blocks(model: RetrievalModel, text: Features, video: Features,
 
 
 def _queries(source: Source, kept: Sequence[int], protocol: str) -> tuple[list[str], list[int], str]:
-    """Texts, the gallery row of each, and the protocol's name; a source read as paragraphs says so."""
+    """Return the texts, the gallery row of each, and the name of the protocol."""
     captions = [source.caption_rule.evaluation(source.clips[index].captions) for index in kept]
     if protocol == "auto" and source.caption_rule.mode == "paragraph":
         protocol = "paragraph"
@@ -289,14 +289,14 @@ def _queries(source: Source, kept: Sequence[int], protocol: str) -> tuple[list[s
 def _text_inputs(
     loader: AnyEvaluationLoader, texts: Sequence[str], clip_of_query: Sequence[int], protocol: str
 ) -> Callable[[Sequence[int]], TextInput]:
-    """What gives the model's input for some queries: strings, or a feature store's tokens."""
+    """Return a function from queries to the model's input: strings, or a feature store's tokens."""
     if isinstance(loader, FeatureEvaluationLoader):
         return loader.query_inputs(clip_of_query, protocol)
     return lambda queries: [texts[query] for query in queries]
 
 
 def _interleave(parts: Sequence[Features], count: int) -> Features:
-    """Put back together what was distributed as texts[rank::world_size]."""
+    """Restore the order of items that were distributed as texts[rank::world_size]."""
     whole = {name: tensor.new_empty(count, *tensor.shape[1:]) for name, tensor in parts[0].items()}
     for rank, part in enumerate(parts):
         for name, tensor in part.items():
@@ -312,10 +312,10 @@ def validation_loss(
     video_of_query: Sequence[int],
     batch_size: int,
 ) -> float:
-    """The training loss on held-out clips: the paper chooses epochs by it.
+    """Compute the training loss on held-out clips, by which the paper chooses epochs.
 
-    Each clip is paired with the first of its captions, in batches of equal size, nearly batch_size, drawn once for the
-    whole run: neighbours in a list are often alike.
+    Each clip is paired with its first caption. Batches have equal sizes near batch_size and are drawn at random once
+    for the whole run, because neighbours in a list are often similar.
 
     Args:
         model: compares features.
@@ -323,7 +323,7 @@ def validation_loss(
         text: caption features.
         video: clip features, merged over a clip's windows.
         video_of_query: the clip of each caption; every clip has one.
-        batch_size: clips whose captions are one another's negatives, as in training.
+        batch_size: clips of a batch, whose captions are negatives for each other, as in training.
 
     Returns:
         The mean over clips.
@@ -345,7 +345,7 @@ def validation_loss(
 def _querybank_similarities(
     model: RetrievalModel, rerank: Reranking, video: Features, parallel: Parallel, batch_size: int
 ) -> Tensor | None:
-    """Similarities of the querybank's captions to the gallery [B, V]; None without a querybank."""
+    """Compute the similarities of the querybank's captions to the gallery [B, V]; None without a querybank."""
     if not rerank.querybank:
         return None
     bank = rerank.querybank
@@ -362,7 +362,7 @@ def _classified(
     parallel: Parallel,
     batch_size: int,
 ) -> Classification:
-    """Zero-shot classification of the gallery's clips by their class names' prompts.
+    """Classify the gallery's clips zero-shot, by prompts with the class names.
 
     Raises:
         UserError: a clip of the source has no class.
@@ -377,7 +377,7 @@ def _classified(
 def _fit_head(
     config: ExperimentConfig, model: RetrievalModel, source: Source, parallel: Parallel, frames: int, stop: StopRequest
 ) -> LinearHead | None:
-    """Fit a linear head on the training split that belongs to an evaluation source; None when told to stop."""
+    """Fit a linear head on the training split of an evaluation source; None if told to stop."""
     split = matching_training_source(config, source.name)
     with parallel.together():
         train = next(iter(read_sources([split]).values()))
@@ -404,7 +404,7 @@ def _fit_head(
 
 
 def _twins(source: Source, kept: Sequence[int]) -> list[int]:
-    """For each gallery row the row of the clip that one frame cannot tell apart from it, -1 for none."""
+    """Return for each gallery row the row of its twin, which has the same frames in another order; -1: none."""
     clips = [source.clips[index] for index in kept]
     row_of = {clip.id: row for row, clip in enumerate(clips)}
     return [-1 if clip.twin is None else row_of.get(clip.twin, -1) for clip in clips]
@@ -413,7 +413,7 @@ def _twins(source: Source, kept: Sequence[int]) -> list[int]:
 def _rows(
     sim_QV: Tensor, video_of_query: list[int], twins: list[int], protocol: str, names: Sequence[str]
 ) -> list[Row]:
-    """Metrics per protocol; several captions also under the protocol that takes the maximum over a video's captions."""
+    """Compute metrics per protocol; with several captions per video, also for the maximum over a video's captions."""
     metrics = compute_metrics(names, sim_QV, video_of_query)
     if any(twin >= 0 for twin in twins):
         accuracy = twin_accuracy(sim_QV, twins, video_of_query)

@@ -1,8 +1,8 @@
-"""`--extend`: more steps for a run that is in its last stage, finished or not.
+"""`--extend`: continues a run in its last stage with more steps, whether it is finished or not.
 
-Finished stages keep the steps that they had. The last stage takes the steps that the new config gives it, and the
-learning rate is that of the longer run at each step: a constant one stays, a cosine is computed with the new total, so
-that it rises where the run continues.
+Finished stages keep their steps, and the new config determines the steps of the last stage. The learning rate at each
+step is that of the longer run: a constant rate does not change; a cosine is computed with the new total, so that it
+rises where the run continues.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from frozen_fast.records.checkpoint import RunState
 
 
 def extension_keys(saved: Mapping[str, Any]) -> tuple[str, ...]:
-    """The config keys that an extension may change, beside those that any resumed run may change.
+    """Return the config keys that an extension may change, in addition to those that any resumed run may change.
 
     Args:
         saved: the checkpoint's config in plain values.
@@ -27,14 +27,14 @@ def extension_keys(saved: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_extension(state: RunState | None, num_stages: int) -> None:
-    """Refuse to extend what has no checkpoint, or is not in its last stage.
+    """Refuse to extend a run that has no checkpoint or is not in its last stage.
 
     Args:
-        state: of the newest checkpoint; None: there is none.
+        state: state of the newest checkpoint; None: there is none.
         num_stages: stages of the run.
 
     Raises:
-        UserError: saying what there is.
+        UserError: naming the state of the run.
     """
     if state is None:
         raise UserError(
@@ -48,13 +48,13 @@ def check_extension(state: RunState | None, num_stages: int) -> None:
 def with_finished_steps(
     plans: Sequence[StagePlan], finished: Mapping[int, int], state: RunState | None, *, extending: bool
 ) -> tuple[StagePlan, ...]:
-    """The stages' plans, where finished stages have the steps that they took.
+    """Return the stages' plans, in which finished stages have the steps that they took.
 
     Args:
-        plans: as the config gives them.
+        plans: the plans of the config.
         finished: index of a finished stage -> its steps.
-        state: of the checkpoint that the run resumes from.
-        extending: the last stage gets more steps than it had.
+        state: state of the checkpoint that the run resumes from.
+        extending: whether the last stage gets more steps.
 
     Raises:
         UserError: an extension without more steps.

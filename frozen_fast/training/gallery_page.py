@@ -1,4 +1,4 @@
-"""Data of the retrieval page, from an evaluation's similarities.
+"""The data of the retrieval page, from an evaluation's similarities.
 
 Axis letters: Q text queries, V gallery videos, M experts.
 """
@@ -18,7 +18,7 @@ from frozen_fast.report.gallery import GalleryClip, GalleryPage, GalleryQuery
 
 FOUND = 5
 EXTREMES = 5
-"""Best queries, and worst ones, that the page adds to its draw and the report names."""
+"""Number of best and of worst queries that the page adds to the random ones, and that the report names."""
 HEAD = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MdR")
 _SEED = 0
 
@@ -35,18 +35,18 @@ def gallery_page(
     *,
     queries: int,
 ) -> GalleryPage:
-    """The page of some queries, drawn once and alike in every evaluation of a source, with the best and the worst.
+    """Build the page of randomly drawn queries (the same in every evaluation of a source) and the best and worst ones.
 
     Args:
         model: an expert model's mixture weights are shown.
-        source: its name.
+        source: name of the source.
         clips: the gallery, in the order of the similarities' columns.
         texts: the queries.
         video_of_query: the column of each query's own clip.
         sim_QV: similarities.
         text: features of the queries.
-        metrics: for the page's head.
-        queries: how many are drawn; all where there are fewer.
+        metrics: shown at the top of the page.
+        queries: number of queries to draw; all if there are fewer.
     """
     columns_Q = torch.tensor(video_of_query)
     own_Q1 = sim_QV.gather(1, columns_Q[:, None])
@@ -81,7 +81,7 @@ def _query(
     text: Features,
     query: int,
 ) -> GalleryQuery:
-    """One query: its own clip, the first clips found, and the mixture weights."""
+    """Build the entry of a query: its own clip, the clips ranked first, and the mixture weights."""
     first = torch.topk(sim_V, min(FOUND, len(sim_V))).indices.tolist()
     found = [GalleryClip(clips[column], float(sim_V[column]), column == own) for column in first]
     own_clip = GalleryClip(clips[own], float(sim_V[own]), True)
@@ -89,7 +89,7 @@ def _query(
 
 
 def _weights(model: RetrievalModel, text: Features, query: int) -> tuple[tuple[str, float], ...]:
-    """A caption's mixture weights by expert; none for a model without."""
+    """Return a caption's mixture weights by expert; empty for other models."""
     weights = text.get("weights")
     if not isinstance(model, ExpertModel) or weights is None or weights.shape[1] != len(model.sizes.names):
         return ()

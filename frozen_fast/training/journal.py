@@ -1,7 +1,7 @@
 """Records steps: steps.jsonl, the log, the progress bar and experiment trackers.
 
-Losses stay on the device until a window of steps is full (or something needs them), so that a GPU is not stopped to
-hear a number. On a CPU every step is written as it ends.
+Losses stay on the device until a window of steps is complete or a value is needed, so that a GPU is not synchronised in
+every step. On a CPU every step is written when it ends.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Journal:
         log_every_steps: int,
         non_finite: NonFiniteSteps,
     ) -> None:
-        """Hold the writers.
+        """Initialise the journal.
 
         Args:
-            folder: where rank 0 writes.
+            folder: the run folder, which rank 0 writes.
             parallel: ranks and device.
-            trackers: experiment trackers; there may be none.
+            trackers: experiment trackers; may be empty.
             total_steps: optimizer steps of the whole run.
             num_stages: stages of the whole run.
             log_every_steps: steps between lines of the log; also the length of a window on CUDA.
@@ -84,7 +84,7 @@ class Journal:
         self._bar: Any = None
 
     def add(self, result: StepResult, meter: StageMeter) -> None:
-        """Record the step that the meter has just timed; writes when the window is full.
+        """Record the step that the meter has just timed; writes if the window is complete.
 
         Raises:
             NotFiniteError: as NonFiniteSteps.is_skipped, for a step of the window (rows before it are written).
@@ -94,7 +94,7 @@ class Journal:
             self.flush(meter)
 
     def flush(self, meter: StageMeter) -> None:
-        """Write what is pending; waits for the device.
+        """Write pending steps; waits for the device.
 
         Raises:
             NotFiniteError: as add().
@@ -128,7 +128,7 @@ class Journal:
             raise failure
 
     def tell_evaluations(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Log the numbers of evaluations, and send them on."""
+        """Log evaluations, and send them to the trackers."""
         for row in rows:
             metrics = row["metrics"]
             shown = "  ".join(f"{name} {value:.1f}" for name, value in metrics.items() if name in _SHOWN)
@@ -182,7 +182,7 @@ class Journal:
 
 
 def _times(timing: StepTime) -> dict[str, Any]:
-    """The meter's part of a line of steps.jsonl."""
+    """Return the meter's part of a line of steps.jsonl."""
     return {
         "clips": timing.clips,
         "seconds": timing.seconds,
@@ -193,16 +193,16 @@ def _times(timing: StepTime) -> dict[str, Any]:
 
 
 def _shown(loss: float | None) -> str:
-    """A loss for the log."""
+    """Format a loss for the log."""
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def _finite(value: float) -> float | None:
-    """A number for JSON, which has no NaN."""
+    """Convert a number for JSON, which has no NaN."""
     return value if math.isfinite(value) else None
 
 
 def _read_back(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
-    """Losses and gradient norms as numbers, in one transfer."""
+    """Read losses and gradient norms from the device in one transfer."""
     flat = torch.stack([tensor.float() for pair in pairs for tensor in pair]).tolist()
     return list(zip(flat[::2], flat[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is NaN or infinite: what is written of them, and what becomes of the run."""
+"""Steps whose loss or gradient is NaN or infinite: their record, and training.on_non_finite."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class NotFiniteError(UserError):
 
 
 class NonFiniteSteps:
-    """Applies training.on_non_finite to the steps of a run, in their order; every rank calls it alike."""
+    """Applies training.on_non_finite to the steps of a run, in order; all ranks make the same calls."""
 
     def __init__(self, training: TrainingConfig, folder: RunFolder, parallel: Parallel, advice: str) -> None:
-        """Hold what is needed; `advice` says which keys to change."""
+        """Initialise; `advice` names the keys to change."""
         self._training, self._folder, self._parallel, self._advice = training, folder, parallel, advice
         self._in_a_row = 0
 
@@ -37,15 +37,15 @@ class NonFiniteSteps:
         source: str,
         clip_ids: Sequence[str],
     ) -> bool:
-        """Whether a step was skipped; a step that is not finite is written to non_finite.jsonl. Then a collective.
+        """Return whether a step was skipped, after recording a step that is not finite; a collective for such steps.
 
         Args:
-            loss: of the whole batch, equal on all ranks.
-            norm: of the gradient, equal on all ranks.
+            loss: loss of the whole batch, equal on all ranks.
+            norm: norm of the gradient, equal on all ranks.
             step: optimizer step, from 1.
             stage: index of its stage.
-            frames: per clip.
-            source: of its clips.
+            frames: frames per clip.
+            source: source of the step's clips.
             clip_ids: this rank's clips.
 
         Raises:

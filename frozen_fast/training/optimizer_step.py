@@ -29,7 +29,7 @@ class OptimizerStep:
     """Runs optimizer steps and records them.
 
     Attributes:
-        batch_parts: cuts batches that do not fit in memory.
+        batch_parts: splits batches that do not fit in memory.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class OptimizerStep:
         feed: BatchFeed,
         journal: Journal,
     ) -> None:
-        """Hold the parts of the run."""
+        """Initialise from the parts of the run."""
         self._config, self._parallel, self._parts, self._feed, self._journal = config, parallel, parts, feed, journal
         self.batch_parts = BatchParts(config, parallel, folder, parts)
 
@@ -50,12 +50,12 @@ class OptimizerStep:
 
         Args:
             stage: the stage that is running.
-            batches: of the stage (BatchFeed.batches).
-            warmup: the step is left out of speeds.
+            batches: batches of the stage (BatchFeed.batches).
+            warmup: exclude the step from speeds.
 
         Raises:
             UserError: bad clips past their share, a loss that is not finite, a mistake in the data; on every rank.
-            StepGivenUp: told to stop, and a rank's loader is gone; on every rank.
+            StepGivenUp: a rank that was told to stop has lost its loader; on every rank.
         """
         config, parallel, plan, feed = self._config, self._parallel, stage.plan, self._feed
         step = feed.position.step + 1
@@ -72,7 +72,7 @@ class OptimizerStep:
                 try:
                     batch, bad = feed.next_batch(batches, timing)
                 except StepGivenUp:
-                    feed.ledger.resume(ledger)  # the step's earlier passes will be read again
+                    feed.ledger.resume(ledger)  # the step's earlier batches are read again on resume
                     raise
                 bad_clips += bad
                 clip_ids += batch.clip_ids
@@ -81,7 +81,7 @@ class OptimizerStep:
                 except torch.OutOfMemoryError:
                     raise self.batch_parts.error(batch, plan) from None
                 clips, tokens = plan.batch_sizes[batch.source], batch.text_tokens
-                frames = min(batch.frames, plan.frames)  # a teacher may have seen more
+                frames = min(batch.frames, plan.frames)  # a teacher may read more frames
                 timing.count(clips, frames, self._parts.flops_per_clip(frames, tokens, clips))
             skips = config.training.on_non_finite == "skip"
             try:
@@ -105,7 +105,7 @@ class OptimizerStep:
         )
 
     def _pass(self, batch: Batch, plan: StagePlan, timing: StepTime, *, last: bool) -> Tensor:
-        """Forward and backward of one batch, in parts where it does not fit in memory; its share of the step's loss."""
+        """Run forward and backward of a batch, in parts if it does not fit in memory; return its share of the loss."""
         total = torch.zeros((), device=self._parallel.device)
         parts = self.batch_parts.cut(batch, plan)
         for index, part in enumerate(parts):

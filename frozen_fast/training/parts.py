@@ -48,13 +48,13 @@ def build_model(
     resume_from: Path | None = None,
     sources: Mapping[str, Source] | None = None,
 ) -> RetrievalModel:
-    """The model that model.kind chooses, on its device, in train mode; see build_frozen_model for the arguments.
+    """Build the model of model.kind on its device, in train mode.
 
     Args:
         config: the experiment.
         device: where it runs.
         resume_from: this run's checkpoint.
-        sources: the training sources, from which a classifier has its classes.
+        sources: the training sources, which define a classifier's classes.
 
     Raises:
         UserError: a name, file or size is wrong.
@@ -83,13 +83,13 @@ def build_model(
 def build_frozen_model(
     config: ExperimentConfig, device: torch.device, *, resume_from: Path | None = None
 ) -> DualEncoder:
-    """The dual encoder on its device, in train mode; weights are drawn from config.seed where they are random.
+    """Build the dual encoder on its device, in train mode; random weights are drawn from config.seed.
 
     Args:
         config: the experiment.
         device: where it runs.
-        resume_from: this run's checkpoint; its architecture, weights and tokenizer replace what the config names, so
-            that no hub and no earlier file is needed to go on.
+        resume_from: this run's checkpoint. Its architecture, weights and tokenizer replace those of the config, so that
+            a run resumes without the hub and without the files it started from.
 
     Raises:
         UserError: a name, file or size is wrong, or the attention backend cannot run here.
@@ -112,7 +112,7 @@ def build_frozen_model(
         )
     except UserError:
         raise
-    except ValueError as error:  # the kernel library knows nothing of UserError
+    except ValueError as error:  # frozen_kernels raises plain ValueErrors
         raise UserError(f"model: {' '.join(str(error).split())}") from error
     _check_normalisation(model, config)
     _check_evaluation_frames(config, max(model.learned_frames, *(stage.frames for stage in stages)))
@@ -123,17 +123,17 @@ def build_frozen_model(
 
 
 def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device) -> RetrievalModel:
-    """A checkpoint's model for evaluation, in eval mode.
+    """Load a checkpoint's model for evaluation, in eval mode.
 
     Args:
-        config: evaluation.frames cuts the temporal embeddings (none: those the checkpoint learned); the model section
-            says how it computes and what reads the captions. Where it names a checkpoint it must not contradict it.
+        config: evaluation.frames truncates the temporal embeddings (null: all that the checkpoint learned). The model
+            section selects the computation and the tokenizer; if it names a checkpoint, it must agree with it.
         checkpoint: a frozen_fast folder or a released .pth/.pth.tar file.
         device: where it runs.
 
     Raises:
-        UserError: the checkpoint or the tokenizer cannot be read, or contradicts the config; it was trained on other
-            pixel statistics, or on fewer frames than evaluation.frames.
+        UserError: the checkpoint or the tokenizer cannot be read or contradicts the config, or the checkpoint was
+            trained with other pixel statistics or fewer frames than evaluation.frames.
     """
     section = replace(config.model, checkpoint=str(checkpoint))
     if config.model.kind not in (DualEncoder.kind, Classifier.kind):
@@ -156,7 +156,7 @@ def load_model(config: ExperimentConfig, checkpoint: Path, device: torch.device)
 
 
 def _check_evaluation_frames(config: ExperimentConfig, learned: int) -> None:
-    """Refuse evaluation.frames above what the model has learned when it is evaluated."""
+    """Refuse evaluation.frames above the number of frames that the model has learned."""
     frames = config.evaluation.frames
     if frames is not None and frames > learned:
         raise UserError(
@@ -168,7 +168,7 @@ def _check_evaluation_frames(config: ExperimentConfig, learned: int) -> None:
 def build_training_loader(
     config: ExperimentConfig, sources: Mapping[str, Source], model: RetrievalModel, device: torch.device
 ) -> TrainingLoader | FeatureTrainingLoader:
-    """The loader of training batches: frames for the model's resolution and its tokenizer, or expert features."""
+    """Build the loader of training batches: frames at the model's resolution and tokens, or expert features."""
     if isinstance(model, ExpertModel):
         _check_features(sources, "data.sources")
         return FeatureTrainingLoader(
@@ -203,7 +203,7 @@ def build_evaluation_loader(
     rank: int,
     world_size: int,
 ) -> EvaluationLoader | FeatureEvaluationLoader:
-    """The loader of one evaluation source's test windows, or of its videos' features."""
+    """Build the loader of one evaluation source's test windows, or of its videos' features."""
     if isinstance(model, ExpertModel):
         _check_features({source.name: source}, "evaluation.sources")
         return FeatureEvaluationLoader(
@@ -228,10 +228,10 @@ def build_evaluation_loader(
 
 
 def feature_format(config: ExperimentConfig, model: ExpertModel) -> FeatureFormat:
-    """The features that an expert model reads: its own experts and widths, and the config's lengths.
+    """Return the features that an expert model reads: the model's experts and widths, and the config's lengths.
 
     Raises:
-        UserError: the config gives no length for an expert of several vectors.
+        UserError: the config has no length for an expert with several vectors.
     """
     section = config.model.experts
     most = {expert.name: expert.max_vectors for expert in section.experts}
@@ -258,10 +258,10 @@ def _check_features(sources: Mapping[str, Source], key: str) -> None:
 
 
 def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat:
-    """The frames that the model takes.
+    """Return the frames that the model reads.
 
     Raises:
-        UserError: data.sampling masks frames, and the model does not take masks.
+        UserError: data.sampling masks frames, and the model does not support masks.
     """
     if config.data.sampling.rule == "fixed_rate" and not model.takes_frame_masks:
         got = f"got 'fixed_rate' for a model of kind {model.kind}, which takes no masks of short clips"
@@ -271,14 +271,14 @@ def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat
 
 
 def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int, int, int], TrainingFlops | None]:
-    """A function for a clip's model FLOPs of (frames, text tokens, clips of a global batch).
+    """Return a function from (frames, text tokens, clips of a global batch) to the model FLOPs of a training clip.
 
-    What nothing reads of a video tower's last block is not computed, and counted in the nominal FLOPs only, unless
-    model.video.full_last_block asks for it. A tower whose FLOPs are not known gives None: no FLOPs, no MFU.
+    Unused outputs of a video tower's last block are not computed and count in the nominal FLOPs only, unless
+    model.video.full_last_block is set. The function returns None if a tower's FLOPs are unknown.
 
     Args:
         model: not yet sharded.
-        frames: the numbers of frames that will be asked for.
+        frames: the numbers of frames for which the function is called.
     """
     if not isinstance(model, VideoSide):
         sides = cache(model.side_flops)
@@ -331,17 +331,17 @@ def flops_counter(model: RetrievalModel, frames: Iterable[int]) -> Callable[[int
 
 
 def read_training_sources(config: ExperimentConfig) -> dict[str, Source]:
-    """data.sources, by name."""
+    """Return data.sources by name."""
     return read_sources(config.data.sources)
 
 
 def read_evaluation_sources(config: ExperimentConfig) -> dict[str, Source]:
-    """evaluation.sources, by name."""
+    """Return evaluation.sources by name."""
     return read_sources(config.evaluation.sources, "evaluation.sources")
 
 
 def build_reranking(config: ExperimentConfig) -> Reranking | None:
-    """What evaluation.rerank asks for; qb_norm reads the captions of the first training source.
+    """Return the re-rankings of evaluation.rerank; qb_norm reads the captions of the first training source.
 
     Raises:
         UserError: qb_norm without data.sources.
@@ -361,14 +361,14 @@ def build_reranking(config: ExperimentConfig) -> Reranking | None:
 
 @lru_cache(maxsize=1)
 def _querybank(source: SourceConfig, size: int) -> tuple[str, ...]:
-    """The first caption of clips evenly spread over a source."""
+    """Return the first caption of clips at even intervals in a source."""
     clips = next(iter(read_sources([source]).values())).clips
     count = min(size, len(clips))
     return tuple(clips[place * len(clips) // count].captions[0] for place in range(count))
 
 
 def matching_training_source(config: ExperimentConfig, evaluated: str) -> SourceConfig:
-    """The training split that belongs to an evaluation source: same format, path and split_version.
+    """Return the training split of an evaluation source: same format, path and split_version.
 
     Raises:
         UserError: data.sources has none.
@@ -383,7 +383,7 @@ def matching_training_source(config: ExperimentConfig, evaluated: str) -> Source
 
 
 def described_sources(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
-    """For environment.json: how many clips each source has, of which kind, and which rows were left out and why."""
+    """Describe the sources for environment.json: number and kind of clips, and which rows were left out and why."""
     return {
         name: {"clips": len(source), "kind": source.kind, "drops": dict(source.drops)}
         for name, source in sources.items()
@@ -391,7 +391,7 @@ def described_sources(sources: Mapping[str, Source]) -> dict[str, dict[str, Any]
 
 
 def described_model(model: RetrievalModel) -> dict[str, Any]:
-    """For environment.json: what the model is, as it was built or loaded, and how many weights it has."""
+    """Describe the model for environment.json, with its number of weights."""
     parts: dict[str, nn.Module] = {"parameters": model}
     if isinstance(model, VideoSide):
         parts["video_parameters"] = model.video_model
@@ -402,7 +402,7 @@ def described_model(model: RetrievalModel) -> dict[str, Any]:
 
 
 def check_stage_frames(model: ModelConfig, plans: Iterable[StagePlan]) -> None:
-    """Refuse a source whose clips (pictures: one frame) have a number of frames that the video tower does not take.
+    """Refuse a source whose clips (images: one frame) have a number of frames that the video tower does not support.
 
     Raises:
         UserError: naming the source.
@@ -413,7 +413,7 @@ def check_stage_frames(model: ModelConfig, plans: Iterable[StagePlan]) -> None:
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of a source's clip ids in their order: what a data position means depends on it."""
+    """Hash a source's clip ids in order; a data position is valid for the same hash only."""
     digest = hashlib.sha256()
     for clip in source.clips:
         digest.update(clip.id.encode("utf-8", "surrogatepass") + b"\0")
@@ -421,7 +421,7 @@ def fingerprint(source: Source) -> str:
 
 
 def _set_loss_scale(model: RetrievalModel, loss: LossConfig) -> None:
-    """Give the model what the loss learns with it, or take it away; a checkpoint's learned value stays."""
+    """Add the loss's learned parameters to the model, or remove them; a checkpoint's learned value is kept."""
     if not loss.learnable_temperature:
         model.loss_scale = None
     elif model.loss_scale is None:

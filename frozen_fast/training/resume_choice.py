@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and when it may start a new run."""
+"""The choice of the checkpoint from which a run continues, and checks before a new run starts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from frozen_fast.records.run_folder import RunFolder
 
 
 def find_checkpoint(folder: RunFolder, resume: str) -> Survey:
-    """The checkpoint to resume from.
+    """Return the checkpoint to resume from.
 
     Args:
         folder: the run's folder.
         resume: "none", "auto" or a checkpoint's path.
 
     Returns:
-        The checkpoint (None: begin), and newer ones that are damaged.
+        The checkpoint (None: start a new run), and newer ones that are damaged.
 
     Raises:
-        UserError: there is a run that would be overwritten, no such checkpoint, or none that can be used.
+        UserError: a run would be overwritten, the checkpoint does not exist, or no checkpoint can be used.
     """
     if resume == "none":
         folder.refuse_to_overwrite()
@@ -50,7 +50,7 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Survey:
 
 
 def _refuse_to_start_over(folder: RunFolder, found: Survey) -> None:
-    """Refuse to begin where a run has checkpoints, or had some: beginning would delete its results.
+    """Refuse to start a new run in a folder whose run has or had checkpoints, which would delete its results.
 
     Raises:
         UserError: names what exists, and how to continue or to start again.
@@ -71,5 +71,5 @@ def _refuse_to_start_over(folder: RunFolder, found: Survey) -> None:
 def _has_stage_rows(folder: RunFolder) -> bool:
     try:
         return bool(folder.stage_rows())
-    except ValueError:  # damaged: a stage has closed, so there was a checkpoint
+    except ValueError:  # damaged, so a stage has ended and there was a checkpoint
         return True

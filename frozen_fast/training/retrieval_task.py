@@ -33,7 +33,7 @@ class RetrievalTask(Task):
 
     @classmethod
     def from_config(cls, config: ExperimentConfig) -> RetrievalTask:
-        """The loss that the config names."""
+        """Build the loss that the config names."""
         return cls(config, build_loss(config.loss))
 
     def loss(
@@ -54,7 +54,7 @@ class RetrievalTask(Task):
     def rehearsal_loss(
         self, model: RetrievalModel, text: Features, video: Features, parameters: Features, world_size: int
     ) -> Tensor:
-        """The other ranks' features are copies of this rank's."""
+        """Compute the loss with copies of this rank's features in place of the other ranks'."""
         settings = self.config.loss
         all_text, all_video = (
             {name: side.float().repeat(world_size, *[1] * (side.ndim - 1)) for name, side in sides.items()}
@@ -69,7 +69,7 @@ class RetrievalTask(Task):
             )
 
     def directions(self) -> dict[str, bool]:
-        """The numbers of evaluation.metrics, and the validation loss."""
+        """Return the metrics of evaluation.metrics, and the validation loss."""
         return directions(self.config.evaluation.metrics)
 
     def evaluate(

@@ -71,12 +71,12 @@ EXIT_INTERRUPTED = 130
 
 
 def train(config: ExperimentConfig, *, resume: str = "none") -> int:
-    """Train by a validated config; every process of a launch calls it.
+    """Train as a validated config says; every process of a launch calls this.
 
     Args:
         config: the experiment.
         resume: "none": start a new run; "auto": resume from the run folder's newest checkpoint if there is one;
-            "extend": likewise, with a longer last stage than the run had (training.extension); or a checkpoint folder.
+            "extend": likewise, with more steps in the last stage (training.extension); or a checkpoint folder.
 
     Returns:
         0 when the run is complete, 75 when SIGTERM or SIGINT stopped it after a checkpoint.
@@ -106,18 +106,18 @@ def train(config: ExperimentConfig, *, resume: str = "none") -> int:
 
 
 def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str | None = None) -> dict[str, Any]:
-    """Evaluate a checkpoint on the config's evaluation sources; every process of a launch calls it.
+    """Evaluate a checkpoint on the config's evaluation sources; every process of a launch calls this.
 
     Retrieval pages (evaluation.gallery) are written beside `output`, or into the config's run folder.
 
     Args:
-        config: its evaluation, data.decode and training sections count; the architecture is the checkpoint's.
+        config: its evaluation, data.decode and training sections are used; the architecture is the checkpoint's.
         checkpoint: a frozen_fast folder or a released .pth/.pth.tar file.
         output: JSON file to write, from rank 0.
 
     Returns:
-        {"checkpoint", "evaluations": [as in metrics.json, without step and stage]}, and on rank 0 "galleries", the
-        paths of the retrieval pages, where evaluation.gallery asks for them.
+        {"checkpoint", "evaluations": [as in metrics.json, without step and stage]}, and on rank 0 with
+        evaluation.gallery "galleries", the paths of the retrieval pages.
 
     Raises:
         UserError: a mistake in config, checkpoint or data, or a signal stopped it.
@@ -174,9 +174,9 @@ class _Start:
     """Where training starts.
 
     Attributes:
-        checkpoint: what is loaded; None: the first step.
-        state: the checkpoint's.
-        closed_stages: stages that are evaluated and in stages.json.
+        checkpoint: the checkpoint to load; None: start at the first step.
+        state: the checkpoint's state.
+        closed_stages: stages that have been evaluated and are in stages.json.
     """
 
     checkpoint: Path | None
@@ -202,7 +202,7 @@ class _Run:
         self._roll_backs = 0
 
     def train(self, resume: str, stop: StopRequest) -> int:
-        """Prepare, run, report; returns the exit code."""
+        """Prepare, run and report; return the exit code."""
         self._extending = resume == "extend"
         log.info("precision %s: %s", self._parallel.precision, self._parallel.precision_reason)
         start = self._cut_folder_back(self._take_folder(resume))
@@ -221,12 +221,12 @@ class _Run:
                     often = f"rolled back {self._roll_backs} times already (training.max_roll_backs)"
                     raise NotFiniteError(f"{error}; {often}") from error
                 why = str(error)
-            start = self._roll_back(why)  # outside of the handler: the error's frames hold the model
+            start = self._roll_back(why)  # outside the handler, because the error's frames hold the model
         self._finish(complete)
         return EXIT_DONE if complete else EXIT_STOPPED
 
     def _train_from(self, start: _Start, stop: StopRequest) -> bool:
-        """Build the parts and run the stages; False when told to stop."""
+        """Build the parts and run the stages; return False if told to stop."""
         config, parallel, folder = self._config, self._parallel, self._folder
         with self._watchdog.phase("start"):
             parts = self._build(start.checkpoint, start.state)
@@ -255,7 +255,7 @@ class _Run:
         return self._engine.run(start.state, closed_stages=start.closed_stages)
 
     def _roll_back(self, why: str) -> _Start:
-        """Go back to the last checkpoint, or to the first step where there is none; every rank calls it.
+        """Go back to the last checkpoint, or to the first step if there is none; every rank calls this.
 
         Args:
             why: what was not finite.
@@ -272,7 +272,7 @@ class _Run:
         with parallel.together():
             if parallel.is_main:
                 found = survey(folder.checkpoints)
-                if found.usable is not None:  # so that a resumed run takes the new order too
+                if found.usable is not None:  # so that a resumed run uses the new order too
                     write_state(found.usable, replace(read_state(found.usable), rollbacks=self._roll_backs))
                 else:
                     found = Survey(self._origin, found.damaged)
@@ -303,7 +303,7 @@ class _Run:
         """Close the writers, and unlock the folder.
 
         Args:
-            at_once: leave without waiting for a checkpoint that is being written.
+            at_once: do not wait for a checkpoint that is being written.
         """
         self._watchdog.close()
         if self._engine is not None and not at_once:
@@ -315,12 +315,12 @@ class _Run:
         self._lock.release()
 
     def _take_folder(self, resume: str) -> Survey:
-        """Lock the folder and choose the checkpoint; empty but on rank 0."""
+        """Lock the folder and choose the checkpoint; empty on ranks other than 0."""
         parallel, folder = self._parallel, self._folder
         found = Survey(None, {})
         with parallel.together():
             if parallel.is_main:
-                if resume not in ("auto", "extend"):  # a mistake leaves no folder behind
+                if resume not in ("auto", "extend"):  # a mistake must not create a folder
                     found = find_checkpoint(folder, resume)
                 folder.create()
                 self._lock.acquire()
@@ -329,7 +329,7 @@ class _Run:
         return found
 
     def _cut_folder_back(self, found: Survey) -> _Start:
-        """Cut the folder back to a checkpoint, rank 0's."""
+        """Truncate the folder's files to a checkpoint, on rank 0."""
         config, parallel, folder = self._config, self._parallel, self._folder
         checkpoint = parallel.gather_objects(found.usable)[0]
         state: RunState | None = None
@@ -379,7 +379,7 @@ class _Run:
         return _Start(checkpoint, state, closed)
 
     def _build(self, checkpoint: Path | None, state: RunState | None) -> RunParts:
-        """Read the sources, settle the stages, build model, optimizer and loader."""
+        """Read the sources, plan the stages, build model, optimizer and loader."""
         config, parallel = self._config, self._parallel
         devices = parallel.gather_objects(environment.device_description(parallel.device))
         with parallel.together():
@@ -450,7 +450,7 @@ class _Run:
         )
 
     def _finish(self, complete: bool) -> None:
-        """Final checkpoint on disk, final status, report."""
+        """Wait for the final checkpoint, write the final status and the report."""
         assert self._engine is not None
         self._engine.keeper.finish(stopped=not complete)
         with self._parallel.together():
@@ -467,7 +467,7 @@ class _Run:
                 self._report()
 
     def _report(self) -> None:
-        """Write the report; the results are on disk already, so a failure here is told and no more."""
+        """Write the report; a failure is logged only, because the results are on disk already."""
         try:
             log.info("report: %s", write_report(self._folder.path)[1])
         except Exception as error:  # noqa: BLE001  whatever fails in a report, the run has not failed
@@ -488,7 +488,7 @@ class _Run:
 
 
 def _without_cache(config: ExperimentConfig) -> ExperimentConfig:
-    """The config for evaluations inside a run: its weights change, so that nothing would be found again."""
+    """Return the config for evaluations inside a run, without the cache, because the weights change."""
     return replace(config, evaluation=replace(config.evaluation, embedding_cache=None))
 
 

@@ -23,20 +23,20 @@ class RunParts:
 
     Attributes:
         model: on its device and wrapped by `parallel`.
-        task: what training minimises, and how the model is evaluated.
+        task: the training loss and the evaluation.
         sources: training sources by name.
-        evaluation_sources: likewise.
-        fingerprints: name -> what identifies a training source's clips.
+        evaluation_sources: evaluation sources by name.
+        fingerprints: name of a training source -> hash of its clips.
         loader: training batches.
-        plans: the stages, every number settled.
-        flops_per_clip: (frames, text tokens, clips of a global batch) -> model FLOPs of one training clip, None where
-            they are not known.
-        peak: this device's datasheet peak, where known.
-        measured_peak: a peak measured on this device before the first stage (training.measure_peak).
-        energy: this device's energy meter, where there is one.
-        teachers: whose similarities the model follows, where the config names some.
+        plans: the stages with all numbers resolved.
+        flops_per_clip: (frames, text tokens, clips of a global batch) -> model FLOPs of one training clip; None if
+            unknown.
+        peak: this device's datasheet peak; None if unknown.
+        measured_peak: the peak measured on this device before the first stage (training.measure_peak).
+        energy: this device's energy meter; None if it has none.
+        teachers: teachers for distillation; None if the config names none.
         watchdog: watches the time of each phase.
-        roll_backs: how often the run has gone back to a checkpoint; each time the order of the clips changes.
+        roll_backs: number of roll-backs to a checkpoint; each one changes the order of the clips.
     """
 
     model: RetrievalModel
@@ -56,5 +56,5 @@ class RunParts:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the whole run."""
         return sum(plan.steps for plan in self.plans)

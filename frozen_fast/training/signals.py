@@ -1,6 +1,6 @@
 """Handles SIGTERM, SIGINT and the death of the launcher: the loop stops after the current step.
 
-SIGUSR1 is a wish for a checkpoint; the run continues.
+SIGUSR1 requests a checkpoint; the run continues.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ _POLL_SECONDS = 0.05
 
 
 class StopRequest:
-    """Handles SIGTERM, SIGINT and SIGUSR1 in its context; a second stop after some seconds exits at once.
+    """Handles SIGTERM, SIGINT and SIGUSR1 in its context; a second stop signal after some seconds exits at once.
 
-    One sooner is the same wish: Ctrl-C reaches this process from the terminal, and again from torchrun, which passes
-    on the signal that it got itself.
-
-    `accelerate launch` of one process dies of a SIGTERM without passing it on, and a launcher that is killed leaves its
-    processes behind: they would train on, unseen. So a process that a launcher started also stops when its parent is
-    gone. Outside the main thread signals cannot be heard.
+    An earlier second signal counts as the first: Ctrl-C reaches this process from the terminal, and again from
+    torchrun, which forwards signals. `accelerate launch` of one process does not forward SIGTERM, and a killed launcher
+    does not end its processes. A process of a launcher therefore also stops when its parent has died. Outside the main
+    thread no signals are handled.
     """
 
     def __init__(self) -> None:
@@ -56,14 +54,14 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Whether a stop was requested."""
+        """Return whether a stop was requested."""
         if self._launcher is not None and os.getppid() != self._launcher and not self._event.is_set():
             log.warning("the launcher has died: stopping after this step, with a checkpoint")
             self._event.set()
         return self._event.is_set()
 
     def take_save_request(self) -> bool:
-        """Whether this process was asked for a checkpoint (SIGUSR1) since the last call."""
+        """Return whether a checkpoint was requested (SIGUSR1) since the last call."""
         asked = self._save.is_set()
         self._save.clear()
         return asked
@@ -84,15 +82,15 @@ class StopRequest:
 
 
 def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
-    """Whether reading failed because this process is being stopped.
+    """Return whether reading failed because this process is being stopped.
 
-    A signal to the whole process group (Ctrl-C, Slurm) ends loader processes too, maybe before this process has heard
-    it; so for a loader process that ended the signal is waited for. Any other failure after a stop request goes
-    wrong again when the run resumes.
+    A signal to the whole process group (Ctrl-C, Slurm) also ends loader processes, possibly before this process
+    receives it. If a loader process has ended, this function therefore waits for the signal. Any other failure occurs
+    again when the run resumes.
 
     Args:
-        error: what reading raised.
-        asked: tells whether this process was told to stop.
+        error: the exception raised by reading.
+        asked: returns whether this process was told to stop.
     """
     deadline = time.monotonic() + (_SIGNAL_SPREAD_SECONDS if isinstance(error, LoaderEndedError) else 0.0)
     while not asked():
@@ -104,5 +102,5 @@ def stop_explains(error: Exception, asked: Callable[[], bool]) -> bool:
 
 
 def _started_by_a_launcher() -> bool:
-    """Whether accelerate's or torch's launcher started this process and lives as long as it."""
+    """Return whether accelerate's or torch's launcher started this process and has the same lifetime."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ

@@ -7,21 +7,21 @@ from frozen_fast.profiling import EnergyMeter
 
 
 class StageEnergy:
-    """Joules of one stage, all of its wall time: evaluation and checkpoints too, and the parts before a resume."""
+    """Joules of a stage over its whole wall time, with evaluation, checkpoints and the time before a resume."""
 
     def __init__(self, parallel: Parallel, meter: EnergyMeter | None, carried: float | None) -> None:
-        """Begin to count.
+        """Start counting.
 
         Args:
             parallel: the ranks.
-            meter: of this rank's device; None: not known.
-            carried: joules of the stage's part before this process, 0 for none; None: not known.
+            meter: meter of this rank's device; None: unknown.
+            carried: joules of the stage before this process, 0 for none; None: unknown.
         """
         self._parallel, self._meter, self._carried = parallel, meter, carried
         self._began = None if meter is None else meter.joules()
 
     def joules(self) -> float | None:
-        """Joules so far, None where any part of them is not known; a collective. A shared device counts once."""
+        """Return the joules so far, None if any part is unknown; a collective. A shared device counts once."""
         own: dict[str, float] | None = None
         now = None if self._meter is None else self._meter.joules()
         if self._meter is not None and self._began is not None and now is not None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class StageEvaluation:
-    """Evaluates a run's model at the steps that evaluation.every names."""
+    """Evaluates a run's model at the steps of evaluation.every."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class StageEvaluation:
         journal: Journal,
         stop: StopRequest,
     ) -> None:
-        """Hold the parts of the run; `sources` are evaluation.sources by name."""
+        """Initialise; `sources` are evaluation.sources by name."""
         self._config, self._parallel, self._folder, self._sources = config, parallel, folder, sources
         self._task, self._num_stages, self._journal, self._stop = task, num_stages, journal, stop
 
     def is_due(self, plan: StagePlan, done: int) -> bool:
-        """Whether the model is evaluated after this number of steps of a stage."""
+        """Return whether the model is evaluated after this number of steps of a stage."""
         every = self._config.evaluation.every
         if not self._sources or every == "never" or not done:
             return False
@@ -55,12 +55,12 @@ class StageEvaluation:
         """Evaluate on every source and write the rows to metrics.json; every rank calls it.
 
         Args:
-            plan: the stage that is running; its frames are the windows' unless evaluation.frames says others.
+            plan: the current stage; windows have its number of frames unless evaluation.frames is set.
             step: optimizer steps done.
-            last: the run's last evaluation, which writes the retrieval pages.
+            last: whether this is the run's last evaluation, which writes the retrieval pages.
 
         Returns:
-            The rows; None when a stop was requested meanwhile.
+            The rows; None if a stop was requested meanwhile.
         """
         rows: list[dict[str, Any]] = []
         bad_clips: list[dict[str, Any]] = []

@@ -24,19 +24,19 @@ _LARGEST_WARM_UP_SHARE = 0.25
 
 @dataclass(frozen=True)
 class OpenStage:
-    """A stage that is running: what is planned, where its time goes, and its energy."""
+    """The current stage: its plan, its timing and its energy."""
 
     plan: StagePlan
     meter: StageMeter
     energy: StageEnergy
 
     def totals(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the stage's time and energy so far; a collective."""
+        """Return the stage's time and energy so far for a checkpoint; a collective."""
         return {**self.meter.state_dict(), "joules": self.energy.joules()}
 
 
 def describe_plan(plan: StagePlan) -> str:
-    """One line for the log."""
+    """Describe the stage in one line for the log."""
     sizes = ", ".join(f"{name} {size}" for name, size in plan.batch_sizes.items())
     passes = f" x {plan.accumulation} passes" if plan.accumulation > 1 else ""
     return f"{plan.frames} frames, {plan.steps} steps, batch {sizes}{passes}"
@@ -45,13 +45,12 @@ def describe_plan(plan: StagePlan) -> str:
 def expand_frames(parallel: Parallel, model: RetrievalModel, num_frames: int, method: str) -> None:
     """Expand the tower's frame embeddings, and the optimizer's state, to num_frames frames.
 
-    A parameter keeps its shape ([1, most frames of the run, D]); its first num_frames rows are filled from the
-    learned ones. The optimizer's running averages take the same map, so that a row starts with the history of what it
-    was made from (and with none where it is new: zero). Fewer frames than are learned change nothing: a checkpoint that
-    has learned more than the first stage needs keeps it.
+    A parameter keeps its shape ([1, most frames of the run, D]); its first num_frames rows are computed from the
+    learned ones. The optimizer's running averages are mapped in the same way, so that a row starts with the state of
+    the rows it is computed from (zero for new rows). Nothing changes if the model has learned num_frames or more.
 
     Args:
-        parallel: gives the whole parameter, whatever the sharding.
+        parallel: provides whole parameters under every strategy.
         model: the bare model.
         num_frames: frames of the stage.
         method: "zero", "nearest" or "bilinear".

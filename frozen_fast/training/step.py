@@ -33,17 +33,17 @@ def forward_backward(
 
     Args:
         parallel: holds the model.
-        video: this rank's clips.
+        video: clips of this rank.
         text: their captions as tensors.
-        task: what is minimised.
-        accumulation: the pass counts 1 / accumulation of the step's loss and gradient.
-        last: gradients are exchanged between ranks in this pass.
-        teachers: whose similarities of `batch` the model follows too; None: no distillation.
-        batch: what the teachers read.
-        timing: told how long the features take, before ranks wait for each other.
+        task: computes the loss.
+        accumulation: the pass contributes 1 / accumulation of the step's loss and gradient.
+        last: whether gradients are exchanged between ranks in this pass.
+        teachers: teachers for distillation; None: no distillation.
+        batch: the batch that the teachers read.
+        timing: records the time of the features, without waiting for other ranks.
 
     Returns:
-        This pass's share of the step's loss, equal on all ranks, detached. Where it is not finite, no gradient is.
+        This pass's share of the step's loss, equal on all ranks, detached. If it is not finite, no gradient is finite.
     """
     with parallel.accumulate(last=last):
         inputs = task.inputs(video, text)
@@ -62,9 +62,9 @@ def forward_backward(
 
 
 def rehearse(parallel: Parallel, video: VideoInput, text: Mapping[str, Tensor], task: Task) -> None:
-    """A pass that needs the memory of forward_backward, on this rank alone, and leaves nothing behind.
+    """Run a pass that needs the memory of forward_backward on this rank alone, without changing any state.
 
-    Needs whole weights on every rank.
+    Every rank must hold whole weights.
 
     Raises:
         torch.OutOfMemoryError: the pass does not fit.
@@ -85,7 +85,7 @@ def rehearse(parallel: Parallel, video: VideoInput, text: Mapping[str, Tensor], 
 
 
 def update(parallel: Parallel, gradient_clip_norm: float, *, skip_non_finite: bool = False) -> Tensor:
-    """Clip the gradients where a largest norm is given, apply them and clear them; see Parallel.update.
+    """Clip the gradients if a maximum norm is given, apply them and clear them; see Parallel.update.
 
     Returns:
         The norm before clipping, a scalar on the device.

@@ -23,7 +23,7 @@ class Task(ABC):
     """A training task.
 
     Attributes:
-        has_negatives: a clip's loss depends on the other clips of its pass.
+        has_negatives: whether a clip's loss depends on the other clips of its pass.
     """
 
     has_negatives = True
@@ -38,22 +38,22 @@ class Task(ABC):
         """
 
     def training_sources(self, sources: Mapping[str, Source]) -> dict[str, Source]:
-        """The training sources as the loader reads them."""
+        """Return the training sources for the loader."""
         return dict(sources)
 
     def inputs(self, video: VideoInput, text: Mapping[str, Tensor]) -> tuple[VideoInput, Mapping[str, Tensor]]:
-        """The model's input for a training batch; random draws come from torch's global random state."""
+        """Return the model's input for a training batch; random numbers come from torch's global generator."""
         return video, text
 
     @abstractmethod
     def loss(
         self, model: RetrievalModel, text: Features, video: Features, parameters: Features
     ) -> tuple[Tensor, Tensor]:
-        """The loss of a batch over all ranks; every rank calls it.
+        """Compute the loss of a batch over all ranks; every rank calls this.
 
         Args:
-            model: compares features; it must not read parameters here, which sharding strategies gather in forward()
-                alone.
+            model: compares features. It must not read parameters here, because sharding strategies gather them in
+                forward() only.
             text: features of this rank's texts.
             video: features of this rank's clips.
             parameters: RetrievalModel.loss_parameters.
@@ -67,11 +67,11 @@ class Task(ABC):
     def rehearsal_loss(
         self, model: RetrievalModel, text: Features, video: Features, parameters: Features, world_size: int
     ) -> Tensor:
-        """A loss of this rank's features alone, without communication, that needs the memory of loss()."""
+        """Compute a loss of this rank's features alone, without communication, that needs the memory of loss()."""
 
     @abstractmethod
     def directions(self) -> dict[str, bool]:
-        """Every number that evaluation.keep_best may name -> whether higher is better."""
+        """Return every metric that evaluation.keep_best may name -> whether higher is better."""
 
     @abstractmethod
     def evaluate(
@@ -85,20 +85,20 @@ class Task(ABC):
         gallery: bool,
         stop: StopRequest,
     ) -> Evaluation | None:
-        """Evaluate on one source; every rank calls it.
+        """Evaluate on one source; every rank calls this.
 
         Args:
             model: on its device, with whole weights.
             source: the clips.
-            parallel: ranks.
-            frames: frames per window where evaluation.frames says none; pictures have one. A model that has learned
-                fewer frames than evaluation.frames so far is shown those that it has learned.
-            loss_batch_size: clips over which a validation loss with negatives is taken.
-            gallery: make the retrieval page that evaluation.gallery asks for, where the task ranks clips.
-            stop: this process's wish to stop.
+            parallel: ranks and autocast.
+            frames: frames per window if evaluation.frames is null; images have one. If the model has learned fewer
+                frames than evaluation.frames so far, it gets as many as it has learned.
+            loss_batch_size: batch size of a validation loss with negatives.
+            gallery: make the retrieval page of evaluation.gallery, if the task ranks clips.
+            stop: this process's stop request.
 
         Returns:
-            The result, or None when told to stop.
+            The result, or None if told to stop.
 
         Raises:
             UserError: a clip cannot be read under policy error, or more of them than data.decode.max_bad_share.
@@ -106,7 +106,7 @@ class Task(ABC):
 
 
 def build_task(config: ExperimentConfig) -> Task:
-    """The task of the model that model.kind names.
+    """Build the task of the model of model.kind.
 
     Raises:
         UserError: an unknown name or a wrong setting.

@@ -1,6 +1,6 @@
 """Teachers for distillation: frozen models, or embeddings released by TeachText.
 
-Axis letters: B clips of this rank, G clips of all ranks, T frames of the student, F frames that were read.
+Axis letters: B clips of this rank, G clips of all ranks, T frames of the student, F frames of the teacher.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ EMBEDDING = "embedding"
 
 
 class Teacher(Protocol):
-    """What gives a batch's features, and compares them."""
+    """Computes a batch's features, and compares them."""
 
     def features(self, batch: Batch) -> tuple[Features, Features]:
-        """(text features, video features) of this rank's pairs."""
+        """Return (text features, video features) of this rank's pairs."""
         ...
 
     def compare(self, text: Features, video: Features) -> Tensor:
@@ -51,7 +51,7 @@ class ModelTeacher:
         self.compare = self._model.pair_similarities
 
     def features(self, batch: Batch) -> tuple[Features, Features]:
-        """Token features of the teacher's own text for an expert model, the captions themselves for the others."""
+        """Return the teacher's own text features for an expert model, and the captions for other models."""
         if isinstance(self._model, ExpertModel):
             text: Any = {TOKENS: batch.text[self._key]}
         else:
@@ -66,10 +66,10 @@ class PickleTeacher:
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        """Open the file; its arrays are read when asked for.
+        """Open the file; arrays are read on access.
 
         Raises:
-            UserError: no such file, or another form.
+            UserError: the file does not exist, or has another format.
         """
         self._path, self._device = path, device
         self._entries = open_feature_pickle(path)
@@ -81,7 +81,7 @@ class PickleTeacher:
         self._experts = sorted(first["vid_embds"])
 
     def features(self, batch: Batch) -> tuple[Features, Features]:
-        """The embeddings of the batch's captions and videos, experts end to end."""
+        """Return the embeddings of the batch's captions and videos, with experts concatenated."""
         absent = [video for video in batch.clip_ids if video not in self._entries]
         if absent:
             raise UserError(f"distillation.teachers: {self._path} lacks {some(absent)}; allowed: the training videos")
@@ -97,21 +97,21 @@ class PickleTeacher:
         return {EMBEDDING: sides[0]}, {EMBEDDING: sides[1]}
 
     def compare(self, text: Features, video: Features) -> Tensor:
-        """Dot products, K = 1."""
+        """Return dot products, K = 1."""
         return (text[EMBEDDING] @ video[EMBEDDING].T)[None]
 
 
 class Teachers:
-    """The teachers of a run and the loss that follows them."""
+    """The teachers of a run, and the distillation loss."""
 
     def __init__(self, teachers: Sequence[Teacher], *, weight: float, beta: float, frames: int) -> None:
-        """Hold them; frames: most frames of a clip that a teacher sees, 0: those of the student."""
+        """Initialise; frames: most frames of a clip for a teacher, 0: the student's frames."""
         self._teachers, self._weight, self.frames = list(teachers), weight, frames
         self._loss = SimilarityDistillation(beta)
 
     @torch.no_grad()
     def similarity(self, batch: Batch) -> Tensor:
-        """The mean of the teachers' similarities of all ranks' pairs, [G, G]."""
+        """Return the mean of the teachers' similarities of all ranks' pairs, [G, G]."""
         total: Tensor | None = None
         for teacher in self._teachers:
             text, video = teacher.features(batch)
@@ -121,7 +121,7 @@ class Teachers:
         return total / len(self._teachers)
 
     def loss(self, compare: Compare, text: Features, video: Features, teachers_GG: Tensor) -> tuple[Tensor, Tensor]:
-        """As gathered_loss: (to backpropagate, value), both times the config's weight."""
+        """Return (loss to backpropagate, value) as gathered_loss does, both multiplied by the config's weight."""
 
         def mean_similarity(own: Features, others: Features) -> Tensor:
             return compare(own, others).mean(0, keepdim=True)
@@ -130,15 +130,15 @@ class Teachers:
         return self._weight * to_minimise, self._weight * value
 
     def frames_to_read(self, student: int) -> int:
-        """Frames of a clip that are read for a student of a given number of frames."""
+        """Return the number of frames to read for a student with a given number of frames."""
         return max(student, self.frames)
 
 
 def student_video(video: Any, frames: int) -> Any:
-    """The student's frames among the teacher's: one drawn from each of `frames` equal parts.
+    """Choose the student's frames among the teacher's: one drawn from each of `frames` equal parts.
 
     Args:
-        video: [B, F, 3, H, W], or what is no frames.
+        video: [B, F, 3, H, W], or another kind of input, which is returned unchanged.
         frames: T.
     """
     if not isinstance(video, Tensor) or video.shape[1] <= frames:
@@ -149,7 +149,7 @@ def student_video(video: Any, frames: int) -> Any:
 
 
 def build_teachers(config: ExperimentConfig, student: RetrievalModel, device: torch.device) -> Teachers | None:
-    """The config's teachers; None where it names none.
+    """Build the config's teachers; None if it names none.
 
     Raises:
         UserError: a teacher that cannot be read, or that reads other features than the student.
@@ -186,7 +186,7 @@ def _build(
 
 
 def _gathered(features: Features) -> dict[str, Tensor]:
-    """All ranks' rows, in rank order."""
+    """Gather all ranks' rows, in rank order."""
     if not is_distributed():
         return dict(features)
     return {name: gather_with_gradient(tensor.float()) for name, tensor in features.items()}
@@ -197,5 +197,5 @@ def _values(array: Any) -> np.ndarray:
 
 
 def _width(entry: Mapping[str, Any], expert: str) -> int:
-    """Width of an expert's space."""
+    """Return the width of an expert's embeddings."""
     return int(np.prod(entry["vid_embds"][expert].shape))

@@ -2,8 +2,8 @@
 
     python -m frozen_fast.training.trial --config FILE --frames T --batch-size B --output FILE [key.path=value ...]
 
-What `frozen-fast find-batch-size` starts. Captions are as long as model.text.max_tokens allows, so the step is the
-largest of its kind; weights are random unless model.checkpoint names some, since they change nothing here.
+`frozen-fast find-batch-size` starts this module. Captions have model.text.max_tokens tokens, so that the step needs the
+most memory. Weights are random unless model.checkpoint is set.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from frozen_fast.training.step import forward_backward, update
 from frozen_fast.training.task import build_task
 
 STEPS = 3
-"""The optimizer's state exists from the first update on, so the second step holds most; the third is timed."""
+"""The optimizer's state exists after the first update, so the second step needs the most memory; the third is timed."""
 
 
 def stage_overrides(frames: int, batch_size: int) -> list[str]:
-    """The experiment as one stage."""
+    """Return the experiment with one stage."""
     stage = f"[{{frames: {frames}, global_batch_size: {batch_size}, steps: 1}}]"
     return ["curriculum.budget_epochs=null", "curriculum.budget_clips=null", f"curriculum.stages={stage}"]
 
@@ -48,7 +48,7 @@ def run_steps(config: ExperimentConfig, memory_bytes: int | None) -> dict[str, A
 
     Args:
         config: an experiment of one stage.
-        memory_bytes: on CUDA the allocator may not pass this; None: what the device has.
+        memory_bytes: limit of the CUDA allocator; None: the device's memory.
 
     Returns:
         {"frames", "batch_size", "peak_memory_bytes", "clips_per_second", "device", "precision"}.
@@ -98,7 +98,7 @@ def _longest_captions(model: DualEncoder, batch_size: int, device: torch.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the steps and write the figures; 2 for a mistake in the config. Out of memory raises."""
+    """Run the steps and write the results; return 2 for a mistake in the config. Running out of memory raises."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--frames", type=int, required=True)

@@ -1,9 +1,9 @@
 """Time limits of a run's phases: when one is exceeded, every rank writes its stacks and the run ends.
 
-A hang (a stuck disk, a decoder that never returns, a collective that one rank never joins) would hold its machines
-for ever. Each rank has a thread that watches its own phase; since ranks work in step, all reach the limit within
-seconds of each other. The first one also asks the other ranks of its machine for their stacks (SIGUSR2, answered
-without the interpreter) and wakes them (SIGCONT), in case one is stopped.
+Without limits, a hang (a stuck disk, a decoder that never returns, a collective that one rank never joins) would occupy
+its machines indefinitely. Each rank has a thread that watches its own phase. Ranks run in lockstep, so all reach the
+limit within seconds of each other. The first rank also requests the stacks of the other ranks on its machine (SIGUSR2,
+handled without the interpreter) and resumes them (SIGCONT) in case one is stopped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ EXIT_HUNG = 1
 _POLL_SECONDS = 1.0
 _REARM_SECONDS = 10.0
 _GRACE_SECONDS = 10.0
-"""Time for the other ranks to write their stacks too, before the launcher ends them all."""
+"""Time for the other ranks to write their stacks before the launcher ends them."""
 _WITHOUT_INTERPRETER_SECONDS = 5.0
 _TELL_STACKS = signal.SIGUSR2
 
 
 class Watchdog:
-    """Watches the phases of one rank from start() to close(); does nothing unless it was started."""
+    """Watches the phases of one rank between start() and close(); does nothing otherwise."""
 
     def __init__(
         self,
@@ -44,13 +44,13 @@ class Watchdog:
         rank: int = 0,
         note: Callable[[str], None] = lambda message: None,
     ) -> None:
-        """Hold the settings.
+        """Initialise the watchdog.
 
         Args:
             limits: minutes of each phase; None: nothing is watched.
-            folder: where rank_N.txt goes.
+            folder: folder for rank_N.txt.
             rank: this process.
-            note: told in one line what hung, before the process ends.
+            note: called with a line about the hang before the process ends.
         """
         self._limits, self._folder, self._rank, self._note = limits, folder, rank, note
         self.loader_state: Callable[[], str] = lambda: "no loader yet"
@@ -90,7 +90,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Watch a phase: start, first_step, step, evaluation or checkpoint; one inside another counts alone."""
+        """Watch a phase: start, first_step, step, evaluation or checkpoint; a nested phase pauses the outer one."""
         self._phases.append((name, time.monotonic()))
         try:
             yield
@@ -110,7 +110,7 @@ class Watchdog:
             if limit and time.monotonic() - began > limit:
                 self._give_up(name, limit)
             if limit and time.monotonic() - armed > _REARM_SECONDS:
-                # In case a thread never gives the interpreter back: written from C, and the process ends.
+                # In case a thread never releases the GIL: C code writes the stacks and ends the process.
                 armed = time.monotonic()
                 faulthandler.dump_traceback_later(
                     limit + _REARM_SECONDS + _WITHOUT_INTERPRETER_SECONDS, exit=True, file=self._open()
@@ -150,9 +150,9 @@ class Watchdog:
 
 
 def switch_on_flight_recorder(folder: Path) -> None:
-    """Let NCCL keep its last collectives, and write them into a folder when one times out.
+    """Let NCCL record its last collectives, and write them to a folder when one times out.
 
-    Call it before the process group starts; settings of the environment stay.
+    Call this before initialising the process group; existing environment variables are kept.
     """
     for name, value in {
         "TORCH_FR_BUFFER_SIZE": "2000",

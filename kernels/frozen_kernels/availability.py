@@ -17,10 +17,10 @@ BACKEND_NAMES = ("reference", "sdpa", "cpu_c", "xformers", "triton")
 
 
 def unavailable_backends(device: torch.device | str, dtype: torch.dtype) -> dict[str, str]:
-    """The backends that cannot run on a device in a dtype, each with the reason, in one line.
+    """Return the backends that cannot run on a device in a dtype, each with a reason of one line.
 
     Args:
-        device: where qkv would be.
+        device: device of qkv.
         dtype: float32, bfloat16 or float16; another dtype makes every backend unavailable.
     """
     device = torch.device(device)
@@ -40,25 +40,25 @@ def _why_not_cpu_c(device: torch.device) -> str:
 
 @torch.compiler.assume_constant_result
 def _why_not_import(module: str) -> str:
-    """Why a module cannot be imported; empty if it can."""
+    """Return why a module cannot be imported; empty if it can."""
     return _import_error(module)
 
 
 @lru_cache
 def _import_error(module: str) -> str:
-    """_why_not_import, asked once: fused ops ask in every call."""
+    """_why_not_import, cached because fused ops call it every time."""
     if importlib.util.find_spec(module.split(".")[0]) is None:
         return f"{module} is not installed"
     try:
         importlib.import_module(module)
-    except Exception as error:  # a broken installation fails in many ways: each is a reason, not a crash
+    except Exception as error:  # a broken installation can raise anything
         return f"importing {module} fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
 
 
 def _why_not_bf16(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU computes no bfloat16 (compute capability below 8.0)"
+        return "the GPU does not support bfloat16 (compute capability below 8.0)"
     return ""
 
 

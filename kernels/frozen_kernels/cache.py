@@ -1,4 +1,4 @@
-"""The folder where measured choices and built kernels are kept between runs."""
+"""The cache folder for measured choices and compiled kernels."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def cache_folder() -> Path:
 
 
 def leads_outside(path: Path) -> bool:
-    """Whether a path below cache_folder() leads out of it through a symbolic link; nothing is written there then."""
+    """Return whether a symbolic link leads a path out of cache_folder(); nothing is written to such paths."""
     return not path.resolve().is_relative_to(cache_folder().resolve())

@@ -2,7 +2,8 @@
 
 The commands run in a copy of the checkout. Only files that they name are replaced: data sets and released weights by
 tiny ones in the same layout, experiment files by ones that extend the original with a smaller model and fewer steps,
-and configs/accelerate/gpu_8.yaml by two CPU processes. A command that needs more machines runs as its own dry run.
+and configs/accelerate/gpu_8.yaml by two CPU processes. A command that needs more machines runs as its own dry run, and
+a budget of clips on a command line is divided by SMALLER.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ DRY_RUNS = {
     r"(sweep\.py configs/sweeps/gpu_8\.yaml)$": r"\1 --dry-run",
 }
 """Commands for several machines or GPUs -> their own dry run."""
+SMALLER = 900
 
 
 class Checkout:
@@ -122,6 +124,8 @@ class Checkout:
                     continue
                 for pattern, dry_run in DRY_RUNS.items():
                     command = re.sub(pattern, dry_run, command)
+                budget = re.compile(r"(?<=curriculum\.budget_clips=)\d+")
+                command = budget.sub(lambda found: str(int(found[0]) // SMALLER), command)
                 printed[command] = self.run(command)
         assert printed, page
         return printed
@@ -176,7 +180,11 @@ def get_started(checkout: Checkout) -> None:
 def finetuning(checkout: Checkout) -> None:
     own_clips(checkout, "train", {"": 8})
     own_clips(checkout, "test", {"": 4})
-    checkout.shrink("finetune/own_clips.yaml", OWN_CLIPS)
+    original = yaml.safe_load((checkout.folder / "configs/finetune/own_clips.yaml").read_text(encoding="utf-8"))
+    curriculum = original["curriculum"]
+    curriculum["budget_clips"] //= SMALLER
+    curriculum["stages"] = [{**stage, "global_batch_size": 4, "share": 0.5} for stage in curriculum["stages"]]
+    checkout.shrink("finetune/own_clips.yaml", {**OWN_CLIPS, "curriculum": curriculum})
 
 
 def pretrain(checkout: Checkout) -> None:
@@ -243,7 +251,7 @@ def write_avi_named_mp4(path: Path, number: int) -> None:
 
 TUTORIALS: dict[str, tuple[Callable[[Checkout], None], list[str]]] = {
     "docs/get_started.md": (get_started, ["runs/own_clips/report.html", "own_index/index.json"]),
-    "docs/finetuning.md": (finetuning, ["runs/own_clips/report.html"]),
+    "docs/finetuning.md": (finetuning, ["runs/own_clips/report.html", "runs/own_clips_average/config.json"]),
     "docs/tutorials/pretrain_webvid.md": (pretrain, ["runs/webvid_1_4_8/report.html"]),
     "docs/tutorials/finetune_msrvtt.md": (
         finetune_msrvtt,

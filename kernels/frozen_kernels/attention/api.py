@@ -38,7 +38,7 @@ _loaded: dict[str, Backend] = {}
 
 
 def add_backend(name: str, backend: Backend) -> None:
-    """Let `divided_attention` take a backend from outside this package by name; `auto` does not choose it.
+    """Register an attention backend under a name. `auto` never chooses it.
 
     Raises:
         ValueError: if the name is taken by another backend.
@@ -72,10 +72,10 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend
 
 
 def resolve_backend(backend: str, qkv_BS3ND: Tensor, num_frames: int, axis: str) -> str:
-    """The name that `backend` stands for: itself, or what `auto` chooses (measuring it if it is new).
+    """Return the backend that runs: `backend` itself, or the choice of `auto`, which measures a new case.
 
-    Under torch.compile nothing can be measured: `auto` then takes the default of the device. Resolve the name
-    with a tensor of the stage's shape before compiling to have the measured one.
+    Under torch.compile, `auto` cannot measure and returns the device's default. To use the measured choice, call this
+    with a tensor of the stage's shape before compiling.
     """
     layout = read_layout(qkv_BS3ND, num_frames, axis)
     if backend != "auto":
@@ -110,9 +110,9 @@ def divided_attention(
         axis: "time" or "space".
         backend: "auto" or one of reference, sdpa, cpu_c, xformers, triton.
         cls_only: compute the CLS row alone.
-        deterministic: gradients must not depend on the order of atomic additions. cpu_c and triton
-            never use any, on a CPU nothing does; on CUDA `auto` takes triton then, and sdpa and xformers are refused.
-            True also where torch.use_deterministic_algorithms is on.
+        deterministic: compute gradients without atomic additions, so that they are reproducible. On CUDA, `auto` then
+            chooses triton, and sdpa and xformers raise. Every backend is deterministic on a CPU.
+            torch.use_deterministic_algorithms turns this on as well.
 
     Returns:
         [B, S, E] in qkv's dtype, E = N*D; [B, 1, E] with cls_only.
@@ -132,7 +132,7 @@ def divided_attention(
 
 
 def _deterministic_backend(backend: str) -> str:
-    """The backend under `deterministic` on CUDA."""
+    """Return the backend to use with `deterministic` on CUDA."""
     if backend in ("sdpa", "xformers"):
         raise ValueError(
             f"backend: got {backend!r} with deterministic on CUDA, where its backward adds atomically; "

@@ -1,4 +1,4 @@
-"""The CLS row alone, from a query and keys and values that were projected apart: all that the last block needs.
+"""Attention of the CLS query alone, from separately projected queries, keys and values, for the last block.
 
 Axis letters: see frozen_kernels.attention.qkv_layout.
 """
@@ -12,8 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 def cls_attention(query_B1ND: Tensor, kv_BS2ND: Tensor) -> Tensor:
     """One query per head over all S tokens.
 
-    PyTorch's attention for CPUs takes three times as long for a single query as sums of elementwise products do
-    (bf16, [2, 785] tokens of 12 heads of 64, forward and backward, one thread: 19 against 6 ms).
+    On a CPU this uses sums of elementwise products, which are faster than PyTorch's attention for a single query.
 
     Args:
         query_B1ND: the query of CLS.

@@ -1,13 +1,13 @@
 """Divided attention for CPUs by C kernels (frozen_kernels.cpu_c.library).
 
-The time axis is one pass over the packed qkv, forward and backward, in fp32 registers whatever the input's dtype:
-nothing is regrouped, and nothing but the CLS row and its log-sum-exp is kept for the backward pass. The space axis is
-matrix products, which a BLAS does best, over pieces of as many frames as stay in cache; C kernels gather their operands
-and put the results back, the CLS row on the way. Its probabilities are kept in the input's dtype. No gradient depends
-on the number of threads.
+The time axis is one pass over the packed qkv, forward and backward, which accumulates in fp32 for every input dtype. It
+does not regroup tokens and saves only the CLS row and its log-sum-exp for the backward pass. The space axis uses BLAS
+matrix products over pieces of as many frames as fit in the cache. C kernels gather the operands, scatter the results
+and compute the CLS row. The probabilities are saved in the input's dtype. Gradients do not depend on the number of
+threads.
 
-Axis letters: see qkv_layout; G = B*T*N groups of the space axis, R its queries per group: P, or 1 + P at one
-frame, where CLS is a query like any other.
+Axis letters: see qkv_layout; G = B*T*N groups of the space axis, R queries per group: P, or 1 + P at one frame, where
+CLS belongs to the group.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from frozen_kernels.attention.qkv_layout import Layout, read_layout
 from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
 
 CHUNKS = 8
-"""Ranges of positions per clip on the time axis: what threads share out."""
+"""Number of tasks per clip on the time axis; each task handles a range of positions."""
 PIECE_BYTES = 1 << 20
-"""Space axis: frames are processed together up to this number of bytes of queries, keys, values and probabilities."""
+"""Space axis: largest size of the queries, keys, values and probabilities of the frames that are processed together."""
 
 
 class _Sizes(ctypes.Structure):
@@ -34,7 +34,7 @@ class _Sizes(ctypes.Structure):
 
 
 def _cls_tensors(qkv: Tensor, layout: Layout, chunks: int) -> tuple[Tensor, Tensor]:
-    """Room for the CLS row: as tasks gather it [B*chunks, N, D+2], and its out and log-sum-exp [B, N, D+1]."""
+    """Allocate the CLS row's partial results [B*chunks, N, D+2], and its output and log-sum-exp [B, N, D+1]."""
     running = (layout.batch * chunks, layout.heads, layout.head_width + 2)
     state = (layout.batch, layout.heads, layout.head_width + 1)
     return qkv.new_empty(running, dtype=torch.float32), qkv.new_empty(state, dtype=torch.float32)
@@ -90,7 +90,7 @@ def _(grad_out: Tensor, qkv: Tensor, state: Tensor, num_frames: int) -> Tensor:
 
 def _save_time(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
     qkv, ctx.num_frames = inputs
-    ctx.set_materialize_grads(False)  # nothing asks for the gradient of what is kept
+    ctx.set_materialize_grads(False)  # the saved state has no gradient
     ctx.save_for_backward(qkv, output[1])
 
 
@@ -111,40 +111,40 @@ def _open_space(qkv: Tensor, layout: Layout) -> tuple[ctypes.CDLL, _Sizes]:
 
 
 def _queries(layout: Layout) -> int:
-    """R."""
+    """Return R, the number of queries per group."""
     return layout.patches + (layout.frames == 1)
 
 
 def _frames_per_piece(qkv: Tensor, layout: Layout) -> int:
-    """As many frames as PIECE_BYTES allow, at least one."""
+    """Return the number of frames that PIECE_BYTES allows, at least one."""
     keys = layout.patches + 1
     frame_bytes = layout.heads * keys * (keys + 3 * layout.head_width) * qkv.element_size()
     return max(1, min(PIECE_BYTES // frame_bytes, layout.batch * layout.frames))
 
 
 def _pieces(qkv: Tensor, layout: Layout) -> Iterator[tuple[ctypes.c_long, slice]]:
-    """Runs of frames, counted over clips: the first frame, and the frames' groups."""
+    """Yield pieces of the batch's frames: the index of the first frame, and the slice of the piece's groups."""
     count, frames = _frames_per_piece(qkv, layout), layout.batch * layout.frames
     for first in range(0, frames, count):
         yield ctypes.c_long(first), slice(first * layout.heads, min(first + count, frames) * layout.heads)
 
 
 def _kept(qkv: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, Tensor]:
-    """Room for the probabilities [G, R, 1+P], empty unless keep, and for the CLS row's state, empty at one frame."""
+    """Allocate the probabilities [G, R, 1+P], empty unless keep, and the CLS row's state, empty at one frame."""
     groups = layout.batch * layout.frames * layout.heads if keep else 0
     state = _cls_tensors(qkv, layout, 1)[1] if layout.frames > 1 else qkv.new_empty(0, dtype=torch.float32)
     return qkv.new_empty(groups, _queries(layout), layout.patches + 1), state
 
 
 def _matrices(qkv: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for a piece's queries [groups, R, D], keys and values [groups, 1+P, D]; every piece uses it in turn."""
+    """Allocate a piece's queries [groups, R, D], keys and values [groups, 1+P, D]; all pieces reuse these buffers."""
     groups = _frames_per_piece(qkv, layout) * layout.heads
     keys = (groups, layout.patches + 1, layout.head_width)
     return qkv.new_empty(groups, _queries(layout), layout.head_width), qkv.new_empty(keys), qkv.new_empty(keys)
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Scale * left @ right, into out if given."""
+    """Return scale * left @ right, written to out if given."""
     unread = left.new_empty(()).expand(left.shape[0], left.shape[1], right.shape[2])
     return torch.baddbmm(unread, left, right, beta=0, alpha=scale, out=out)
 

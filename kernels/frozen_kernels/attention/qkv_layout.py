@@ -44,7 +44,7 @@ class Layout:
 
 
 def read_layout(qkv_BS3ND: Tensor, num_frames: int, axis: str) -> Layout:
-    """Check a packed qkv tensor and name its sizes.
+    """Check a packed qkv tensor and return its sizes.
 
     Raises:
         ValueError: for another rank, dtype, a token count that is not 1 + num_frames * P, or an unknown axis.

@@ -1,8 +1,8 @@
-"""Divided attention in plain PyTorch, step by step: what every other backend is compared with.
+"""Divided attention in plain PyTorch, the reference for the other backends.
 
-It computes the way the released code of Frozen in Time does (heads folded into the batch, tokens regrouped
-by copies, the CLS key and value repeated and concatenated to every group, scores and probabilities held in
-memory), so it is also the baseline that benchmarks time. Axis letters: see frozen_kernels.attention.qkv_layout.
+It follows the released code of Frozen in Time: heads are folded into the batch, tokens are regrouped by copies, the CLS
+key and value are repeated for every group, and scores and probabilities are materialised. It is therefore also the
+baseline of the benchmarks. Axis letters: see frozen_kernels.attention.qkv_layout.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Divided attention through torch's scaled_dot_product_attention.
 
-What is copied: nothing for the CLS row; nothing on the space axis of one frame, where a frame and CLS are all
-tokens; otherwise the queries once and keys and values once (they need CLS in front of each group, and a
-four-axis kernel cannot read the packed strides). Groups are folded into the heads, not into the batch, so
-B*P*N never meets the 65,535 limit of a grid axis. Axis letters: see frozen_kernels.attention.qkv_layout.
+The CLS row and the space axis of one frame read views of the packed tensor. Otherwise queries, keys and values are
+copied once, because each group needs the CLS key in front and a kernel for four axes cannot read the packed strides.
+Groups are folded into the heads, not into the batch, so that B*P*N does not reach the limit of 65,535 of a grid axis.
+Axis letters: see frozen_kernels.attention.qkv_layout.
 """
 
 from __future__ import annotations

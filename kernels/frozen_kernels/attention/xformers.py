@@ -1,10 +1,10 @@
 """Divided attention through xformers.ops.memory_efficient_attention, BMHK layout.
 
-Space axis of one frame and the CLS row read strided views of the packed qkv; otherwise queries are copied once,
-keys and values once. On the time axis a group has T queries only, and these kernels work in tiles of 64 rows or
-more: so several positions are packed into one sequence that shares one CLS key, and an additive bias that is 0
-on the blocks of a position and on CLS, and -inf elsewhere, keeps them apart. Batches beyond the 65,535 limit of
-a grid axis are split. Which operator runs is chosen here, by name, and kept in OPERATORS_USED.
+The space axis of one frame and the CLS row read strided views of the packed qkv. Otherwise queries, keys and values are
+copied once. On the time axis a group has only T queries, but these kernels work on tiles of 64 rows or more. Several
+positions are therefore packed into one sequence that shares one CLS key. An additive bias separates them: 0 within a
+position and on CLS, -inf elsewhere. Batches beyond the limit of 65,535 of a grid axis are split. This module chooses
+the operators by name and records them in OPERATORS_USED.
 
 Axis letters: see frozen_kernels.attention.qkv_layout; G positions of a pack, M queries and K keys of a sequence.
 """
@@ -26,7 +26,7 @@ PACK_ROWS = 63
 WIDTH_MULTIPLE = 8
 
 OPERATORS_USED: dict[str, str] = {}
-"""What ran, by use: "cls", "space", "time" -> names of the forward and the backward operator."""
+"""Operators that ran: "cls", "space" or "time" -> names of the forward and the backward operator."""
 
 
 def pack_size(patches: int, frames: int, rows: int = PACK_ROWS) -> int:
@@ -42,9 +42,9 @@ def batch_slices(batch: int, limit: int = GRID_LIMIT) -> Iterator[slice]:
 
 @lru_cache(maxsize=64)
 def pack_bias(frames: int, positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[1, 1, M, K]: 0 where a query of a pack may look, -inf elsewhere; M = T*G, K = 1 + T*G, frame by frame.
+    """[1, 1, M, K]: 0 for keys that a query of a pack attends to, -inf elsewhere; M = T*G, K = 1 + T*G, frame by frame.
 
-    The rows are a slice of wider ones: the kernel wants each row to start on a multiple of 8 elements.
+    The rows are slices of wider rows, because the kernel requires each row to start at a multiple of 8 elements.
     """
     position = torch.arange(frames * positions, device=device) % positions
     keys = 1 + frames * positions
@@ -64,11 +64,11 @@ def _operator_pairs() -> list[tuple[Any, Any]]:
 
 
 _pairs_found: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-"""What choose_operators found, by shape and layout: its checks cost more time than a small launch."""
+"""Results of choose_operators by shape and layout, because its checks take longer than a small launch."""
 
 
 def choose_operators(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Any, Any]:
-    """The first pair of operators that supports the inputs forward and backward.
+    """Return the first pair of operators that supports the inputs forward and backward.
 
     Raises:
         ValueError: if none does, with each operator's reasons.
@@ -105,7 +105,7 @@ def _attend(use: str, query: Tensor, key: Tensor, value: Tensor, scale: float, b
 
 
 def _padded(qkv_BS3ND: Tensor) -> Tensor:
-    """Zero-pad an odd head width to a multiple of 8, which the kernels ask for (scores and sums do not change)."""
+    """Pad the head width with zeros to a multiple of 8, which the kernels require (the result does not change)."""
     return pad(qkv_BS3ND, (0, -qkv_BS3ND.shape[-1] % WIDTH_MULTIPLE))
 
 

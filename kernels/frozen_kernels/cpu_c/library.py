@@ -1,8 +1,8 @@
-"""C kernels for CPUs: built by the machine's own C compiler at first use, for the sizes at hand, and kept on disk.
+"""C kernels for CPUs, compiled by the machine's C compiler at first use and cached on disk.
 
-The sources are in frozen_kernels/cpu_c. A build takes about a second and lies in frozen_kernels.cache's folder under a
-hash of all that it depends on; sizes and element types are macros, so inner loops have fixed lengths. The compiler is
-that of the environment variable CC, otherwise cc, gcc or clang.
+The sources are in frozen_kernels/cpu_c. Sizes and element types are macros, so that inner loops have fixed lengths. A
+library is stored in the folder of frozen_kernels.cache under a hash of all its inputs. The compiler is the one named by
+the environment variable CC, otherwise cc, gcc or clang.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from frozen_kernels.cache import cache_folder, leads_outside
 
 SOURCES = Path(__file__).parent
-# Sums may be reordered into vectors; NaN and infinity keep their meaning.
+# The compiler may reorder sums to vectorise them; NaN and infinity keep their meaning.
 FLAGS = (
     "-std=gnu11",
     "-O3",
@@ -38,14 +38,14 @@ FLAGS = (
     "-fopenmp",
 )
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""What the sources call an element type."""
+"""Macro values for the element types."""
 
 BUILD_SECONDS = 120
 
 
 @lru_cache(maxsize=1)
 def compiler() -> str:
-    """Path of the C compiler; empty where there is none."""
+    """Return the path of the C compiler; empty if there is none."""
     named = os.environ.get("CC")
     for name in (named,) if named else ("cc", "gcc", "clang"):
         found = shutil.which(name)
@@ -56,7 +56,7 @@ def compiler() -> str:
 
 @torch.compiler.assume_constant_result
 def why_not_cpu_c() -> str:
-    """Why no C kernel can be built here; empty if one was (a small one, to find out)."""
+    """Return why no C kernel can be compiled here, after compiling a small one; empty if it works."""
     return _probe()
 
 
@@ -86,7 +86,7 @@ def _load(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
             raise OSError(f"{folder} leads out of the cache through a symbolic link")
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.mkdtemp(dir=folder)
-    except OSError:  # a cache that cannot be written: every process builds anew
+    except OSError:  # the cache cannot be written: every process compiles its own
         scratch, folder = tempfile.mkdtemp(), Path()
     try:
         built = Path(scratch) / name
@@ -111,7 +111,7 @@ def _build(source: str, flags: list[str], target: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _openmp_runtime() -> tuple[str, ...]:
-    """The OpenMP library that PyTorch has loaded: its threads wait busily, a second set would fight them for cores."""
+    """Return PyTorch's OpenMP library; the threads of a second one would compete with PyTorch's for cores."""
     try:
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
     except OSError:
@@ -119,11 +119,11 @@ def _openmp_runtime() -> tuple[str, ...]:
     found = sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
     package = Path(torch.__file__).parent
     own = [path for path in found if Path(path).parent in (package / "lib", package.parent / "torch.libs")]
-    return tuple(own or found)[:1]  # other packages (faiss) bring runtimes of their own
+    return tuple(own or found)[:1]  # other packages (faiss) load their own OpenMP libraries
 
 
 def _wide_vectors() -> tuple[str, ...]:
-    """Compilers keep to half the width of AVX-512 unless told."""
+    """Compilers use half the width of AVX-512 by default."""
     return ("-mprefer-vector-width=512",) if torch.backends.cpu.get_cpu_capability() == "AVX512" else ()
 
 
@@ -135,7 +135,7 @@ def _compiler_version() -> str:
 
 @lru_cache(maxsize=1)
 def _processor() -> str:
-    """What -march=native depends on: the processor's features, as Linux lists them."""
+    """Return the processor's features as Linux lists them, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -144,18 +144,18 @@ def _processor() -> str:
 
 
 def load_kernels(source: str, macros: Mapping[str, int]) -> ctypes.CDLL:
-    """A source of frozen_kernels/cpu_c, built for these macros.
+    """Compile and load a source of frozen_kernels/cpu_c with these macros.
 
     Raises:
-        RuntimeError: if the compiler refuses it, with its first error.
+        RuntimeError: if compilation fails, with the compiler's first error.
     """
     return _load(source, tuple(sorted(macros.items())))
 
 
 def in_parallel(function: Callable[..., Any], tasks: int, *arguments: Any) -> None:
-    """Call function(tasks, threads, *arguments), which shares its tasks out over as many threads as PyTorch uses.
+    """Call function(tasks, threads, *arguments), which distributes the tasks over as many threads as PyTorch uses.
 
-    Tensors are passed as their data's address: contiguous ones that the caller keeps alive.
+    Tensors are passed as the address of their data. They must be contiguous, and the caller keeps them alive.
     """
     passed = [ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value for value in arguments]
     threads = max(1, min(torch.get_num_threads(), tasks))

@@ -1,7 +1,7 @@
-"""Bias and GELU in one pass, the bias's gradient reduced in the pass that computes the input's.
+"""Bias and GELU in one pass. The backward pass computes the gradients of input and bias together.
 
-The plain form is `bias_gelu_reference`; the others are triton_bias_gelu and cpu_c_bias_gelu. It saves
-passes over the widest activations of a block. Legend: R rows (all axes but the last), D width.
+The plain form is `bias_gelu_reference`; the others are triton_bias_gelu and cpu_c_bias_gelu. Fusing saves passes over
+the widest activations of a block. Axis letters: R rows (all axes but the last), D width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from frozen_kernels.fused.forms import APPROXIMATE, fused_form
 
 
 def gelu_reference(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU in one of its forms; see bias_gelu."""
+    """One of the forms of GELU; see bias_gelu."""
     return x * torch.sigmoid(1.702 * x) if approximate == "sigmoid" else gelu(x, approximate=approximate)
 
 
@@ -28,7 +28,7 @@ def bias_gelu_reference(x: Tensor, bias_D: Tensor, approximate: str = "none") ->
 
 
 def _kernels(form: str) -> ModuleType:
-    """The module of a form."""
+    """Return the module of a form."""
     return import_module(f"frozen_kernels.fused.{form}_bias_gelu")
 
 
@@ -68,10 +68,10 @@ def bias_gelu(x: Tensor, bias_D: Tensor, *, approximate: str = "none", backend: 
     """gelu(x + bias).
 
     Args:
-        x: [..., D], fp32, bf16 or fp16: a matrix product without its bias.
-        bias_D: the bias, in any of these dtypes.
-        approximate: of the sum v: none (the exact GELU), tanh (as in torch), or sigmoid, v * sigmoid(1.702 v), the
-            QuickGELU that OpenAI trained CLIP with.
+        x: [..., D], fp32, bf16 or fp16: the output of a linear layer without its bias.
+        bias_D: the bias [D], in any of these dtypes.
+        approximate: none (the exact GELU), tanh (as in torch), or sigmoid: v * sigmoid(1.702 v), the QuickGELU of
+            OpenAI's CLIP.
         backend: auto (Triton on CUDA, C on a CPU), plain, triton, or cpu_c.
 
     Returns:

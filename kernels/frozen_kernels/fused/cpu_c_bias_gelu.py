@@ -11,7 +11,7 @@ from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
 from frozen_kernels.fused.forms import APPROXIMATE
 
 TASKS = 32
-"""Parts of the rows in the backward pass, each with its own sum of the bias's gradient."""
+"""Number of parts of the rows in the backward pass; each part has its own sum of the bias's gradient."""
 
 
 def launch_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
@@ -25,7 +25,7 @@ def launch_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
 
 
 def launch_backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """Gradients of x and the bias; the bias's is added over the parts in a fixed order."""
+    """Return the gradients of x and the bias; the latter is added over the parts in a fixed order."""
     library = load_kernels("bias_gelu.c", {"KIND": KINDS[x.dtype], "APPROXIMATE": APPROXIMATE[approximate]})
     width = x.shape[-1]
     rows = x.numel() // width

@@ -10,7 +10,7 @@ from torch import Tensor
 from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
 
 TASKS = 32
-"""Parts of the rows in the backward pass, each with its own sums of the weight's and bias's gradients."""
+"""Number of parts of the rows in the backward pass; each part has its own sums of the weight's and bias's gradients."""
 NONE = -1
 
 
@@ -36,7 +36,7 @@ def launch_forward(
     out_dtype: torch.dtype,
     keep_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, or nothing without keep_sum; normalised; mean and 1/deviation [R, 2])."""
+    """Return (the sum, empty without keep_sum; the normalised sum; mean and 1 / standard deviation [R, 2])."""
     width = x.shape[-1]
     x = x.contiguous()
     branch = None if branch is None else branch.contiguous()
@@ -74,7 +74,7 @@ def launch_backward(
     sum_branch: bool,
     through: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See triton_layer_norm.launch_backward; the last three are added over the parts in a fixed order."""
+    """See triton_layer_norm.launch_backward; the last three results are added over the parts in a fixed order."""
     width = stream.shape[-1]
     rows = stream.numel() // width
     stream = stream.contiguous()

@@ -1,4 +1,4 @@
-"""Which form of the fused ops runs: plain PyTorch, Triton on GPUs (or its interpreter), C on CPUs."""
+"""The choice between the forms of the fused ops: plain PyTorch, Triton on GPUs (or its interpreter), C on CPUs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from frozen_kernels.availability import unavailable_backends
 FusedForm = Literal["plain", "triton", "cpu_c"]
 
 APPROXIMATE = {"none": 0, "sigmoid": 1, "tanh": 2}
-"""Forms of GELU by name, and what the kernels call them."""
+"""Forms of GELU by name -> their number in the kernels."""
 
 
 def fused_form(backend: str, device: torch.device, dtype: torch.dtype) -> FusedForm:
-    """The form that runs; `auto`: Triton on CUDA, C on a CPU, plain where that cannot run.
+    """Return the form that runs. `auto` is Triton on CUDA and C on a CPU, or plain if these cannot run.
 
     Args:
         backend: "auto" or a FusedForm.
-        device: where the tensors are.
-        dtype: of the op's input.
+        device: device of the tensors.
+        dtype: dtype of the op's input.
 
     Raises:
         ValueError: for an unknown name, or for a form that cannot run here (with the reason).

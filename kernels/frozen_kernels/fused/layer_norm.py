@@ -1,7 +1,7 @@
-"""Residual sum and LayerNorm in one pass: the sum is normalised while it is in registers.
+"""Residual sum and LayerNorm in one pass.
 
 The plain form is `add_layer_norm_reference`; the others are frozen_kernels.fused.triton_layer_norm and
-cpu_c_layer_norm. Legend: R rows (all axes but the last), D width.
+cpu_c_layer_norm. Axis letters: R rows (all axes but the last), D width.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def add_layer_norm_reference(
 
 
 def _kernels(form: str) -> ModuleType:
-    """The module of a form."""
+    """Return the module of a form."""
     return import_module(f"frozen_kernels.fused.{form}_layer_norm")
 
 
 def sum_dtype(x: Tensor, branch: Tensor | None) -> torch.dtype:
-    """The wider of both dtypes."""
+    """Return the wider of the two dtypes."""
     return x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
 
 
@@ -116,7 +116,7 @@ def _(
 
 
 class _AddLayerNorm(torch.autograd.Function):
-    """The two custom operators; where the sum is not kept, the stream is handed through and its gradient added."""
+    """The two custom operators; without keep_sum, x is returned and its gradient added in the backward pass."""
 
     @staticmethod
     def forward(
@@ -132,7 +132,7 @@ class _AddLayerNorm(torch.autograd.Function):
         form: str,
     ) -> tuple[Tensor, Tensor]:
         total, normed, statistics = _forward(x, branch, branch_bias, weight, bias, eps, out_dtype, keep_sum, form)
-        ctx.set_materialize_grads(False)  # the last block's sum goes nowhere
+        ctx.set_materialize_grads(False)  # the last block's sum is unused
         ctx.keep_sum, ctx.form = keep_sum, form
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in (x, branch, branch_bias, bias))
         if keep_sum:
@@ -148,7 +148,7 @@ class _AddLayerNorm(torch.autograd.Function):
         x_dtype, branch_dtype, branch_bias_dtype, bias_dtype = ctx.dtypes
         if grad_normed is None:
             grad_normed = torch.zeros_like(stream)
-        # With the sum kept, stream and branch get the same gradient: one tensor serves both where their dtypes agree.
+        # With keep_sum, x and branch have the same gradient: one tensor serves both if their dtypes agree.
         apart = branch_dtype is not None and (not ctx.keep_sum or branch_dtype != stream.dtype)
         grad, grad_branch, grad_weight, grad_bias, grad_branch_bias = _backward(
             grad_stream,
@@ -185,19 +185,19 @@ def add_layer_norm(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The residual sum, and its LayerNorm.
+    """Add a branch to the residual stream, and apply LayerNorm to the sum.
 
     Args:
         x: [..., D], fp32, bf16 or fp16: the residual stream.
-        branch: [..., D], what is added to it, in any of these dtypes; None: nothing.
+        branch: [..., D], added to x, in any of these dtypes; None: nothing is added.
         weight_D: LayerNorm weight.
         bias_D: LayerNorm bias.
-        branch_bias_D: added to the branch: the bias of the linear layer that made it. Its gradient is reduced where
-            the branch's is computed, so that no pass over the branch's gradient is left for it.
-        keep_sum: return the sum; otherwise return x, and the sum is not written to memory. The gradient of the
-            returned x is then added in the same backward pass.
+        branch_bias_D: added to the branch: the bias of the linear layer that computed the branch. Its gradient is
+            computed together with the branch's, without another pass.
+        keep_sum: return the sum. Otherwise return x and do not write the sum to memory; the gradient of the returned x
+            is then added in the same backward pass.
         eps: added to the variance; 1e-6 in the released model.
-        out_dtype: dtype of the normalised result; none: that of the sum.
+        out_dtype: dtype of the normalised result; None: that of the sum.
         backend: auto (Triton on CUDA, C on a CPU), plain, triton, or cpu_c.
 
     Returns:
@@ -220,7 +220,7 @@ def add_layer_norm(
         return add_layer_norm_reference(
             x, branch, weight_D, bias_D, eps, out_dtype, branch_bias_D=branch_bias_D, keep_sum=keep_sum
         )
-    keep_sum = keep_sum and branch is not None  # without a branch the sum is x
+    keep_sum = keep_sum and branch is not None  # without a branch, the sum is x
     arguments = (x, branch, branch_bias_D, weight_D, bias_D, eps, out_dtype, keep_sum, form)
     stream, normed = _AddLayerNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     return stream, normed

@@ -1,8 +1,9 @@
-"""CLS and positions added to patch embeddings in one pass, with no position tensor of the batch's size.
+"""Addition of CLS token and position embeddings to patch embeddings in one pass.
 
-One form serves every device: the sums are written straight to their place in the token sequence (no
-concatenation), and the backward pass reduces the batch once and hands the patches' gradient on as a view.
-The plain form is `add_positions_reference`. Letters as in frozen_kernels.attention.qkv_layout; D is the model's width.
+All devices use the same form. It writes the sums into the token sequence without concatenation and without a position
+tensor of the batch's size. The backward pass reduces over the batch once and returns the patches' gradient as a view.
+The plain form is `add_positions_reference`. Axis letters: see frozen_kernels.attention.qkv_layout; here D is the
+model's width.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def add_positions_reference(patches_BTPD: Tensor, cls_11D: Tensor, pos_1KD: Tensor, temporal_1TD: Tensor) -> Tensor:
-    """[CLS + pos[0], patches + pos[1..] + temporal[t]], every step written out; K = 1 + P."""
+    """[CLS + pos[0], patches + pos[1..] + temporal[t]] in separate steps; K = 1 + P."""
     batch, frames, patches, _ = patches_BTPD.shape
     tiled = pos_1KD[:, 1:].repeat(1, frames, 1)
     repeated = temporal_1TD[:, :frames].repeat_interleave(patches, dim=1)
@@ -56,13 +57,13 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def add_positions(patches_BTPD: Tensor, cls_11D: Tensor, pos_1KD: Tensor, temporal_1TD: Tensor) -> Tensor:
-    """The token sequence of a clip: CLS, then the patches frame by frame, with their positions.
+    """Build the token sequence of a clip: CLS, then the patches frame by frame, with their position embeddings.
 
     Args:
         patches_BTPD: embedded patches [B, T, P, D], fp32, bf16 or fp16.
         cls_11D: the CLS token [1, 1, D].
-        pos_1KD: positions in a frame [1, 1 + P, D], entry 0 for CLS.
-        temporal_1TD: positions in time [1, T_max, D], T_max >= T; CLS gets none.
+        pos_1KD: spatial position embeddings [1, 1 + P, D], entry 0 for CLS.
+        temporal_1TD: temporal position embeddings [1, T_max, D], T_max >= T; not added to CLS.
 
     Returns:
         [B, 1 + T*P, D] in the dtype of pos; differentiable in all four.
@@ -80,6 +81,6 @@ def add_positions(patches_BTPD: Tensor, cls_11D: Tensor, pos_1KD: Tensor, tempor
         )
     if not cls_11D.dtype == pos_1KD.dtype == temporal_1TD.dtype:
         raise ValueError("positions: got parameters of different dtypes; allowed: one dtype")
-    if torch.compiler.is_exporting():  # the program must run where this library is not
+    if torch.compiler.is_exporting():  # an exported program must run without this library
         return add_positions_reference(patches_BTPD, cls_11D, pos_1KD, temporal_1TD)
     return _forward(patches_BTPD, cls_11D, pos_1KD, temporal_1TD)

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from support.datasets import WriteClip, write_cc3m, write_placeholder, write_table, write_webvid
+from support.datasets import (
+    WriteClip,
+    write_cc3m,
+    write_msrvtt,
+    write_msrvtt_clip4clip,
+    write_placeholder,
+    write_table,
+    write_webvid,
+)
 
 Ids = dict[str, list[str]]
 Writer = Callable[..., Ids]
@@ -288,23 +296,49 @@ def write_csv(root: Path, count: int, write_clip: WriteClip = write_placeholder)
     return {split: [f"pictures/{name}.jpg" for name in own] for split, own in ids.items()}
 
 
-def write_parquet(root: Path, count: int, write_clip: WriteClip = write_placeholder) -> Ids:
-    """The same as two parquet files of one folder, one a split."""
+def write_parquet_file(path: Path, ids: list[str], paths: list[str], split: str) -> None:
+    """A parquet table of pictures."""
     import pyarrow
     from pyarrow import parquet
 
+    columns = {"id": ids, "path": paths, "caption": [f"a picture {name}" for name in ids], "split": [split] * len(ids)}
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+def write_parquet(root: Path, count: int, write_clip: WriteClip = write_placeholder) -> Ids:
+    """The same as two parquet files of one folder, one a split."""
     root.mkdir(parents=True, exist_ok=True)
     ids = numbered("pic", ("train", "test"), count)
     for place, (split, own) in enumerate(ids.items()):
-        columns = {
-            "id": own,
-            "path": [f"pictures/{name}.jpg" for name in own],
-            "caption": [f"a picture {name}" for name in own],
-            "split": [split] * len(own),
-        }
-        parquet.write_table(pyarrow.table(columns), root / f"part-{place}.parquet")
+        write_parquet_file(root / f"part-{place}.parquet", own, [f"pictures/{name}.jpg" for name in own], split)
     fill((root / "pictures" / f"{name}.jpg" for name in all_ids(ids)), write_clip)
     return ids
+
+
+def manifest_line(name: str, split: str) -> str:
+    """A line of a manifest."""
+    row = {"id": name, "path": f"clips/{name}.webm", "captions": [f"clip {name}"], "kind": "video", "split": split}
+    return json.dumps(row)
+
+
+def write_manifest_splits(root: Path, count: int, write_clip: WriteClip = write_placeholder) -> Ids:
+    """A manifest with train and test."""
+    ids = numbered("clip", ("train", "test"), count)
+    write_lines(root / "manifest.jsonl", [manifest_line(name, split) for split, own in ids.items() for name in own])
+    fill((root / "clips" / f"{name}.webm" for name in all_ids(ids)), write_clip)
+    return ids
+
+
+def write_msrvtt_splits(root: Path, count: int, write_clip: WriteClip = write_placeholder) -> Ids:
+    """MSR-VTT as the released code reads it."""
+    ids = write_msrvtt(root, 2 * count, write_clip=write_clip)
+    return {"train": ids[:count], "test": ids[count:]}
+
+
+def write_msrvtt_clip4clip_splits(root: Path, count: int, write_clip: WriteClip = write_placeholder) -> Ids:
+    """MSR-VTT in CLIP4Clip's form."""
+    ids = write_msrvtt_clip4clip(root, 2 * count, write_clip=write_clip)
+    return {"train": ids[:count], "test": ids[count:]}
 
 
 def write_webvid_splits(root: Path, count: int, write_clip: WriteClip = write_placeholder) -> Ids:

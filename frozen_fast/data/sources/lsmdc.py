@@ -61,9 +61,11 @@ def read_lsmdc_clip4clip(config: SourceConfig, key: str, collector: ClipCollecto
         if len(cells) != TABLE_COLUMNS or not cells[0].strip():
             allowed = f"{TABLE_COLUMNS} columns split by tabs: clip, four times, sentence"
             raise UserError(f"{table}:{number}: got {len(cells)} columns; allowed: {allowed}")
-        own = captions.setdefault(cells[0].strip(), [])
-        if cells[-1].strip():
-            own.append(cells[-1].strip())
+        own, sentence = captions.setdefault(cells[0].strip(), []), cells[-1].strip()
+        if sentence in own:
+            collector.drop("duplicate sentence", cells[0].strip())
+        elif sentence:
+            own.append(sentence)
     for clip, own in captions.items():
         yield Clip(id=clip, path=videos.path(clip), captions=tuple(own), split=config.split)
 

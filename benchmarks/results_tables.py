@@ -20,6 +20,7 @@ import torch
 from attention import table as attention_table
 from curriculum import markdown as curriculum_table
 from model_step import table as model_step_table
+from pretrained_start import table as pretrained_table
 from throughput_agreement import table as agreement_table
 from throughput_report import markdown, projected_rows, row_table, stage_table
 from traffic_model import table as traffic_table
@@ -166,6 +167,77 @@ def student_text(result: dict[str, Any]) -> str:
     return f"Means over seeds, with the sample's standard deviation.{note}\n\n" + "\n".join(lines)
 
 
+def pretrained_text(result: dict[str, Any]) -> str:
+    """benchmarks/pretrained_start.py's result."""
+    return pretrained_table(result["runs"]).strip()
+
+
+def rows_table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Rows as a table; `columns` gives each heading the format of its cells, over the row's values."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + len(columns) * "---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cell.format(**row) for cell in columns.values())} |" for row in rows)])
+
+
+SEARCH_COLUMNS = {
+    "kind": "{kind}",
+    "vectors": "{vectors:,}",
+    "p50, ms": "{p50_ms:.2f}",
+    "p99, ms": "{p99_ms:.2f}",
+    "recall@10": "{recall_at_10:.3f}",
+    "build, s": "{build_seconds:.0f}",
+    "own memory, GiB": "{own_gib:.2f}",
+    "pages of mapped files, GiB": "{file_gib:.2f}",
+}
+PARAMETER_COLUMNS = {
+    "paper's table": "{table}",
+    "row": "{row}",
+    "tower": "{tower}",
+    "parameters": "{parameters:,}",
+    "the paper's, millions": "{millions}",
+    "remark": "{remark}",
+}
+EMBED_COLUMNS = {
+    "way": "{way}",
+    "clips/s": "{clips_per_second:.2f}",
+    "x released": "{times_released:.2f}",
+    "least cosine to released": "{least_cosine_to_released:.5f}",
+}
+STALL_COLUMNS = {
+    "checkpoints": "{name}",
+    "step, s": "{step_seconds:.3f}",
+    "stall a checkpoint, s": "{stall_seconds:.3f}",
+    "of a step, %": "{step_percent:.1f}",
+    "of the time at the default interval, %": "{interval_percent:.3f}",
+    "peak memory, GiB": "{peak_gib:.2f}",
+}
+
+
+def parameter_text(result: dict[str, Any]) -> str:
+    """benchmarks/parameter_counts.py's result."""
+    rows = [
+        {**row, "millions": "n/a" if row["printed"] is None else f"{row['printed'] / 1e6:g}"} for row in result["rows"]
+    ]
+    return rows_table(rows, PARAMETER_COLUMNS)
+
+
+def search_text(result: dict[str, Any]) -> str:
+    """benchmarks/search.py's result."""
+    rows = result["rows"]
+    memory = [{"own_gib": row["anonymous_bytes"] / 2**30, "file_gib": row["file_bytes"] / 2**30} for row in rows]
+    return rows_table([{**row, **own} for row, own in zip(rows, memory, strict=True)], SEARCH_COLUMNS)
+
+
+def stall_text(result: dict[str, Any]) -> str:
+    """benchmarks/checkpoint_stall.py's result."""
+    shares = {"step_percent": "stall_over_step", "interval_percent": "stall_share_at_default_interval"}
+    rows = [
+        {**row, "name": name, "peak_gib": row["peak_memory_bytes"] / 2**30}
+        | {percent: 100 * row[share] for percent, share in shares.items()}
+        for name, row in result["rows"].items()
+    ]
+    return rows_table(rows, STALL_COLUMNS)
+
+
 def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     """What writes a result's table; None for a file that has no table here."""
     if "row_stages" in result:
@@ -177,7 +249,7 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     if "finding" in result:
         return lambda trained: curriculum_table(trained["rows"], trained["runs"], trained["unit"]).strip()
     if "runs" in result:
-        return kill_text
+        return pretrained_text if "arm" in result["runs"][0] else kill_text
     if "own_mebibytes" in result:
         return feature_memory_text
     if "frozen_fast" in result and "plain" in result:
@@ -185,8 +257,16 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     if "projections" in result:
         return lambda projected: traffic_table(projected["projections"])
     rows = result.get("rows") or [{}]
-    if not isinstance(rows, list) or not isinstance(rows[0], dict):
+    if isinstance(rows, dict):
+        return stall_text
+    if not isinstance(rows[0], dict):
         return None
+    if "recall_at_10" in rows[0]:
+        return search_text
+    if "printed" in rows[0]:
+        return parameter_text
+    if "way" in rows[0]:
+        return lambda measured: rows_table(measured["rows"], EMBED_COLUMNS)
     if "clips_per_cpu_second" in rows[0]:
         return input_forms_text
     if "kind" in rows[0] and "hours" in rows[0]:

@@ -44,6 +44,25 @@ def throughput_result() -> dict[str, Any]:
     }
 
 
+SEARCH_ROW = {
+    "kind": "hnsw",
+    "vectors": 1_000_000,
+    "p50_ms": 0.37,
+    "p99_ms": 0.8,
+    "recall_at_10": 0.98,
+    "build_seconds": 148.1,
+    "anonymous_bytes": 2**29,
+    "file_bytes": 3 * 2**29,
+}
+STALL_ROW = {
+    "step_seconds": 2.0,
+    "stall_seconds": 0.05,
+    "stall_over_step": 0.025,
+    "stall_share_at_default_interval": 0.00025,
+    "peak_memory_bytes": 5 * 2**28,
+}
+
+
 def test_each_file_gives_its_table_with_its_own_figures(results_tables: ModuleType, tmp_path: Path) -> None:
     timing = {"median": 0.5, "p20": 0.4, "p80": 0.6, "windows": 3, "steps_per_window": 1}
     step = {
@@ -60,11 +79,15 @@ def test_each_file_gives_its_table_with_its_own_figures(results_tables: ModuleTy
     result = {"machine": MACHINE, "command": ["python", "x.py"], "rows": [step]}
     (tmp_path / "step.json").write_text(json.dumps(result))
     (tmp_path / "hours.json").write_text(json.dumps(throughput_result()))
+    (tmp_path / "search.json").write_text(json.dumps({"machine": MACHINE, "rows": [SEARCH_ROW]}))
+    (tmp_path / "stall.json").write_text(json.dumps({"machine": MACHINE, "rows": {"by a thread": STALL_ROW}}))
     (tmp_path / "other.json").write_text(json.dumps({"figures": [1, 2]}))
     text = results_tables.tables(tmp_path)
     assert text.index("### hours.json") < text.index("### other.json") < text.index("### step.json")
     assert "0.500 (0.400-0.600)" in text and "Test CPU" in text and "`python x.py`" in text
     assert "| 1 | sdpa | 16.2 | 1 " in text  # 36,000 clips at the median of 10 clips/s are one hour
+    assert "| hnsw | 1,000,000 | 0.37 | 0.80 | 0.980 | 148 | 0.50 | 1.50 |" in text
+    assert "| by a thread | 2.000 | 0.050 | 2.5 | 0.025 | 1.25 |" in text
     assert "No table here" in text
 
 

@@ -1,4 +1,4 @@
-"""Video and text towers, the dual encoder that joins them, and its checkpoints."""
+"""Video and text towers, the models built from them, and their checkpoints."""
 
 from frozen_fast.config.video_sizes import VIDEO_SIZES, VideoSize
 from frozen_fast.models.dual_encoder import DualEncoder

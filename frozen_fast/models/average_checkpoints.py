@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' weights as a model of its own (Izmailov et al., 2018; Wortsman et al., 2022)."""
+"""The mean of several checkpoints' weights (Izmailov et al., 2018; Wortsman et al., 2022)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from frozen_fast.errors import UserError, reason
 from frozen_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, refuse_damage
 
 COPIED = (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json")
-"""What the averaged model takes from the newest checkpoint."""
+"""Files that the averaged model copies from the newest checkpoint."""
 
 
 def newest_checkpoints(run_folder: Path, last: int) -> list[Path]:
-    """The newest checkpoints of a run, oldest first.
+    """Return the newest checkpoints of a run, oldest first.
 
     Raises:
-        UserError: the run keeps fewer.
+        UserError: the run has fewer checkpoints.
     """
     found = sorted(path for path in (run_folder / "checkpoints").glob("step_*") if (path / WEIGHTS_FILE).is_file())
     if len(found) < last:
@@ -36,14 +36,15 @@ def newest_checkpoints(run_folder: Path, last: int) -> list[Path]:
 def average_checkpoints(checkpoints: Sequence[Path], output: Path) -> None:
     """Write the mean of the weights, summed in fp64, with the last checkpoint's config.json and tokenizer.
 
-    Whole numbers (counters) are the last checkpoint's; running averages of BatchNorm are averaged like weights.
+    Integers (counters) come from the last checkpoint; running averages of BatchNorm are averaged like weights.
 
     Args:
-        checkpoints: folders of one architecture that has learned the same number of frames; two or more.
+        checkpoints: two or more folders with the same architecture and the same number of learned frames.
         output: a new or empty folder.
 
     Raises:
-        UserError: fewer than two, a damaged folder, other architectures, or an output that holds something.
+        UserError: fewer than two checkpoints, a damaged folder, different architectures, or an output that is not
+            empty.
     """
     if len(checkpoints) < 2:
         raise UserError(f"checkpoint: got {len(checkpoints)}; allowed: two or more to average")

@@ -1,7 +1,7 @@
 """Action recognition: a video tower with a linear head over classes.
 
-A class takes the place that a caption has in retrieval: text_features encodes class names, and the similarity of a
-class and a clip is the clip's logit of that class.
+A class replaces the caption of retrieval: text_features encodes class names, and the similarity of a class and a clip
+is the clip's logit for that class.
 
 Axis letters: B batch, T frames, C classes, V clips, Q class names, D width of the tower.
 """
@@ -28,12 +28,12 @@ from frozen_fast.models.video.video_tower import IMAGENET_MEAN, IMAGENET_STD, Vi
 from frozen_fast.models.video_side import VideoSide, stored_tower
 
 HEAD_STD = 0.02
-"""Standard deviation of the truncated normal that the head is drawn from."""
+"""Standard deviation of the truncated normal distribution of the head's initial weights."""
 
 
 @dataclass(frozen=True)
 class ClassNames:
-    """Class names to one-hot rows, in place of a tokenizer; picklable.
+    """Converts class names to one-hot rows, in place of a tokenizer; picklable.
 
     Attributes:
         names: every class, in the order of the logits.
@@ -45,7 +45,7 @@ class ClassNames:
         """Encode B class names: {"class": one-hot fp32 [B, C]}.
 
         Raises:
-            UserError: a name that is no class.
+            UserError: a name is not a class.
         """
         for name in names:
             if name not in self.names:
@@ -55,12 +55,12 @@ class ClassNames:
 
 
 class Classifier(VideoSide):
-    """Clips -> a logit for each class.
+    """A video classifier: clips -> a logit for each class.
 
     Attributes:
-        classes: names, in the order of the logits.
-        head: the linear layer over the tower's vector.
-        dropout: on the tower's vector, in training.
+        classes: class names in the order of the logits.
+        head: the linear layer on the tower's output.
+        dropout: dropout of the tower's output in training.
     """
 
     kind = "classifier"
@@ -76,15 +76,15 @@ class Classifier(VideoSide):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        """Put a randomly drawn head on a tower.
+        """Initialise with a tower and a random head.
 
         Args:
             video_model: the video tower.
             classes: two or more different names.
-            dropout: probability, on the tower's vector.
-            learned_frames: None: as many as the tower takes.
-            mean: of the training data's pixels, RGB in [0, 1].
-            std: likewise.
+            dropout: dropout probability of the tower's output.
+            learned_frames: None: the tower's max_frames.
+            mean: mean of the training data's pixels, RGB in [0, 1].
+            std: their standard deviation.
 
         Raises:
             UserError: fewer than two classes, or a class twice.
@@ -101,45 +101,45 @@ class Classifier(VideoSide):
 
     @property
     def tokenizer(self) -> ClassNames:
-        """Turns class names into what text_features takes."""
+        """Converts class names to the input of text_features."""
         return ClassNames(self.classes)
 
     def text_features(self, text: TextInput) -> Features:
-        """{"class": [Q, C]}, the rows of classes given by name, or those that the tokenizer made of names."""
+        """Return {"class": [Q, C]}, one-hot rows of class names, or of the tokenizer's output."""
         rows = text if isinstance(text, Mapping) else self.tokenizer(text)
         return {"class": rows["class"].to(self.device)}
 
     def video_features(self, video: VideoInput) -> Features:
-        """{"logits": [V, C]}; follows train() and eval(), differentiable."""
+        """Return {"logits": [V, C]}; follows train() and eval(), differentiable."""
         if not isinstance(video, Tensor):
             raise ValueError(f"video: got {type(video).__name__}; allowed: a tensor [B, T, 3, H, W]")
         return {"logits": self.head(self.dropout(self.tower_output(video)))}
 
     def pair_similarities(self, text: Features, video: Features) -> Tensor:
-        """The logits of some classes for some clips, [1, Q, V]."""
+        """Return the logits of some classes for some clips, [1, Q, V]."""
         return (text["class"].float() @ video["logits"].float().T)[None]
 
     def merge_windows(self, windows: Sequence[Features]) -> Features:
-        """One clip's logits from those of its views: the logarithm of the mean of their probabilities."""
+        """Merge the logits of a clip's views: the logarithm of the mean of their probabilities."""
         logits_WC = torch.cat([window["logits"] for window in windows]).float()
         mean_C = logits_WC.log_softmax(dim=-1).logsumexp(dim=0) - torch.tensor(float(len(logits_WC))).log()
         return {"logits": mean_C[None]}
 
     @torch.no_grad()
     def probabilities(self, video_BTCHW: Tensor) -> Tensor:
-        """The probability of each class, [B, C] fp32; call eval() first.
+        """Return the probability of each class, [B, C] fp32; call eval() first.
 
         Args:
-            video_BTCHW: as VideoSide.tower_output takes it.
+            video_BTCHW: see VideoSide.tower_output.
         """
         return self.video_features(video_BTCHW)["logits"].float().softmax(dim=-1)
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The blocks of the tower: units of sharding."""
+        """Return the blocks of the tower, the units of sharding."""
         return self.video_model.repeated_blocks()
 
     def architecture(self) -> dict[str, Any]:
-        """What config.json holds: all that from_pretrained needs beside the weights."""
+        """Return the content of config.json: what from_pretrained needs in addition to the weights."""
         video = self.video_model
         return {
             "video": {"tower": video.name, **video.architecture(), "max_frames": video.max_frames},
@@ -154,8 +154,8 @@ class Classifier(VideoSide):
         """Write model.safetensors and config.json.
 
         Args:
-            folder: made if missing.
-            state: weights to write instead of the model's own (gathered from shards), under the same names.
+            folder: created if missing.
+            state: weights by name to write instead of the model's own (gathered from shards).
         """
         weights = self.state_dict() if state is None else state
         write_model_folder(Path(folder), self.kind, weights, self.architecture(), None)
@@ -171,19 +171,19 @@ class Classifier(VideoSide):
         keep_rows: bool = False,
         config: ModelConfig | None = None,
     ) -> Classifier:
-        """Load a checkpoint that save_pretrained or training wrote; the model comes in eval mode.
+        """Load a checkpoint of save_pretrained or training; the model is in eval mode.
 
         Args:
             path: checkpoint folder, run folder, or ORG/NAME of the Hugging Face Hub (hub.checkpoint_path).
-            num_frames: frames that the model takes; None: those that the checkpoint learned.
+            num_frames: number of frames; None: as many as the checkpoint learned.
             expansion: "zero", "nearest" or "bilinear", for more frames than the checkpoint learned.
             max_frames: rows of the frame embeddings to allocate; None: num_frames.
-            keep_rows: allocate at least as many rows of the frame embeddings as the checkpoint holds, learned or not,
-                so that the optimizer's state fits.
-            config: says how the tower computes; None: defaults.
+            keep_rows: allocate at least as many rows of the frame embeddings as the checkpoint has, learned or not, so
+                that the optimizer's state fits.
+            config: keys that select how the tower computes; None: defaults.
 
         Raises:
-            UserError: for a missing, damaged or foreign checkpoint.
+            UserError: for a missing, damaged or unsupported checkpoint.
         """
         path = checkpoint_path(path)
         needs = ("video", "classes", "learned_frames", "mean", "std")
@@ -203,10 +203,10 @@ class Classifier(VideoSide):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Classifier:
-        """The classifier of model.checkpoint, to evaluate it; training.parts.build_classifier builds one to train.
+        """Load the classifier of model.checkpoint for evaluation; build_classifier builds one for training.
 
         Raises:
-            UserError: no checkpoint is named.
+            UserError: model.checkpoint is not set.
         """
         if config.checkpoint is None:
             raise UserError("model.checkpoint: got none; allowed: a checkpoint folder of a classifier")

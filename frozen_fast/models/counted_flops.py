@@ -1,4 +1,4 @@
-"""FLOPs of a forward pass, counted by PyTorch while it runs on shapes alone."""
+"""FLOPs of a forward pass, counted by PyTorch on the meta device."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ log = logging.getLogger(__name__)
 def counted_flops(
     build: Callable[[], nn.Module], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> float | None:
-    """Count the matrix products and convolutions of a forward pass, a multiply-add as 2; nothing is computed.
+    """Count the FLOPs of the matrix products and convolutions of a forward pass (a multiply-add counts as 2).
 
     Args:
-        build: makes the module; called on the meta device.
-        shapes: of its inputs.
-        dtype: of its inputs.
+        build: builds the module; called on the meta device.
+        shapes: shapes of its inputs.
+        dtype: dtype of its inputs.
 
     Returns:
-        FLOPs, or None (with a line in the log) for a module that cannot run on the meta device.
+        FLOPs, or None (with a log message) for a module that cannot run on the meta device.
     """
     try:
         with torch.device("meta"), torch.no_grad():
@@ -34,6 +34,6 @@ def counted_flops(
             with FlopCounterMode(display=False) as counter:
                 module(*inputs)
         return float(counter.get_total_flops())
-    except Exception as error:  # foreign code: whatever it raises, training continues without FLOPs
+    except Exception as error:  # plugin code can raise anything: training continues without FLOPs
         log.warning("no FLOPs and no MFU: %s cannot be counted (%s)", build, reason(error))
         return None

@@ -1,4 +1,4 @@
-"""The dual encoder: a video tower and a text tower, each with a projection into one common space.
+"""The dual encoder: a video tower and a text tower, each with a projection to a common embedding space.
 
 Axis letters: B batch, T frames, C channels, H and W pixels, L text tokens, D width of the common space.
 """
@@ -29,14 +29,14 @@ from frozen_fast.models.video_side import VideoSide, stored_tower
 TextActivation = Literal["relu", "none"]
 
 NORM_EPS = 1e-8
-"""Smallest norm that a raw embedding is divided by (the released code's)."""
+"""Smallest norm in normalisation, as in the released code."""
 
 PROJECTION_STD = 0.02
-"""Standard deviation of the truncated normal that the projections are drawn from."""
+"""Standard deviation of the truncated normal distribution of the projections' initial weights."""
 
 
 class DualEncoder(VideoSide):
-    """Video and captions -> one common space. State dict names are those of the released checkpoints."""
+    """Maps clips and captions to a common embedding space. Parameter names are those of the released checkpoints."""
 
     kind = "frozen"
 
@@ -52,17 +52,17 @@ class DualEncoder(VideoSide):
         std: Sequence[float] = IMAGENET_STD,
         loss_scale: LearnedScale | None = None,
     ) -> None:
-        """Join two towers.
+        """Initialise from two towers.
 
         Args:
             video_model: the video tower.
             text_model: the text tower.
-            embedding_width: D; 0: no projections, the towers' outputs are compared as they are (CLIP's towers).
-            text_activation: before the text projection: "relu" as released, "none" as in the paper.
-            learned_frames: None: as many as the tower takes.
-            mean: of the training data's pixels, RGB in [0, 1].
-            std: likewise.
-            loss_scale: the scale that the loss learns with the model; None: a fixed temperature.
+            embedding_width: D; 0: no projections, for towers that already have a common space (CLIP's).
+            text_activation: activation before the text projection: "relu" as released, "none" as in the paper.
+            learned_frames: None: the tower's max_frames.
+            mean: mean of the training data's pixels, RGB in [0, 1].
+            std: their standard deviation.
+            loss_scale: learned scale of the similarities in the loss; None: a fixed temperature.
         """
         super().__init__(video_model, learned_frames=learned_frames, mean=mean, std=std)
         self.projected = embedding_width != 0
@@ -85,7 +85,7 @@ class DualEncoder(VideoSide):
                 nn.init.trunc_normal_(linear.weight, std=PROJECTION_STD)
                 nn.init.zeros_(linear.bias)
                 projection.append(linear)
-        self.loss_scale = loss_scale  # last, where training adds it too: the order of parameters decides the last bits
+        self.loss_scale = loss_scale  # last, as in training: results depend on the order of parameters in the last bits
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -93,34 +93,34 @@ class DualEncoder(VideoSide):
         return self.text_model.tokenizer
 
     def text_features(self, text: TextInput) -> Features:
-        """{"embedding": [Q, D]}, not normalised; see encode_text."""
+        """Return {"embedding": [Q, D]}, not normalised; see encode_text."""
         return {"embedding": self.encode_text(text, normalize=False)}
 
     def video_features(self, video: VideoInput) -> Features:
-        """{"embedding": [V, D]}, not normalised; see encode_video."""
+        """Return {"embedding": [V, D]}, not normalised; see encode_video."""
         if not isinstance(video, Tensor):
             raise ValueError(f"video: got {type(video).__name__}; allowed: a tensor [B, T, 3, H, W]")
         return {"embedding": self.encode_video(video, normalize=False)}
 
     def pair_similarities(self, text: Features, video: Features) -> Tensor:
-        """Cosine similarities [1, Q, V]."""
+        """Return cosine similarities [1, Q, V]."""
         return cosine_similarities(text["embedding"], video["embedding"])[None]
 
     @property
     def vector_width(self) -> int:
-        """The width of the common space."""
+        """Return the width of the common space."""
         return self.embedding_width
 
     def vectors(self, features: Features) -> Tensor:
-        """The embeddings, normalised: [N, D]."""
+        """Return the normalised embeddings [N, D]."""
         return F.normalize(features["embedding"].float(), dim=-1)
 
     def encode_video(self, video_BTCHW: Tensor, normalize: bool = True) -> Tensor:
         """Embed clips; follows train() and eval(), differentiable.
 
         Args:
-            video_BTCHW: [B, T, 3, R, R] with the tower's resolution R and 1 <= T <= learned_frames; floats that are
-                normalised already, or uint8 pixels, which are normalised here.
+            video_BTCHW: [B, T, 3, R, R] with the tower's resolution R and 1 <= T <= learned_frames; normalised floats,
+                or uint8 pixels, which this method normalises.
             normalize: divide by the L2 norm.
 
         Returns:
@@ -136,8 +136,8 @@ class DualEncoder(VideoSide):
         """Embed captions; follows train() and eval(), differentiable.
 
         Args:
-            texts: a list of strings, or a dict of input_ids and attention_mask [B, L] (other keys that a tokenizer
-                may add, such as token_type_ids, say nothing about single captions and are left out).
+            texts: a list of strings, or a dict of input_ids and attention_mask [B, L] (other keys of a tokenizer, such
+                as token_type_ids, are ignored).
             normalize: divide by the L2 norm.
 
         Returns:
@@ -152,7 +152,7 @@ class DualEncoder(VideoSide):
         return F.normalize(raw_BD, dim=-1, eps=NORM_EPS) if normalize else raw_BD
 
     def _checked_tokens(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Ids and mask on the weights' device."""
+        """Return ids and mask on the device of the weights."""
         absent = [key for key in ("input_ids", "attention_mask") if not isinstance(tokens.get(key), Tensor)]
         if absent:
             raise ValueError(f"text: got no tensor {absent[0]!r}; allowed: a dict of input_ids and attention_mask")
@@ -168,15 +168,15 @@ class DualEncoder(VideoSide):
         return ids_BL.to(self.device), mask_BL.to(self.device)
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The blocks of both towers: units of sharding."""
+        """Return the blocks of both towers, the units of sharding."""
         return [*self.video_model.repeated_blocks(), *self.text_model.repeated_blocks()]
 
     def compiled_parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-        """The video tower's blocks, and the text tower: the longest caption changes from batch to batch."""
+        """Return the video tower's blocks, and the text tower, whose caption lengths change between batches."""
         return self.video_model.repeated_blocks(), [self.text_model]
 
     def architecture(self) -> dict[str, Any]:
-        """What config.json holds: all that from_pretrained needs beside the weights and the tokenizer."""
+        """Return the content of config.json: what from_pretrained needs in addition to weights and tokenizer."""
         video, text = self.video_model, self.text_model
         longest = default_max_tokens(text.max_positions) if text.tokenizer is None else text.tokenizer.max_tokens
         return {
@@ -191,11 +191,11 @@ class DualEncoder(VideoSide):
         }
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write model.safetensors, config.json and the tokenizer, from which from_pretrained needs no hub.
+        """Write model.safetensors, config.json and the tokenizer, from which from_pretrained loads without the Hub.
 
         Args:
-            folder: made if missing.
-            state: weights to write instead of the model's own (gathered from shards), under the same names.
+            folder: created if missing.
+            state: weights by name to write instead of the model's own (gathered from shards).
         """
         weights = self.state_dict() if state is None else state
         write_model(Path(folder), weights, self.architecture(), self.text_model.tokenizer)
@@ -212,24 +212,24 @@ class DualEncoder(VideoSide):
         max_tokens: int | None = None,
         config: ModelConfig | None = None,
     ) -> DualEncoder:
-        """Load a checkpoint; the model comes in eval mode.
+        """Load a checkpoint; the model is in eval mode.
 
         Args:
-            path: a folder that save_pretrained or training wrote, a released .pth or .pth.tar file, or ORG/NAME of the
-                Hugging Face Hub (hub.checkpoint_path).
-            num_frames: frames that the model takes; None: those that the checkpoint learned. Fewer keep the first
-                temporal embeddings, more expand them.
+            path: a folder of save_pretrained or training, a released .pth or .pth.tar file, or ORG/NAME on the Hugging
+                Face Hub (hub.checkpoint_path).
+            num_frames: number of frames; None: as many as the checkpoint learned. Fewer frames keep the first temporal
+                embeddings, more frames expand them.
             expansion: "zero", "nearest" or "bilinear".
             tokenizer: transformers name, local folder or package:MODULE/FOLDER; None: the checkpoint's own (released
-                files have none: they then take token ids only).
-            max_frames: rows of the frame embeddings to allocate; None: num_frames. The rows above num_frames are 0,
-                or, with num_frames None, the values that the run drew for them.
-            max_tokens: captions are cut to this many tokens; None: the checkpoint's value.
-            config: says how the towers compute (attention, recomputed blocks, frozen layers, a released file's
-                attention heads); None: defaults.
+                files have none, and then accept token ids only).
+            max_frames: rows of the frame embeddings to allocate; None: num_frames. The rows above num_frames are 0, or
+                with num_frames None the checkpoint's initial values.
+            max_tokens: captions are truncated to this many tokens; None: the checkpoint's value.
+            config: keys that select how the towers compute (attention, checkpointed blocks, frozen layers, a released
+                file's attention heads); None: defaults.
 
         Raises:
-            UserError: for a missing, damaged or foreign checkpoint.
+            UserError: for a missing, damaged or unsupported checkpoint.
         """
         path = checkpoint_path(path)
         config = config or ModelConfig()
@@ -250,7 +250,7 @@ class DualEncoder(VideoSide):
         max_frames: int | None = None,
         config: ModelConfig,
     ) -> DualEncoder:
-        """from_pretrained, from what read_model(path) has given; `stored` is used up."""
+        """Build the model of from_pretrained from the result of read_model(path), which it consumes."""
         told = stored.architecture
         try:
             tower = video_towers.load(told["video"]["tower"])

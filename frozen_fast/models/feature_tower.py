@@ -1,4 +1,4 @@
-"""A network that turns windows of frames into vectors, for feature extraction: a video tower, or a whole model.
+"""A network for feature extraction from windows of frames: a video tower, or a whole model.
 
 Axis letters: N windows, T frames, C channels, H and W pixels, D width.
 """
@@ -30,12 +30,12 @@ class FeatureTower:
     """Windows -> one vector each.
 
     Attributes:
-        module: holds the weights, in eval mode.
-        encode: windows [N, T, 3, resolution, resolution], normalised floats -> [N, D].
+        module: the module with the weights, in eval mode.
+        encode: windows [N, T, 3, resolution, resolution] of normalised floats -> [N, D].
         width: D.
         frames: T.
-        resolution, mean, std: of the frames that it takes.
-        description: what it is, as JSON-able data.
+        resolution, mean, std: resolution and normalisation of its frames.
+        description: a description, as data that JSON can represent.
     """
 
     module: nn.Module
@@ -49,12 +49,13 @@ class FeatureTower:
 
 
 def feature_tower(config: ExperimentConfig, frames: int | None, *, published_pixels: bool = False) -> FeatureTower:
-    """The video tower of a config's model section, or the model of its model.checkpoint.
+    """Build the video tower of a config's model section, or load the model of its model.checkpoint.
 
     Args:
         config: an experiment of the dual encoder.
-        frames: of a window; None: as many as a checkpoint learned, or the tower's usual_frames.
-        published_pixels: normalise frames as the tower's published weights want it, not as data.augmentation says.
+        frames: frames of a window; None: as many as a checkpoint learned, or the tower's usual_frames.
+        published_pixels: normalise frames as in the training of the tower's published weights, not by
+            data.augmentation.
 
     Raises:
         UserError: naming the key under model, or --frames.
@@ -83,14 +84,14 @@ def feature_tower(config: ExperimentConfig, frames: int | None, *, published_pix
 
 
 def checkpoint_tower(path: Path, frames: int | None) -> FeatureTower:
-    """A dual encoder's embedding of a window, before it is normalised.
+    """Load a dual encoder, whose features are embeddings before normalisation.
 
     Args:
         path: a checkpoint folder, a run folder, or a file of the released code.
-        frames: of a window; None: as many as the model learned.
+        frames: frames of a window; None: as many as the model learned.
 
     Raises:
-        UserError: it cannot be read, holds another kind of model, or has not learned that many frames.
+        UserError: the checkpoint cannot be read, is another kind of model, or has not learned that many frames.
     """
     path = checkpoint_path(path)
     model = load_model(path) if path.is_dir() else load_model(path, DualEncoder.kind)
@@ -112,7 +113,7 @@ def checkpoint_tower(path: Path, frames: int | None) -> FeatureTower:
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """A SHA-256 of a module's weights and buffers, with their names and shapes."""
+    """Return the SHA-256 of a module's weights and buffers with their names and shapes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

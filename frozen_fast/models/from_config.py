@@ -1,4 +1,4 @@
-"""A dual encoder from its part of the config."""
+"""Builds a dual encoder from the config's model section."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from frozen_fast.models.video.video_tower import IMAGENET_MEAN, IMAGENET_STD, Vi
 log = logging.getLogger(__name__)
 
 INITIAL_VALUES = ("weights", "time_init", "position_init_std", "temporal_init_std")
-"""Keys of model.video that a checkpoint leaves no use for."""
+"""Keys of model.video that have no effect with a checkpoint."""
 
 OF_EVERY_TOWER = ("tower", "options", "checkpointed_blocks")
 
 
 def check_model(config: ModelConfig, frames: Sequence[tuple[str, int]]) -> None:
-    """Find mistakes in the model section before anything is read or built; a checkpoint's file is not opened.
+    """Check the model section before anything is read or built; this does not open a checkpoint.
 
     Args:
         config: the config's model section.
@@ -50,7 +50,7 @@ def check_model(config: ModelConfig, frames: Sequence[tuple[str, int]]) -> None:
 
 
 def refuse_unread_keys(path: str, section: VideoTowerConfig | TextTowerConfig, tower: str, read: Sequence[str]) -> None:
-    """Refuse a key that is set and that the chosen tower does not read.
+    """Refuse keys that are set but that the selected tower does not read.
 
     Raises:
         UserError: naming the key.
@@ -70,16 +70,16 @@ def build_dual_encoder(
     std: Sequence[float] = IMAGENET_STD,
     resuming: bool = False,
 ) -> DualEncoder:
-    """Build the model that a config describes; draws weights from torch's global random state.
+    """Build the model of a config; random weights come from torch's global generator.
 
     Args:
         config: the config's model section.
-        max_frames: most frames of any stage: rows of the frame embeddings.
-        first_frames: frames of the first stage. Rows that count as learned: these, or all that a checkpoint learned
-            if it learned more; a checkpoint that learned fewer is expanded by config.expansion.
-        mean: of the training data's pixels; a checkpoint keeps its own.
-        std: likewise.
-        resuming: model.checkpoint is this run's own, so the config is not compared with it, and its rows stay.
+        max_frames: most frames of any stage, the number of rows of the frame embeddings.
+        first_frames: frames of the first stage. This many rows count as learned, or all that a checkpoint learned if
+            these are more. A checkpoint that learned fewer is expanded by config.expansion.
+        mean: mean of the training data's pixels, RGB in [0, 1]; a checkpoint keeps its own.
+        std: their standard deviation; likewise.
+        resuming: model.checkpoint is this run's own; it is not compared with the config, and its rows are kept.
 
     Raises:
         UserError: naming the key under model.
@@ -112,20 +112,20 @@ def load_checkpoint(
     keep_rows: bool = False,
     compare: bool = True,
 ) -> DualEncoder:
-    """The model of config.checkpoint, in eval mode.
+    """Load the model of config.checkpoint, in eval mode.
 
-    Captions are read by model.text.tokenizer, else by the checkpoint's tokenizer, else by that of its text tower.
+    The tokenizer is model.text.tokenizer, otherwise the checkpoint's, otherwise that of its text tower.
 
     Args:
         config: the config's model section.
-        num_frames: as DualEncoder.from_pretrained.
-        max_frames: likewise.
-        keep_rows: allocate at least as many rows of the frame embeddings as the checkpoint holds, learned or not, so
-            that the optimizer's state fits.
+        num_frames: see DualEncoder.from_pretrained.
+        max_frames: see DualEncoder.from_pretrained.
+        keep_rows: allocate at least as many rows of the frame embeddings as the checkpoint has, learned or not, so that
+            the optimizer's state fits.
         compare: refuse keys that contradict the checkpoint.
 
     Raises:
-        UserError: naming the key that contradicts the checkpoint, or what is wrong with its file.
+        UserError: a key contradicts the checkpoint, or its file cannot be used.
     """
     assert config.checkpoint is not None
     path = Path(config.checkpoint).expanduser()
@@ -144,7 +144,7 @@ def load_checkpoint(
 
 
 def check_agreement(config: ModelConfig, stored: StoredModel) -> None:
-    """Refuse keys that contradict a checkpoint, and say which ones it leaves no use for.
+    """Refuse keys that contradict a checkpoint, and log keys that have no effect with one.
 
     Raises:
         UserError: naming the key, the value and the checkpoint's.

@@ -1,4 +1,4 @@
-"""Checkpoints by their name on the Hugging Face Hub, through huggingface_hub and its cache."""
+"""Checkpoints on the Hugging Face Hub, through huggingface_hub and its cache."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """The place of a checkpoint on this machine; "org/name" and "org/name@revision" come from the Hub or its cache.
+    """Return a checkpoint's local path; "org/name" and "org/name@revision" are read from the Hub or its cache.
 
-    What exists on disk comes first; of a run folder, its best checkpoint or else its newest. With HF_HUB_OFFLINE=1
-    only the cache is looked at.
+    A path that exists on disk takes precedence. For a run folder this is its best checkpoint, or its newest if there is
+    no best one. With HF_HUB_OFFLINE=1 only the cache is used.
 
     Raises:
-        UserError: the name is neither here nor on the Hub.
+        UserError: the name is neither a path on this machine nor on the Hub.
     """
     local = Path(path).expanduser()
     found = _REPOSITORY.fullmatch(str(path))
@@ -30,7 +30,7 @@ def checkpoint_path(path: str | Path) -> Path:
     name, revision = found.groups()
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=list(FILES))
-    except Exception as error:  # the Hub's errors, the network's and the cache's share no base class
+    except Exception as error:  # errors of the Hub, the network and the cache share no base class
         raise UserError(
             f"checkpoint: got {str(path)!r}, which is not here and not found on the Hub ({reason(error)}); allowed: a "
             "folder, a file, or ORG/NAME on the Hub (with HF_HUB_OFFLINE=1: in its cache)"

@@ -1,4 +1,4 @@
-"""Any model of this project from its checkpoint."""
+"""Loads a model of any kind from its checkpoint."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from frozen_fast.models.retrieval_model import RetrievalModel
 
 CONFIG_FILE = "config.json"
 KIND_OF_FORMAT = {"frozen_fast.dual_encoder": "frozen"}
-"""Folders written before config.json named the kind."""
+"""Kind of folders whose config.json has no kind."""
 
 
 def load_model(path: str | Path, kind: str | None = None, **options: Any) -> RetrievalModel:
     """Load a model, in eval mode.
 
     Args:
-        path: a frozen_fast checkpoint folder, a run folder (its best checkpoint, else its newest), a file that another
-            project released, or ORG/NAME on the Hub.
-        kind: its name in frozen_fast.config.extensions.models; None: a folder's config.json says it. A released file
-            needs it.
-        options: keywords of the model's from_pretrained.
+        path: a checkpoint folder of frozen_fast, a run folder (its best checkpoint, otherwise its newest), a file
+            released by another project, or ORG/NAME on the Hub.
+        kind: a name in frozen_fast.config.extensions.models; None: the kind in the folder's config.json. Required for a
+            released file.
+        options: keyword arguments of the model's from_pretrained.
 
     Raises:
-        UserError: no kind, an unknown one or another than the folder's; an unknown option; a damaged checkpoint.
+        UserError: the kind is missing, unknown or not the folder's; an option is unknown; or the checkpoint is damaged.
     """
     path = checkpoint_path(path)
     kind = kind_of_checkpoint(path, kind)
@@ -44,14 +44,14 @@ def load_model(path: str | Path, kind: str | None = None, **options: Any) -> Ret
 
 
 def kind_of_checkpoint(path: Path, kind: str | None = None) -> str:
-    """The kind of model that a checkpoint holds, a name in frozen_fast.config.extensions.models.
+    """Return the kind of a checkpoint's model, a name in frozen_fast.config.extensions.models.
 
     Args:
         path: a frozen_fast folder or a released file.
-        kind: what the caller says; None: the folder's config.json says it.
+        kind: the caller's choice; None: the kind in the folder's config.json.
 
     Raises:
-        UserError: an unknown kind, another one than the folder's, or none for a file.
+        UserError: the kind is unknown or not the folder's, or is None for a file.
     """
     if kind is not None:
         models.check(kind, "kind")
@@ -66,7 +66,7 @@ def kind_of_checkpoint(path: Path, kind: str | None = None) -> str:
 
 
 def stored_kind(folder: Path) -> str:
-    """The kind that a checkpoint folder's config.json names.
+    """Return the kind in a checkpoint folder's config.json.
 
     Raises:
         UserError: there is none.

@@ -1,4 +1,4 @@
-"""A frozen_fast checkpoint folder whose config.json names the model's kind: written and read as plain data."""
+"""Reads and writes frozen_fast checkpoint folders with the model's kind in config.json, as plain data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 def write_model_folder(
     folder: Path, kind: str, state: dict[str, Tensor], architecture: dict[str, Any], tokenizer: Tokenizer | None
 ) -> None:
-    """Write model.safetensors, config.json and tokenizer files; the folder is made if missing."""
+    """Write model.safetensors, config.json and tokenizer files; creates the folder if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}.tmp"
@@ -39,18 +39,18 @@ def write_model_folder(
 def read_model_folder(
     folder: Path, kinds: Collection[str], needs: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what write_model_folder wrote.
+    """Read a folder of write_model_folder.
 
     Args:
         folder: the checkpoint.
         kinds: allowed kinds of model.
-        needs: keys that config.json must hold.
+        needs: keys that config.json must contain.
 
     Returns:
         (state, config.json's content).
 
     Raises:
-        UserError: a missing, damaged or foreign folder, or one of another kind.
+        UserError: a missing, damaged or unsupported folder, or one of another kind.
     """
     refuse_damage(folder)
     config = _config(folder)

@@ -23,11 +23,11 @@ class PixelNormalisation(nn.Module):
     coefficients: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Hold the statistics.
+        """Initialise with the statistics.
 
         Args:
-            mean: of the training data's pixels, RGB in [0, 1].
-            std: likewise.
+            mean: mean of the training data's pixels, RGB in [0, 1].
+            std: their standard deviation.
         """
         super().__init__()
         self._scale = [1 / (255 * one) for one in std]
@@ -35,13 +35,13 @@ class PixelNormalisation(nn.Module):
         self.register_buffer("coefficients", torch.tensor([self._scale, self._shift]), persistent=False)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        """Move the buffer; to_empty() leaves it unset and a cast rounds it, so its values are written again."""
+        """Move the buffer and rewrite its values, because to_empty() leaves them undefined and a cast rounds them."""
         super()._apply(fn, recurse)
         self.coefficients = torch.tensor([self._scale, self._shift], device=self.coefficients.device)
         return self
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Factor and summand of a pixel, float32 [3] each."""
+        """Return factor and summand, float32 [3] each."""
         scale_C, shift_C = self.coefficients
         return scale_C, shift_C
 

@@ -1,7 +1,7 @@
-"""Checkpoint files of a dual encoder: a frozen_fast folder or a released file, read into plain data and back.
+"""Reads and writes checkpoints of a dual encoder (a frozen_fast folder or a released file) as plain data.
 
-This file knows file formats, not the model: DualEncoder describes itself as data (its architecture) and builds itself
-from a StoredModel.
+This module handles file formats only. DualEncoder describes its architecture as data and builds itself from a
+StoredModel.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.json"
 RUN_FILE = "run.json"
-"""What a shared model keeps of state.json: how its run evaluated it."""
+"""Keys of state.json that a shared model keeps: the evaluation settings of its run."""
 
 FORMAT = "frozen_fast.dual_encoder"
 FORMAT_VERSION = 1
 ARCHITECTURE_KEYS = ("embedding_width", "text_activation", "learned_frames", "mean", "std")
 UNCASED_VOCABULARY = 30522
-"""Tokens of bert-base-uncased and distilbert-base-uncased."""
+"""Vocabulary size of bert-base-uncased and distilbert-base-uncased."""
 
 
 def write_model(
@@ -43,10 +43,10 @@ def write_model(
     """Write model.safetensors, config.json and tokenizer files.
 
     Args:
-        folder: made if missing.
-        state: every weight, under the model's names.
-        architecture: what the model needs to be built again, as JSON-able data.
-        tokenizer: written beside them, if there is one.
+        folder: created if missing.
+        state: all weights, by the model's names.
+        architecture: the model's architecture, as data that JSON can represent.
+        tokenizer: also written if given.
     """
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -60,13 +60,13 @@ def write_model(
 
 @dataclass
 class StoredModel:
-    """What a checkpoint gives, of either kind.
+    """The content of a checkpoint.
 
     Attributes:
         state: weights by name.
-        architecture: what DualEncoder.architecture() returned: "video" and "text" with the towers' names and data,
-            embedding_width, text_activation, learned_frames; mean and std where the file tells them.
-        tokenizer: None: it carries none, and none was named.
+        architecture: the result of DualEncoder.architecture(): "video" and "text" with the towers' names and data,
+            embedding_width, text_activation, learned_frames; mean and std if the file has them.
+        tokenizer: None: the checkpoint has none, and none was requested.
     """
 
     state: dict[str, Tensor]
@@ -82,18 +82,18 @@ def read_model(
     video_heads: int | None = None,
     text_heads: int | None = None,
 ) -> StoredModel:
-    """Read a checkpoint of either kind.
+    """Read a checkpoint: a folder or a released file.
 
     Args:
-        path: checkpoint folder, run folder (its best checkpoint, else its newest) or released file.
+        path: checkpoint folder, run folder (its best checkpoint, otherwise its newest) or released file.
         tokenizer: name or folder; None: the checkpoint's own.
-        max_tokens: captions are cut to this many tokens; None: the checkpoint's value (a released file: 77, or as many
-            as its text tower takes).
+        max_tokens: captions are truncated to this many tokens; None: the checkpoint's value (for a released file 77, or
+            its text tower's maximum).
         video_heads: attention heads of a released file's video tower; None: width / 64.
-        text_heads: likewise of its text tower.
+        text_heads: attention heads of its text tower; None: width / 64.
 
     Raises:
-        UserError: for a missing, damaged or foreign checkpoint.
+        UserError: for a missing, damaged or unsupported checkpoint.
     """
     path = checkpoint_of_run(path)
     if path.is_dir():
@@ -102,14 +102,14 @@ def read_model(
 
 
 def own_tokenizer(path: Path, architecture: dict[str, Any]) -> str | None:
-    """The name of the tokenizer that belongs to a checkpoint without tokenizer files, where it is known.
+    """Return the name of the tokenizer of a checkpoint without tokenizer files, if it is known.
 
     Args:
         path: the checkpoint.
         architecture: StoredModel.architecture.
 
     Returns:
-        None for a folder with a tokenizer of its own, and where the text tower is not one that is known by its sizes.
+        None for a folder with a tokenizer, and for a text tower whose sizes do not identify it.
     """
     text = architecture["text"]
     if (checkpoint_of_run(path) / TOKENIZER_FILE).is_file():
@@ -122,10 +122,10 @@ def own_tokenizer(path: Path, architecture: dict[str, Any]) -> str | None:
 
 
 def checkpoint_of_run(path: Path) -> Path:
-    """The best checkpoint of a run folder, the newest where none is kept as the best; any other path as it is.
+    """Return the best checkpoint of a run folder, or the newest if none is kept as the best; other paths unchanged.
 
     Raises:
-        UserError: the run folder holds no checkpoint yet.
+        UserError: the run folder has no checkpoint yet.
     """
     folder = path / "checkpoints"
     if not folder.is_dir() or (path / CONFIG_FILE).exists():
@@ -139,13 +139,13 @@ def checkpoint_of_run(path: Path) -> Path:
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it, "config" among it; empty where it says nothing.
+    """Return a checkpoint's data on the run that wrote it, such as "config"; empty if it has none.
 
     Args:
-        checkpoint: a run's checkpoint has state.json, a folder of the Hub run.json, a released file neither.
+        checkpoint: a run's checkpoint has state.json, a folder from the Hub run.json, a released file neither.
 
     Raises:
-        UserError: the file is there and cannot be read.
+        UserError: the file exists but cannot be read.
     """
     for path in (checkpoint / STATE_FILE, checkpoint / RUN_FILE):
         if not path.is_file():
@@ -161,7 +161,7 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
 
 
 def checkpoints_below(path: Path) -> str:
-    """Text for an error about a folder that is not a checkpoint: the checkpoints in it, if there are any."""
+    """List the checkpoints in a folder that is not a checkpoint, for an error message; empty if there are none."""
     found = sorted(path.glob("step_*")) or sorted(path.glob("checkpoints/step_*"))
     return f"; it contains {some([str(one) for one in found])}" if found else ""
 
@@ -170,7 +170,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     """Load a whole state dict.
 
     Raises:
-        UserError: naming missing, unknown or misshapen weights.
+        UserError: weights are missing, unknown or of another shape; the message names them.
     """
     own = model.state_dict()
     for label, names in (("lacks", set(own) - set(state)), ("has unknown", set(state) - set(own))):
@@ -184,7 +184,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
 
 
 def refuse_damage(folder: Path) -> None:
-    """Compare the model's files of a run's checkpoint with their checksums; other folders have none.
+    """Compare the model files of a run's checkpoint with their checksums; does nothing for folders without checksums.
 
     Raises:
         UserError: naming the first file that differs.
@@ -198,7 +198,7 @@ def refuse_damage(folder: Path) -> None:
 
 
 def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None) -> StoredModel:
-    """A frozen_fast checkpoint folder; a run's checkpoint has checksums, which its model's files must match."""
+    """Read a frozen_fast checkpoint folder; the model files of a run's checkpoint must match their checksums."""
     refuse_damage(path)
     config = _read_config(path / CONFIG_FILE)
     try:
@@ -209,7 +209,7 @@ def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None)
         architecture = {key: config[key] for key in ARCHITECTURE_KEYS}
         if "loss_scale" in config:
             architecture["loss_scale"] = config["loss_scale"]
-        video = {"tower": VIDEO_TOWER, **config["video"]}  # folders from before there was a choice name none
+        video = {"tower": VIDEO_TOWER, **config["video"]}  # older folders have no name of the tower
         text = {"tower": TEXT_TOWER, **config["text"]}
         video["max_frames"] = int(video["max_frames"])
         longest = max_tokens or int(text["max_tokens"])
@@ -241,7 +241,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_released(
     path: Path, tokenizer_name: str | None, max_tokens: int | None, video_heads: int | None, text_heads: int | None
 ) -> StoredModel:
-    """A released .pth or .pth.tar file: DistilBERT or BERT, ReLU before the text projection."""
+    """Read a released .pth or .pth.tar file: DistilBERT or BERT, with ReLU before the text projection."""
     state = read_released(path)
     config = text_config(state, text_heads)
     longest = max_tokens or default_max_tokens(config.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""A module's repeated blocks, and recomputing the activations of some of them."""
+"""A module's repeated blocks, and activation checkpointing of some of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def find_repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The items of a module's lists and sequences that hold weights and parts of their own, in order.
+    """Return the items of a module's lists and sequences that have weights and submodules, in order.
 
-    Single layers are left out, containers of containers are opened (the stages of a ResNet or a Swin transformer), and
-    a block's own lists are not (the two halves of a T5 block).
+    Single layers are excluded. Nested containers are expanded (the stages of a ResNet or a Swin transformer), but not
+    the lists inside a block (the two halves of a T5 block).
     """
     found: list[nn.Module] = []
     for child in module.children():
@@ -40,7 +40,7 @@ def _blocks_of(container: nn.Module) -> list[nn.Module]:
 
 
 class _Recomputed:
-    """Mixed in before a block's class: its forward pass is run again in the backward pass."""
+    """Mixin for a block's class that repeats its forward pass in the backward pass."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         plain = super().forward  # type: ignore[misc]
@@ -50,16 +50,16 @@ class _Recomputed:
 
 
 def recompute_blocks(blocks: Sequence[nn.Module], count: int) -> None:
-    """Let the first blocks recompute their activations; names of parameters stay as they are.
+    """Enable activation checkpointing in the first blocks; parameter names do not change.
 
-    A block that keeps running averages (BatchNorm) counts a batch twice in them.
+    A block with running averages (BatchNorm) updates them twice per batch.
 
     Args:
-        blocks: the tower's.
-        count: how many of them.
+        blocks: the tower's blocks.
+        count: number of blocks.
 
     Raises:
-        UserError: more than there are.
+        UserError: the tower has fewer blocks.
     """
     if not 0 <= count <= len(blocks):
         allowed = f"0 to {len(blocks)}, the tower's blocks"

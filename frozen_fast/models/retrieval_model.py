@@ -1,9 +1,9 @@
-"""What every model of this project offers: features of captions and of clips, and their similarity.
+"""The interface of all models: features of captions and of clips, and their similarity.
 
-A model encodes each side on its own into features (a dict of tensors whose first axis is the caption or the clip), and
-compares two sets of features. Training, evaluation and search only use this interface: for a dual encoder the features
-are one embedding and the similarity is a dot product; other models keep several tensors per clip and compare them in
-another way.
+A model encodes captions and clips separately into features (a dict of tensors whose first axis is the caption or the
+clip), and compares two sets of features. Training, evaluation and search use this interface only. The features of a
+dual encoder are one embedding, and the similarity is a dot product. Other models have several tensors per clip and
+compare them differently.
 
 Axis letters: Q captions, V clips, K similarities of a pair (one loss each), D width.
 """
@@ -29,7 +29,7 @@ Features = Mapping[str, Tensor]
 """Name -> tensor; the first axis of every tensor is the caption or the clip."""
 
 TextInput = Sequence[str] | Mapping[str, Tensor]
-"""Strings, or what the model's tokenizer makes of them."""
+"""Strings, or the output of the model's tokenizer."""
 
 VideoInput = Tensor | Mapping[str, Tensor]
 """Frames [V, T, 3, H, W], uint8 pixels or normalised floats; or a dict of tensors, for models that read features."""
@@ -39,11 +39,11 @@ class SideFlops(NamedTuple):
     """Forward FLOPs, a multiply-add counted as 2.
 
     Attributes:
-        video: of one clip, what is computed.
-        nominal_video: of one clip, the published model.
-        text: of one caption.
-        pair: of one comparison.
-        frozen: the share of video and text that has no backward pass.
+        video: FLOPs of one clip, as computed.
+        nominal_video: FLOPs of one clip in the published model.
+        text: FLOPs of one caption.
+        pair: FLOPs of one comparison.
+        frozen: share of video and text without a backward pass.
     """
 
     video: float
@@ -58,12 +58,12 @@ class RetrievalModel(nn.Module, ABC):
 
     Attributes:
         kind: its name in frozen_fast.config.extensions.models, written to config.json.
-        task: what it learns, a name in frozen_fast.config.extensions.tasks.
-        learned_frames: most frames per clip that the model takes now.
-        mean, std: RGB normalisation of the frames that the model was trained with, in [0, 1]; None: it takes no frames.
-        takes_frame_masks: whether video_features reads {"video", "frame_mask"}, for padded short clips.
-        loss_scale: the scale of similarities that the loss learns with the model; None: a fixed temperature.
-        run: what the checkpoint says of the run that wrote it (read_run); empty without a run.
+        task: its training task, a name in frozen_fast.config.extensions.tasks.
+        learned_frames: largest number of frames per clip at present.
+        mean, std: RGB normalisation of the training data, in [0, 1]; None: the model reads no frames.
+        takes_frame_masks: whether video_features accepts {"video", "frame_mask"}, for padded short clips.
+        loss_scale: learned scale of the similarities in the loss; None: a fixed temperature.
+        run: the checkpoint's data on the run that wrote it (read_run); empty without a run.
     """
 
     kind: str
@@ -76,32 +76,32 @@ class RetrievalModel(nn.Module, ABC):
     loss_scale: LearnedScale | None
 
     def __init__(self) -> None:
-        """A model without a learned scale; a default on the class would hide a module that is assigned later."""
+        """Initialise without a learned scale (a class attribute would hide a module that is assigned later)."""
         super().__init__()
         self.loss_scale = None
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> RetrievalModel:
-        """Build the model that a config's model section describes, or load its model.checkpoint to train on.
+        """Build the model of a config's model section for training, or load its model.checkpoint.
 
         Raises:
-            UserError: a key under model; or the model cannot be trained from a config.
+            UserError: naming a key under model, or if models of this kind cannot be trained from a config.
         """
         raise UserError(f"model.kind: got {cls.kind!r}, which is loaded from files only; allowed: a kind that trains")
 
     @property
     @abstractmethod
     def tokenizer(self) -> Callable[[list[str]], dict[str, Tensor]] | None:
-        """Turns texts into what text_features takes; None: only ready tensors are taken."""
+        """Converts texts to the input of text_features; None: the model accepts tensors only."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
 
     @property
     def resolution(self) -> int:
-        """Height and width of the frames that the model takes; models that take none do not have it."""
+        """Height and width of the model's frames; an error for models that read no frames."""
         raise NotImplementedError(f"{type(self).__name__} takes no frames")
 
     @abstractmethod
@@ -130,64 +130,64 @@ class RetrievalModel(nn.Module, ABC):
     def pair_similarities(self, text: Features, video: Features) -> Tensor:
         """Compare every caption with every clip.
 
-        It reads features only, no parameters: sharding strategies gather parameters in forward() alone. What the
-        similarity needs of a parameter (a logit scale, mixture weights) is part of the features.
+        This reads features but no parameters, because sharding strategies gather parameters in forward() only. Values
+        that depend on parameters (a logit scale, mixture weights) are part of the features.
 
         Args:
             text: features of Q captions, floating tensors.
             video: features of V clips, floating tensors (masks as 0 and 1).
 
         Returns:
-            sim_KQV in fp32. The model ranks by the mean over K; training takes the loss of each of the K and averages
-            (CLIP2Video has K = 2, the others K = 1).
+            sim_KQV in fp32. The model ranks by the mean over K; training averages the K losses (K = 2 for CLIP2Video, K
+            = 1 for other models).
         """
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:
-        """What config.json holds: all that from_pretrained needs beside weights and tokenizer, as JSON-able data."""
+        """Return the content of config.json: what from_pretrained needs in addition to weights and tokenizer."""
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Write weights, config.json and tokenizer; `state` replaces the model's own weights (gathered from shards)."""
 
     def forward(self, video: VideoInput, text: TextInput) -> tuple[Features, Features, Features]:
-        """Features of both sides, and the loss's own parameters, through the module that a strategy wraps.
+        """Compute the features of both sides, and return the loss's parameters.
 
         Returns:
-            (text features, video features, loss parameters: "logit_scale" and "logit_bias" where they are learned).
+            (text features, video features, loss parameters: "logit_scale" and "logit_bias" if they are learned).
         """
         return self.text_features(text), self.video_features(video), self.loss_parameters()
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The blocks that make up most of the model: units of sharding."""
+        """Return the blocks that make up most of the model, the units of sharding."""
         return find_repeated_blocks(self)
 
     def compiled_parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-        """What training.compile compiles: modules whose shapes a stage fixes, and those whose shapes do not stay."""
+        """Return the modules that training.compile compiles with static shapes, and those with dynamic shapes."""
         return (), ()
 
     def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """Settle what is chosen by measurement, as VideoTower.choose_kernels."""
+        """Choose kernels by measurement; see VideoTower.choose_kernels."""
 
     def side_flops(self, frames: int, tokens: int) -> SideFlops | None:
-        """Forward FLOPs of a clip of T frames and a caption of L tokens; None where they are not known."""
+        """Return the forward FLOPs of a clip of T frames and a caption of L tokens; None if unknown."""
         return None
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
-        """Entries of environment.json that say which kernels ran so far, for the report."""
+        """Return entries of environment.json on the kernels that have run, for the report."""
         return {}
 
     def loss_parameters(self) -> Features:
-        """Scalars that the loss learns with the model; none unless a model has them."""
+        """Return the scalars that the loss learns with the model; empty by default."""
         return {} if self.loss_scale is None else self.loss_scale()
 
     def similarity(self, text: TextInput, video: VideoInput, **options: Any) -> Tensor:
-        """The number that ranks, for every caption and clip.
+        """Compute the similarity for ranking of every caption and clip.
 
         Args:
             text: Q captions.
             video: V clips.
-            options: what else a model needs of a clip, such as frame_mask=[V, T].
+            options: further inputs for clips, such as frame_mask=[V, T].
 
         Returns:
             sim_QV, fp32.
@@ -195,12 +195,12 @@ class RetrievalModel(nn.Module, ABC):
         return self.pair_similarities(self.text_features(text), self.video_features(video, **options)).mean(0)
 
     def merge_windows(self, windows: Sequence[Features]) -> Features:
-        """One clip's features from those of its test windows, each with first axis 1: the mean of every tensor."""
+        """Merge the features of a clip's test windows, each with first axis 1, by the mean of every tensor."""
         return {name: torch.stack([window[name] for window in windows]).mean(0) for name in windows[0]}
 
     @property
     def vector_width(self) -> int:
-        """D of vectors().
+        """Return D of vectors().
 
         Raises:
             UserError: as vectors.
@@ -208,16 +208,16 @@ class RetrievalModel(nn.Module, ABC):
         raise self._no_vectors()
 
     def vectors(self, features: Features) -> Tensor:
-        """One vector for each caption or clip, whose dot products rank as the model does: what a search index holds.
+        """Return one vector per caption or clip for a search index; their dot products rank as the model does.
 
         Args:
-            features: of N captions or of N clips.
+            features: features of N captions or of N clips.
 
         Returns:
             [N, D] fp32, rows of L2 norm 1.
 
         Raises:
-            UserError: the model's similarity is no dot product of two vectors.
+            UserError: the model's similarity is not a dot product of two vectors.
         """
         raise self._no_vectors()
 
@@ -240,17 +240,18 @@ class RetrievalModel(nn.Module, ABC):
     ) -> Tensor:
         """Embed clips from their files: decode, transform, encode the test windows, average per clip, normalise.
 
-        The windows, frames and decoder are those with which the checkpoint's run was evaluated, and the rows equal the
-        embeddings that evaluation compares. A model without a run takes the evaluation section's defaults.
+        Windows, frames and decoder default to those of the evaluation of the checkpoint's run, so that the rows equal
+        the embeddings that evaluation compares. A model without a run uses the defaults of the evaluation section.
 
         Args:
-            clips: paths of videos and pictures, or frozen_fast.data.Clip objects (which may name a part of a file).
+            clips: paths of videos and images, or frozen_fast.data.Clip objects (which may select a time range of a
+                file).
             frames: frames of a window, up to learned_frames; None: the run's.
             windows: "auto": the run's test windows; "middle": one; a number: at most that many per clip.
             batch_size: windows per forward pass.
             workers: loader processes; 0: a background thread.
             decoder: backend that reads frames; None: the run's.
-            on_bad_clip: "error", or "nan": a clip that cannot be read gives a row of NaN.
+            on_bad_clip: "error", or "nan" for a row of NaN if a clip cannot be read.
 
         Returns:
             [V, D] fp32 on the CPU, rows of L2 norm 1, in the order of `clips`.

@@ -1,4 +1,4 @@
-"""What every model with a video tower over frames shares: the clips it takes, and frames that grow with the stages.
+"""The video side of models with a video tower: its input clips, and the expansion to more frames between stages.
 
 Axis letters: B batch, T frames, C channels, H and W pixels, D width of the tower.
 """
@@ -19,17 +19,17 @@ from frozen_fast.models.video.temporal import expand_temporal_embedding
 from frozen_fast.models.video.video_tower import IMAGENET_MEAN, IMAGENET_STD, VideoTower, frames_in_words
 
 LARGEST_NORMALISED = 10.0
-"""A normalised pixel is within the range that mean and std give; this many times beyond it, floats are raw pixels."""
+"""Floats this many times beyond the range of normalised pixels (by mean and std) are taken for raw pixels."""
 
 
 class VideoSide(RetrievalModel):
-    """A model whose clips go through a video tower.
+    """A model with a video tower.
 
     Attributes:
         video_model: the tower.
-        learned_frames: most frames per clip that the model takes now: rows of the video tower's frame embeddings that
-            hold learned values (or are being learned), and the frames it was trained with where it has none.
-        mean, std: RGB normalisation of the training data, in [0, 1]; uint8 clips are normalised with it.
+        learned_frames: largest number of frames per clip at present: the number of learned rows of the video tower's
+            frame embeddings, or the number of frames in training if it has none.
+        mean, std: RGB normalisation of the training data, in [0, 1], which is applied to uint8 clips.
     """
 
     mean: tuple[float, ...]
@@ -43,13 +43,13 @@ class VideoSide(RetrievalModel):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        """Hold the tower.
+        """Initialise with the tower.
 
         Args:
             video_model: the video tower.
-            learned_frames: None: as many as the tower takes.
-            mean: of the training data's pixels, RGB in [0, 1].
-            std: likewise.
+            learned_frames: None: the tower's max_frames.
+            mean: mean of the training data's pixels, RGB in [0, 1].
+            std: their standard deviation.
         """
         super().__init__()
         self.video_model = video_model
@@ -64,7 +64,7 @@ class VideoSide(RetrievalModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @property
@@ -73,11 +73,11 @@ class VideoSide(RetrievalModel):
         return self.video_model.resolution
 
     def tower_output(self, video_BTCHW: Tensor) -> Tensor:
-        """The video tower's vectors; follows train() and eval(), differentiable.
+        """Return the video tower's output; follows train() and eval(), differentiable.
 
         Args:
-            video_BTCHW: [B, T, 3, R, R] with the tower's resolution R and 1 <= T <= learned_frames; floats that are
-                normalised already, or uint8 pixels, which are normalised here.
+            video_BTCHW: [B, T, 3, R, R] with the tower's resolution R and 1 <= T <= learned_frames; normalised floats,
+                or uint8 pixels, which this method normalises.
 
         Returns:
             [B, D].
@@ -101,7 +101,7 @@ class VideoSide(RetrievalModel):
         return output_BD
 
     def _normalised(self, video_BTCHW: Tensor) -> Tensor:
-        """Move a clip batch to the weights' device, as floats of their dtype, uint8 pixels normalised."""
+        """Move a clip batch to the weights' device as normalised floats of their dtype."""
         dtype = next(self.parameters()).dtype
         self._check_range(video_BTCHW)
         video = video_BTCHW.to(self.device)
@@ -112,10 +112,10 @@ class VideoSide(RetrievalModel):
         return self.pixels(video).to(dtype)
 
     def _check_range(self, video: Tensor) -> None:
-        """Refuse float pixels that were not normalised; on a CUDA device only outside training, which it would stop."""
+        """Refuse float pixels that are not normalised; skipped in training on a CUDA device, which it would block."""
         if not video.is_floating_point() or (video.is_cuda and torch.is_grad_enabled()):
             return
-        if torch.compiler.is_exporting():  # a program cannot look at values
+        if torch.compiler.is_exporting():  # an exported program cannot inspect values
             return
         bound = max(max(mean, 1 - mean) / std for mean, std in zip(self.mean, self.std, strict=True))
         largest = float(video.detach().abs().amax())
@@ -126,21 +126,22 @@ class VideoSide(RetrievalModel):
             )
 
     def frame_embeddings(self) -> list[str]:
-        """Names in this model of the parameters [1, max_frames, D] that grow with the number of frames."""
+        """Return the names of the parameters [1, max_frames, D] that are expanded with the number of frames."""
         return [f"video_model.{name}" for name in self.video_model.frame_embeddings]
 
     def expand_frames(self, num_frames: int, method: str = "zero") -> None:
-        """Fill rows learned_frames.. of the frame embeddings in place, and count them as learned from now on.
+        """Expand the frame embeddings in place to num_frames learned rows.
 
-        From one frame, "nearest" and "bilinear" give every frame the same row and "zero" none but the first: what the
-        new rows were drawn as (temporal_init_std; 0 unless asked for) is added, so that frames differ from the start.
+        From one frame, "nearest" and "bilinear" make all rows equal, and "zero" makes all but the first zero. The
+        initial values of the new rows (temporal_init_std, 0 by default) are added, so that frames can differ from the
+        start.
 
         Args:
-            num_frames: up to the tower's max_frames; fewer than learned_frames or as many changes nothing.
+            num_frames: up to the tower's max_frames; learned_frames or fewer changes nothing.
             method: "zero", "nearest" or "bilinear" (temporal.expand_temporal_embedding).
 
         Raises:
-            UserError: for more frames than the tower was built for.
+            UserError: more frames than the tower's max_frames.
         """
         if not 1 <= num_frames <= self.video_model.max_frames:
             allowed = f"1 to {self.video_model.max_frames}, the tower's max_frames"
@@ -157,15 +158,15 @@ class VideoSide(RetrievalModel):
         self.learned_frames = num_frames
 
     def compiled_parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-        """The video tower's blocks."""
+        """Return the video tower's blocks."""
         return self.video_model.repeated_blocks(), ()
 
     def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """Those of the video tower."""
+        """See VideoTower.choose_kernels."""
         self.video_model.choose_kernels(batch_sizes, device, dtype)
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
-        """The video tower's."""
+        """See VideoTower."""
         return self.video_model.kernels_used(device, compiled=compiled)
 
     def fit_frame_rows(
@@ -176,7 +177,7 @@ class VideoSide(RetrievalModel):
         method: str,
         path: Path,
     ) -> None:
-        """Cut or expand the frame embeddings of a checkpoint's weights to this model's rows, in place.
+        """Truncate or expand the frame embeddings in a checkpoint's weights to this model's rows, in place.
 
         Args:
             state: weights by name.
@@ -186,7 +187,7 @@ class VideoSide(RetrievalModel):
             path: the checkpoint, for messages.
 
         Raises:
-            UserError: the weights have no such rows.
+            UserError: the weights do not have these rows.
         """
         for name in self.frame_embeddings():
             rows_1TD = state.get(name)
@@ -203,20 +204,20 @@ class VideoSide(RetrievalModel):
 def stored_tower(
     tower: type[VideoTower], told: Mapping[str, Any], num_frames: int | None, max_frames: int | None, section: Any
 ) -> tuple[VideoTower, int]:
-    """A checkpoint's video tower without its weights.
+    """Build a checkpoint's video tower without its weights.
 
     Args:
         tower: the class.
-        told: "video" and "learned_frames" of the checkpoint's architecture.
+        told: the architecture of the checkpoint, of which "video" and "learned_frames" are read.
         num_frames: frames that the model takes; None: those that the checkpoint learned.
         max_frames: rows of the frame embeddings to allocate; None: num_frames.
-        section: model.video, keys that say how the tower computes.
+        section: model.video, of which keys that select how the tower computes are read.
 
     Returns:
-        (the tower, frames that count as learned).
+        (the tower, the number of learned frames).
 
     Raises:
-        UserError: a number of frames that the tower does not take.
+        UserError: the tower does not support this number of frames.
     """
     learned = told["learned_frames"] if num_frames is None else num_frames
     if learned < 1:

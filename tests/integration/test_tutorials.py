@@ -53,7 +53,7 @@ ELSEWHERE = {
 """Beginnings of commands that are not run here -> what runs or checks them."""
 
 DRY_RUNS = {
-    r"launch/multi_node\.sh": "launch/multi_node.sh --dry-run",
+    r"launch/multi_node\.sh": "launch/multi_node.sh --dry-run --processes 16",
     r"^sbatch --nodes 2 --time 08:00:00 ": "SLURM_NNODES=2 DRY_RUN=1 bash ",
     r"(sweep\.py configs/sweeps/gpu_8\.yaml)$": r"\1 --dry-run",
 }
@@ -219,7 +219,6 @@ def sweeps(checkout: Checkout) -> None:
     path.write_text(yaml.safe_dump(sweep), encoding="utf-8")
     small = {"video": {"size": "pico_patch16_32"}, "text": {"name": "tower", "frozen_layers": 0}}
     checkout.shrink("benchmarks/sweep_small.yaml", {"model": small, "curriculum": stages(1, 4)})
-    (checkout.folder / "tower").rename(checkout.folder / "configs" / "benchmarks" / "tower")
 
 
 def search(checkout: Checkout) -> None:

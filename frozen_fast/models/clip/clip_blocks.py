@@ -1,7 +1,7 @@
 """CLIP's transformer with OpenAI's parameter names: `resblocks.0.attn.in_proj_weight`, `ln_1`, `mlp.c_fc`, ...
 
-The image tower, the text tower and the temporal transformers of CLIP2Video and CLIP4Clip are all this one. A block
-takes and returns (stream, branch still to add), so that the sum and the next LayerNorm are one pass (frozen_kernels).
+The image tower, the text tower and the temporal transformers of CLIP2Video and CLIP4Clip use this transformer. A block
+takes and returns (stream, branch to be added), so that the sum and the next LayerNorm are one pass (frozen_kernels).
 
 Axis letters: B sequences, S tokens, N heads, D width.
 """
@@ -23,10 +23,10 @@ from frozen_fast.models.video.kernel_choice import settle_attention
 from frozen_kernels import cls_attention, divided_attention
 
 Activation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"]
-"""As a transformers config.json names them; quick_gelu is the one that OpenAI's weights were trained with."""
+"""Names of a transformers config.json; OpenAI's weights were trained with quick_gelu."""
 
 GELU_FORMS = {"gelu": "none", "quick_gelu": "sigmoid", "gelu_pytorch_tanh": "tanh"}
-"""Their names in frozen_kernels.bias_gelu."""
+"""The activations' names in frozen_kernels.bias_gelu."""
 
 CLIP_NORM_EPS = 1e-5
 """Epsilon of CLIP's LayerNorms."""
@@ -38,17 +38,17 @@ HEAD_WIDTH = 64
 class PackedAttention(nn.Module):
     """Self-attention with torch.nn.MultiheadAttention's parameter names.
 
-    Without a mask it is divided attention of one frame, so that every backend of frozen_kernels serves it.
+    Without a mask this is divided attention of one frame, so that all backends of frozen_kernels support it.
     """
 
     def __init__(self, width: int, heads: int, causal: bool, backend: str = "auto") -> None:
-        """Hold one projection to queries, keys and values, and the output projection.
+        """Initialise the projection to queries, keys and values, and the output projection.
 
         Args:
             width: D.
             heads: N.
-            causal: a token sees itself and those before it.
-            backend: of frozen_kernels.divided_attention, where there is no mask.
+            causal: a token attends to itself and earlier tokens.
+            backend: backend of frozen_kernels.divided_attention, used without a mask.
         """
         super().__init__()
         if width % heads:
@@ -56,7 +56,7 @@ class PackedAttention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.backend = backend
-        self.backend_at: dict[tuple[int, int], str] = {}  # (B, S) -> what "auto" chose beforehand
+        self.backend_at: dict[tuple[int, int], str] = {}  # (B, S) -> the backend that "auto" chose before compilation
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -67,7 +67,7 @@ class PackedAttention(nn.Module):
         Args:
             x_BSD: normalised tokens.
             mask: added to the scores; broadcastable to [B, N, S, S].
-            first_only: the output of token 0 alone [B, 1, D]; only without mask and causality.
+            first_only: compute the output of token 0 alone [B, 1, D]; requires no mask and no causality.
 
         Returns:
             [B, S, D].
@@ -86,7 +86,7 @@ class PackedAttention(nn.Module):
         return self.out_proj(out_BNSD.transpose(1, 2).flatten(2))
 
     def _first_row(self, x_BSD: Tensor) -> Tensor:
-        """Token 0's query over all keys and values -> [B, 1, D]."""
+        """Attend from token 0 to all keys and values -> [B, 1, D]."""
         sizes = (x_BSD.shape[-1], 2 * x_BSD.shape[-1])
         query_weight, kv_weight = self.in_proj_weight.split(sizes)
         query_bias, kv_bias = self.in_proj_bias.split(sizes)
@@ -96,7 +96,7 @@ class PackedAttention(nn.Module):
 
 
 def settle_sequences(module: nn.Module, batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Choose attention without masks for B sequences of S tokens, where "auto" cannot choose while it runs."""
+    """Choose attention without masks for B sequences of S tokens, for "auto" under torch.compile."""
     for attention in module.modules():
         if isinstance(attention, PackedAttention) and not attention.causal and tokens > 1:
             shape = (batch, tokens, 3, attention.heads, attention.out_proj.in_features // attention.heads)
@@ -108,7 +108,7 @@ class ClipMlp(nn.Module):
     """c_fc, activation, c_proj."""
 
     def __init__(self, width: int, hidden: int, activation: Activation, fused_ops: FusedOps) -> None:
-        """Hold both layers."""
+        """Initialise both layers."""
         super().__init__()
         self.c_fc = GeluLinear(width, hidden, fused_ops, approximate=GELU_FORMS[activation])
         self.c_proj = nn.Linear(hidden, width)
@@ -167,18 +167,18 @@ class ClipTransformer(nn.Module):
         fused_ops: FusedOps = "auto",
         checkpointed_blocks: int = 0,
     ) -> None:
-        """Build the stack, with OpenAI's random start.
+        """Build the stack with OpenAI's random initialisation.
 
         Args:
             width: D.
-            depth: blocks, 1 or more.
+            depth: number of blocks, 1 or more.
             heads: N.
-            hidden: of the MLP; none: 4 * width.
-            causal: a token sees itself and those before it.
+            hidden: width of the MLP; None: 4 * width.
+            causal: a token attends to itself and earlier tokens.
             activation: of the MLP.
             eps: of the LayerNorms.
-            attention: backend of frozen_kernels.divided_attention, used where there is no mask.
-            fused_ops: residual norms by frozen_kernels' fastest form, or by PyTorch's own operators.
+            attention: backend of frozen_kernels.divided_attention, used without a mask.
+            fused_ops: compute residual norms by frozen_kernels' fastest form, or by PyTorch's operators.
             checkpointed_blocks: number of first blocks that recompute their activations in the backward pass.
         """
         super().__init__()

@@ -1,4 +1,4 @@
-"""Text tower: CLIP's, with its tokenizer.
+"""Text tower: CLIP's text tower with its tokenizer.
 
 Axis letters: B captions, L tokens, E width of CLIP's common space.
 """
@@ -21,7 +21,7 @@ from frozen_fast.models.text.tokenizer import Tokenizer
 
 
 class ClipCaptions(TextTower):
-    """CLIP's text tower: captions -> the projected output at the end of text."""
+    """CLIP's text tower: captions -> the projected output at the end-of-text token."""
 
     name = "clip"
     keys = ("name", "weights", "max_tokens")
@@ -30,8 +30,8 @@ class ClipCaptions(TextTower):
         """Build the tower with random weights.
 
         Args:
-            size: of CLIP.
-            tokenizer: CLIP's; None where only token ids come.
+            size: CLIP's sizes.
+            tokenizer: CLIP's tokenizer; None: the model takes token ids only.
         """
         super().__init__()
         self.size = size
@@ -41,9 +41,9 @@ class ClipCaptions(TextTower):
 
     @classmethod
     def from_config(cls, section: TextTowerConfig) -> ClipCaptions:
-        """The tower of a config's model.text.
+        """Build the tower of a config's model.text.
 
-        model.text.name is what clip_weights.read_clip takes, or a size (ViT-B/32) where model.text.weights is random.
+        model.text.name is a source for clip_weights.read_clip, or a size (ViT-B/32) if model.text.weights is random.
         """
         if section.name is None:
             raise UserError("model.text.name: got none; allowed with the tower clip: a CLIP file, folder or open_clip:")
@@ -63,17 +63,17 @@ class ClipCaptions(TextTower):
     def from_architecture(
         cls, data: Mapping[str, Any], tokenizer: Tokenizer | None, section: TextTowerConfig | None = None
     ) -> ClipCaptions:
-        """The tower that architecture() describes, with random weights; a stored tokenizer becomes CLIP's again."""
+        """Build the tower that architecture() describes with random weights, and CLIP's tokenizer from a stored one."""
         return cls(ClipSize(**data["clip"]), None if tokenizer is None else ClipTokenizer.of(tokenizer))
 
     def architecture(self) -> dict[str, Any]:
-        """CLIP's sizes."""
+        """Return CLIP's sizes."""
         return {"clip": asdict(self.size)}
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """Encode tokens -> [B, E]; what comes after the end of text changes nothing, so the mask is not read."""
+        """Encode tokens -> [B, E]; padding after the end of text has no effect, so the mask is not used."""
         return self.encoder(input_ids_BL)
 
     def token_features(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """The projected output at every token -> [B, L, E]."""
+        """Return the projected output at every token -> [B, L, E]."""
         return self.encoder(input_ids_BL, all_tokens=True)

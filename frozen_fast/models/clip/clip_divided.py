@@ -1,4 +1,4 @@
-"""Video tower: CLIP's ViT as the space part of the space-time transformer, with time attention that starts at 0.
+"""Video tower: CLIP's ViT as the space part of the space-time transformer, with time attention initialised to 0.
 
 Axis letters: see frozen_fast.models.video.space_time; E width of CLIP's common space.
 """
@@ -36,9 +36,9 @@ _BLOCK_NAMES = {
 
 
 class ClipDivided(SpaceTimeTransformer):
-    """Divided space-time attention with CLIP's weights: at one frame it is CLIP's image tower.
+    """Divided space-time attention with CLIP's weights; at one frame it equals CLIP's image tower.
 
-    It differs from the space-time transformer in CLIP's ways: no bias of the patches, a LayerNorm before the blocks,
+    As in CLIP, it differs from the space-time transformer by patches without bias, a LayerNorm before the blocks,
     epsilon 1e-5, QuickGELU, and a projection to the common space.
     """
 
@@ -60,7 +60,7 @@ class ClipDivided(SpaceTimeTransformer):
         Args:
             clip: CLIP's sizes.
             max_frames: rows of temporal_embed.
-            options: keywords of SpaceTimeTransformer.
+            options: keyword arguments of SpaceTimeTransformer.
         """
         size = VideoSize(
             resolution=clip.resolution,
@@ -85,7 +85,7 @@ class ClipDivided(SpaceTimeTransformer):
 
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> ClipDivided:
-        """The tower of a config's model.video; weights: none, or what clip_weights.read_clip takes."""
+        """Build the tower of a config's model.video; weights is none, or a source for clip_weights.read_clip."""
         weights = None if section.weights == "none" else read_clip(section.weights)
         if weights is None and section.size not in CLIP_SIZES:
             raise unknown_name("model.video.size", str(section.size), CLIP_SIZES)
@@ -101,25 +101,25 @@ class ClipDivided(SpaceTimeTransformer):
     def from_architecture(
         cls, data: Mapping[str, Any], *, max_frames: int, section: VideoTowerConfig | None = None
     ) -> ClipDivided:
-        """The tower that architecture() describes, with random weights."""
+        """Build the tower that architecture() describes, with random weights."""
         return cls(ClipSize(**data["clip"]), max_frames, **({} if section is None else _how(section)))
 
     def architecture(self) -> dict[str, Any]:
-        """CLIP's sizes."""
+        """Return CLIP's sizes."""
         return {"clip": asdict(self.clip)}
 
     @classmethod
     def frames_taken(cls, section: VideoTowerConfig, max_frames: int) -> range:
-        """Any number up to max_frames."""
+        """Return 1 to max_frames."""
         return range(1, max_frames + 1)
 
     @classmethod
     def check_agreement(cls, section: VideoTowerConfig, data: Mapping[str, Any]) -> None:
-        """Nothing but the sizes is described, and model.checkpoint says them."""
+        """Do nothing: the architecture consists of the sizes, which model.checkpoint gives."""
         VideoTower.check_agreement.__func__(cls, section, data)  # type: ignore[attr-defined]
 
     def load_clip(self, state: Mapping[str, Tensor]) -> None:
-        """Take the image tower's weights of CLIP, OpenAI's names; time attention and temporal_embed stay."""
+        """Load the image tower's weights of CLIP by OpenAI's names; time attention and temporal_embed do not change."""
         own = {
             "patch_embed.proj.weight": state["visual.conv1.weight"],
             "cls_token": state["visual.class_embedding"][None, None],
@@ -137,7 +137,7 @@ class ClipDivided(SpaceTimeTransformer):
         assert not unknown and all(any(part in name for part in stay) for name in missing), (missing, unknown)
 
     def embed_tokens(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
-        """Tokens with their positions, normalised as CLIP does before its blocks: [B, S, D]."""
+        """Return tokens with position embeddings after CLIP's LayerNorm before the blocks: [B, S, D]."""
         return self.norm_pre(super().embed_tokens(video_BTCHW, normalisation))
 
     def forward(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
@@ -146,5 +146,5 @@ class ClipDivided(SpaceTimeTransformer):
 
 
 def _how(section: VideoTowerConfig) -> dict[str, Any]:
-    """Keys that say how the tower computes, not what it is."""
+    """Keys that select how the tower computes, not its architecture."""
     return {key: getattr(section, key) for key in ("attention", "fused_ops", "checkpointed_blocks", "full_last_block")}

@@ -28,9 +28,9 @@ TIME_LAYERS = 4
 class ClipFrames(VideoTower):
     """CLIP4Clip's video side: meanP (over_time "mean") or seqTransf ("transformer").
 
-    The transformer adds to the frame embeddings what its blocks add to the embeddings with frame positions. Its output
-    projections start at 0, so that it starts as the identity. The image tower is a class attribute: siglip_frames has
-    another.
+    The transformer's blocks run on frame embeddings with position embeddings, and what they add is added to the frame
+    embeddings. Their output projections are initialised to 0, so that the transformer is initially the identity. The
+    image tower is a class attribute, which siglip_frames overrides.
     """
 
     name = "clip"
@@ -54,12 +54,12 @@ class ClipFrames(VideoTower):
         """Build the tower with random weights.
 
         Args:
-            size: of CLIP, a size_class.
-            over_time: how the frame embeddings become one.
-            time_layers: of the transformer.
+            size: sizes of the image model, a size_class.
+            over_time: how the frame embeddings are combined.
+            time_layers: number of layers of the transformer.
             max_frames: rows of the frame positions (over_time "transformer").
-            temporal_init_std: spread of the frame positions' start.
-            options: attention, fused_ops, checkpointed_blocks of the image tower.
+            temporal_init_std: standard deviation of the initial frame positions.
+            options: attention, fused_ops and checkpointed_blocks of the image tower.
         """
         super().__init__()
         self.size, self.over_time, self.time_layers = size, over_time, time_layers
@@ -81,12 +81,12 @@ class ClipFrames(VideoTower):
 
     @staticmethod
     def read(source: str) -> Any:
-        """The image model's weights, `state` with the image tower's under `visual.`, and its `size`."""
+        """Read the image model's weights: `state`, with the image tower's under `visual.`, and its `size`."""
         return read_clip(source)
 
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> ClipFrames:
-        """The tower of a config's model.video; weights: none, or what `read` takes."""
+        """Build the tower of a config's model.video; weights is none, or a source for `read`."""
         weights = None if section.weights == "none" else cls.read(section.weights)
         if weights is None and section.size not in cls.sizes:
             raise unknown_name("model.video.size", str(section.size), cls.sizes)
@@ -110,7 +110,7 @@ class ClipFrames(VideoTower):
     def from_architecture(
         cls, data: Mapping[str, Any], *, max_frames: int, section: VideoTowerConfig | None = None
     ) -> ClipFrames:
-        """The tower that architecture() describes, with random weights."""
+        """Build the tower that architecture() describes, with random weights."""
         return cls(
             cls.size_class(**data[cls.name]),
             over_time=data["over_time"],
@@ -120,7 +120,7 @@ class ClipFrames(VideoTower):
         )
 
     def architecture(self) -> dict[str, Any]:
-        """The image model's sizes, and what comes after it."""
+        """Return the image model's sizes, and the settings over time."""
         return {self.name: asdict(self.size), "over_time": self.over_time, "time_layers": self.time_layers}
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
@@ -134,19 +134,19 @@ class ClipFrames(VideoTower):
         return F.normalize(frames_BTE, dim=-1).mean(dim=1)
 
     def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """Let "auto" choose attention for a stage's shapes and import what it chose."""
+        """Let "auto" choose attention for a stage's shapes, and import the chosen backends."""
         for frames, batch in batch_sizes.items():
             settle_sequences(self.visual, batch * frames, self.visual.tokens, device, dtype)
             if self.over_time == "transformer":
                 settle_sequences(self.over_frames, batch, frames, device, dtype)
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
-        """Attention backends as chosen so far, and the form of the fused ops."""
+        """Return the attention backends chosen so far, and the form of the fused ops."""
         return kernels_of(self.attention, self.fused_ops, device, compiled=compiled)
 
 
 def _how(section: VideoTowerConfig) -> dict[str, Any]:
-    """Keys that say how the tower computes, not what it is."""
+    """Keys that select how the tower computes, not its architecture."""
     return {
         "attention": section.attention,
         "fused_ops": section.fused_ops,

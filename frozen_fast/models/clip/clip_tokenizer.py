@@ -1,4 +1,4 @@
-"""CLIP's tokenizer: byte-level BPE over cleaned, lower-case text, from the vocabulary inside the open_clip package."""
+"""CLIP's tokenizer: byte-level BPE on cleaned, lower-case text, with the vocabulary of the open_clip package."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from frozen_fast.models.text.tokenizer import Tokenizer
 
 VOCABULARY_PACKAGE, VOCABULARY_FILE = "open_clip", "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2
-"""Merges that CLIP uses of the file's; 2 * 256 byte symbols and two special tokens make 49,408 ids with them."""
+"""Number of the file's merges that CLIP uses; with 2 * 256 byte symbols and two special tokens there are 49,408 ids."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PAD = "!"
-"""The token of id 0, with which OpenAI's code pads."""
+"""The token of id 0, the padding of OpenAI's code."""
 
 WORD_END = "</w>"
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 class ClipTokenizer(Tokenizer):
-    """Captions to ids: start of text, at most max_tokens - 2 tokens, end of text, padding of id 0.
+    """Converts captions to ids: start of text, at most max_tokens - 2 tokens, end of text, padding of id 0.
 
-    Text is cleaned first as CLIP's is: ftfy, HTML entities undone twice, white space and case folded.
+    Text is first cleaned as in CLIP: ftfy, HTML entities unescaped twice, white space collapsed, lower case.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, max_tokens: int, pad_token: str = PAD) -> None:
-        """Take a backend of clip_backend(), or one that this class saved; needs ftfy (extra clip)."""
+        """Initialise with the result of clip_backend(), or a backend that this class saved; needs ftfy (extra clip)."""
         super().__init__(backend, max_tokens=max_tokens, pad_token=pad_token)
         try:
             from ftfy import fix_text
@@ -45,12 +45,12 @@ class ClipTokenizer(Tokenizer):
     def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Tokenise captions, padded to the longest of them; see Tokenizer."""
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
-            return super().__call__(captions)  # refuses them
+            return super().__call__(captions)  # raises the error
         return super().__call__([html.unescape(html.unescape(self._fix_text(caption))) for caption in captions])
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ClipTokenizer:
-        """A stored tokenizer, which was read as a plain one, with CLIP's cleaning of text."""
+        """Add CLIP's text cleaning to a stored tokenizer, which was read as a plain one."""
         return cls(tokenizer._backend, max_tokens=tokenizer.max_tokens, pad_token=tokenizer.pad_token)
 
     @classmethod
@@ -61,16 +61,16 @@ class ClipTokenizer(Tokenizer):
             max_tokens: 77 in CLIP, 32 in CLIP4Clip and CLIP2Video, special tokens included.
 
         Raises:
-            UserError: where the extra clip is not installed.
+            UserError: the extra clip is not installed.
         """
         return cls(clip_backend(), max_tokens=max_tokens)
 
 
 def clip_backend() -> tokenizers.Tokenizer:
-    """CLIP's byte-level BPE from the merges file of the open_clip package.
+    """Build CLIP's byte-level BPE from the merges file of the open_clip package.
 
     Raises:
-        UserError: where the package is not installed.
+        UserError: the package is not installed.
     """
     package = find_spec(VOCABULARY_PACKAGE)
     if package is None or not package.submodule_search_locations:
@@ -94,7 +94,7 @@ def clip_backend() -> tokenizers.Tokenizer:
 
 
 def _byte_symbols() -> list[str]:
-    """One printable character per byte, in CLIP's order: printable Latin-1 bytes first, the others shifted by 256."""
+    """Return a character per byte in CLIP's order: printable Latin-1 bytes first, the others shifted by 256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]

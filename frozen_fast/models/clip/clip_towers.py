@@ -1,4 +1,4 @@
-"""CLIP's image tower and text tower, and both under one root as OpenAI's checkpoints name them.
+"""CLIP's image tower and text tower, and a module of both with the parameter names of OpenAI's checkpoints.
 
 Axis letters: B clips or captions, T frames, C channels, H and W pixels, P patches per frame, L text tokens, D width,
 E width of the common space.
@@ -25,12 +25,12 @@ CONTEXT = 77
 VOCABULARY = 49408
 FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 LARGEST_LOGIT_SCALE = math.log(100)
-"""CLIP clips its learned logit scale here."""
+"""Largest value of CLIP's learned logit scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSize:
-    """The sizes of a CLIP model; a file's tensors tell all but the heads' width and the activation."""
+    """The sizes of a CLIP model; a file's tensors determine all but the heads' width and the activation."""
 
     embedding: int
     resolution: int
@@ -60,7 +60,7 @@ class ClipSize:
 
 
 def _published(embedding: int, resolution: int, patch: int, image: tuple[int, int], text: tuple[int, int]) -> ClipSize:
-    """A size with heads of 64 and MLPs of four times the width; image and text are (width, depth)."""
+    """Return a size with heads of 64 and MLPs of four times the width; image and text are (width, depth)."""
     return ClipSize(
         embedding=embedding,
         resolution=resolution,
@@ -86,7 +86,7 @@ CLIP_SIZES: dict[str, ClipSize] = {
 
 
 def check_frames(video_BTCHW: Tensor, side: int) -> None:
-    """Refuse anything but square RGB frames of this many pixels, at least one of them.
+    """Refuse clips other than one or more square RGB frames of this many pixels.
 
     Raises:
         ValueError: naming the shape.
@@ -96,7 +96,7 @@ def check_frames(video_BTCHW: Tensor, side: int) -> None:
 
 
 class ClipImageTower(nn.Module):
-    """A ViT over single frames: frames -> the projected CLS token of each."""
+    """A ViT on single frames: frames -> the projected CLS token of each."""
 
     def __init__(self, size: ClipSize, **options: Any) -> None:
         """Build the tower with OpenAI's random start.
@@ -121,7 +121,7 @@ class ClipImageTower(nn.Module):
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, size.embedding))
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
-        """Embed every frame on its own.
+        """Embed every frame separately.
 
         Args:
             video_BTCHW: [B, T, 3, resolution, resolution], normalised floats.
@@ -141,7 +141,7 @@ class ClipImageTower(nn.Module):
 
 
 class ClipTextTower(nn.Module):
-    """A causal transformer over token ids; its parameters lie at the root of OpenAI's checkpoints."""
+    """A causal transformer on token ids; its parameters are at the root of OpenAI's checkpoints."""
 
     def __init__(self, size: ClipSize, **options: Any) -> None:
         """Build the tower with OpenAI's random start.
@@ -172,12 +172,12 @@ class ClipTextTower(nn.Module):
     def forward(self, input_ids_BL: Tensor, all_tokens: bool = False) -> Tensor:
         """Encode captions.
 
-        A token sees those before it only, so padding after a caption's end changes nothing. The end-of-text token has
-        the largest id of the vocabulary and is found by it.
+        Attention is causal, so padding after a caption's end has no effect. The end-of-text token is the one with the
+        largest id of the vocabulary.
 
         Args:
             input_ids_BL: start of text, the caption's tokens, end of text, padding of smaller ids.
-            all_tokens: return every token's output, projected likewise.
+            all_tokens: return the projected output of every token.
 
         Returns:
             [B, E] at the end-of-text token, or [B, L, E]; not normalised.
@@ -193,26 +193,26 @@ class ClipTextTower(nn.Module):
 
 
 def end_of_text(tokens_BLE: Tensor, input_ids_BL: Tensor) -> Tensor:
-    """Each caption's row at its end-of-text token, the first with the largest id: [B, L, E] -> [B, E]."""
+    """Return each caption's row at its end-of-text token, the first with the largest id: [B, L, E] -> [B, E]."""
     rows = torch.arange(len(tokens_BLE), device=tokens_BLE.device)
     return tokens_BLE[rows, input_ids_BL.argmax(dim=1)]
 
 
 class Clip(ClipTextTower):
-    """Both towers under OpenAI's names: the text tower's parameters, `visual.*` and `logit_scale`.
+    """Both towers with OpenAI's parameter names: those of the text tower, `visual.*` and `logit_scale`.
 
-    Calling it encodes captions; `visual` encodes frames.
+    The module encodes captions; `visual` encodes frames.
     """
 
     def __init__(self, size: ClipSize, *, attention: str = "auto", **options: Any) -> None:
-        """Build both towers with OpenAI's random start.
+        """Build both towers with OpenAI's random initialisation.
 
         Args:
             size: sizes.
             attention: backend of frozen_kernels.divided_attention for the image tower.
-            options: fused_ops, checkpointed_blocks of ClipTransformer, for both.
+            options: fused_ops and checkpointed_blocks of ClipTransformer, for both towers.
         """
         super().__init__(size, **options)
         self.size = size
         self.visual = ClipImageTower(size, attention=attention, **options)
-        self.logit_scale = nn.Parameter(torch.tensor([FIRST_LOGIT_SCALE]))  # one axis: FSDP2 shards no scalar
+        self.logit_scale = nn.Parameter(torch.tensor([FIRST_LOGIT_SCALE]))  # FSDP2 cannot shard scalars

@@ -1,6 +1,6 @@
-"""Reading CLIP's published weights: OpenAI's files, open_clip's and transformers', all to OpenAI's parameter names.
+"""Reads CLIP's published weights (files of OpenAI, open_clip and transformers) under OpenAI's parameter names.
 
-Nothing that a file holds is run: TorchScript archives and torch pickles go through the restricted unpickler.
+No code from a file is executed: TorchScript archives and torch pickles are read by the restricted unpickler.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from frozen_fast.models.released.torch_pickle import LazyTensor, load_torch_pick
 
 OPEN_CLIP_PREFIX = "open_clip:"
 WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that data parallelism and torch.compile put before every name."""
+"""Prefixes of data parallelism and torch.compile."""
 
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids", "logit_bias")
-"""Last parts of names that hold settings or masks."""
+"""Last parts of the names of settings and masks."""
 
 FOLDER_FILES = (
     "model.safetensors",
@@ -36,7 +36,7 @@ FOLDER_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-"""Weights inside a folder, in order of preference."""
+"""Names of weight files in a folder, in order of preference."""
 
 _TRANSFORMERS_TEXT = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -65,16 +65,16 @@ _TRANSFORMERS_LAYER = {
 
 
 class ClipWeights(NamedTuple):
-    """A CLIP model's weights in fp32 under OpenAI's names, and the sizes they belong to."""
+    """A CLIP model's weights in fp32 under OpenAI's names, and its sizes."""
 
     state: dict[str, Tensor]
     size: ClipSize
 
     def build(self, **options: Any) -> Clip:
-        """The model with these weights.
+        """Build the model with these weights.
 
         Args:
-            options: those of Clip.
+            options: options of Clip.
         """
         with torch.device("meta"):
             model = Clip(self.size, **options)
@@ -90,14 +90,14 @@ def read_clip(source: str | Path, activation: Activation | None = None) -> ClipW
     Args:
         source: OpenAI's .pt file (TorchScript archive or state dict), open_clip's .bin, .pt or .safetensors, a
             transformers folder (config.json and weights), or open_clip:MODEL/TAG, which open_clip downloads.
-        activation: "quick_gelu" or "gelu"; None: what a folder's config.json says, else quick_gelu, which OpenAI's
-            weights use (most of open_clip's own use gelu: no file says).
+        activation: "quick_gelu" or "gelu"; None: that of a folder's config.json, otherwise quick_gelu, as for OpenAI's
+            weights (most weights of open_clip use gelu, which their files do not state).
 
     Returns:
         Weights in fp32, and sizes.
 
     Raises:
-        UserError: for a missing, damaged or foreign file, or one whose weights do not fit together.
+        UserError: the file is missing, damaged or unsupported, or its weights do not fit together.
     """
     text = str(source)
     if text.startswith(OPEN_CLIP_PREFIX):
@@ -114,16 +114,16 @@ def clip_from_state(
     activation: Activation | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> ClipWeights:
-    """Bring a state dict of any of the forms to OpenAI's names, and work out the sizes.
+    """Convert a state dict of any supported form to OpenAI's names, and determine the sizes.
 
     Args:
         state: weights.
-        source: where they come from, for messages.
-        activation: as for read_clip.
-        config: a transformers config.json's content, where there is one.
+        source: their origin, for messages.
+        activation: see read_clip.
+        config: content of a transformers config.json, if there is one.
 
     Raises:
-        UserError: where it is no CLIP with a ViT, or a weight is missing, unknown or misshapen.
+        UserError: it is not a CLIP with a ViT, or a weight is missing, unknown or has another shape.
     """
     named = _openai_names(_plain_names(state), source)
     size = _size_of(named, source, config or {}, activation)
@@ -142,17 +142,17 @@ def clip_from_state(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A file's or folder's state dict, and config.json's content."""
+    """Read a file's or folder's state dict, and the content of config.json."""
     if path.is_dir():
         return read_folder(path)
     return read_state(path), {}
 
 
 def read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A folder's state dict, and config.json's content.
+    """Read a folder's state dict, and the content of config.json.
 
     Raises:
-        UserError: no weights there, or a damaged file.
+        UserError: the folder has no weights, or a file is damaged.
     """
     found = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
     if found is None:
@@ -171,10 +171,10 @@ def _folder_config(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict file: TorchScript archive, torch pickle (with or without "state_dict" around it) or safetensors.
+    """Read a state dict file: TorchScript archive, torch pickle (with or without a "state_dict" key) or safetensors.
 
     Raises:
-        UserError: for a missing, damaged or other file.
+        UserError: the file is missing, damaged or of another kind.
     """
     if path.suffix == ".safetensors":
         try:
@@ -192,7 +192,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _downloaded(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A model of the open_clip library, downloaded or from its cache."""
+    """Load a model of the open_clip library from its cache or by download."""
     name, _, tag = source[len(OPEN_CLIP_PREFIX) :].partition("/")
     try:
         import open_clip
@@ -201,7 +201,7 @@ def _downloaded(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         model = open_clip.create_model(name, pretrained=tag)
         act = "quick_gelu" if type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU" else "gelu"
-    except Exception as error:  # the download raises many kinds
+    except Exception as error:  # the download raises many types
         raise UserError(
             f"checkpoint: got {source}, which could not be had ({reason(error)}); allowed: open_clip:MODEL/TAG "
             "with a network or a filled cache, or a local file"
@@ -210,7 +210,7 @@ def _downloaded(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights only, without the wrappers' prefixes."""
+    """Return the weights only, without the wrappers' prefixes."""
     plain = {}
     for name, value in state.items():
         for prefix in WRAPPERS:
@@ -221,7 +221,7 @@ def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _openai_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """OpenAI's names from OpenAI's, open_clip's (text tower under `text.`) or transformers'."""
+    """Convert the names of OpenAI, open_clip (text tower under `text.`) or transformers to OpenAI's."""
     if "visual.conv1.weight" in state:
         return {name.removeprefix("text."): value for name, value in state.items()}
     if "vision_model.embeddings.class_embedding" in state:
@@ -233,7 +233,7 @@ def _openai_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def _from_transformers(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """OpenAI's names from those of transformers' CLIPModel."""
+    """Convert the names of transformers' CLIPModel to OpenAI's."""
     named: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in _TRANSFORMERS_TRANSPOSED:
@@ -241,14 +241,14 @@ def _from_transformers(state: dict[str, Tensor], source: str) -> dict[str, Tenso
         elif name in _TRANSFORMERS_TEXT or name in _TRANSFORMERS_IMAGE:
             named[_TRANSFORMERS_TEXT.get(name) or _TRANSFORMERS_IMAGE[name]] = value
         elif not name.startswith(("text_model.encoder.layers.", "vision_model.encoder.layers.")):
-            named[name] = value  # unknown: reported by its own name
+            named[name] = value  # unknown: reported by its original name
     for tower, root in (("text_model", "transformer"), ("vision_model", "visual.transformer")):
         named.update(transformers_layers(state, tower, root, source))
     return named
 
 
 def transformers_layers(state: Mapping[str, Tensor], tower: str, root: str, source: str) -> dict[str, Tensor]:
-    """The layers of one of transformers' towers (`tower`.encoder.layers) as ClipTransformer's blocks under `root`.
+    """Convert the layers of one of transformers' towers (`tower`.encoder.layers) to ClipTransformer's under `root`.
 
     Raises:
         UserError: a projection of queries, keys or values is missing.
@@ -271,7 +271,7 @@ def transformers_layers(state: Mapping[str, Tensor], tower: str, root: str, sour
 def _size_of(
     state: Mapping[str, Tensor], source: str, config: Mapping[str, Any], activation: Activation | None
 ) -> ClipSize:
-    """Sizes from the tensors' shapes; heads and activation from config.json, or what every published file has."""
+    """Determine sizes from shapes; heads and activation come from config.json or are the published ones."""
     conv = shape_of(state, "visual.conv1.weight")
     positions = shape_of(state, "visual.positional_embedding")
     side = math.isqrt(max(positions[0] - 1, 0))

@@ -1,4 +1,4 @@
-"""Text tower: SigLIP's, with the tokenizer of its folder.
+"""Text tower: SigLIP's text tower with the tokenizer of its folder.
 
 Axis letters: B captions, L tokens, E width of SigLIP's common space.
 """
@@ -30,8 +30,8 @@ class SiglipCaptions(TextTower):
         """Build the tower with random weights.
 
         Args:
-            size: of SigLIP.
-            tokenizer: SigLIP's; None where only token ids come.
+            size: SigLIP's sizes.
+            tokenizer: SigLIP's tokenizer; None: the model takes token ids only.
         """
         super().__init__()
         self.size = size
@@ -46,10 +46,10 @@ class SiglipCaptions(TextTower):
 
     @classmethod
     def from_config(cls, section: TextTowerConfig) -> SiglipCaptions:
-        """The tower of a config's model.text.
+        """Build the tower of a config's model.text.
 
-        model.text.name is a transformers folder, whose tokenizer is taken unless model.text.tokenizer names another; or
-        a size (base-patch16-224) where model.text.weights is random.
+        model.text.name is a transformers folder, whose tokenizer is used unless model.text.tokenizer names another; or
+        a size (base-patch16-224) if model.text.weights is random.
         """
         if section.name is None:
             raise UserError("model.text.name: got none; allowed with the tower siglip: a transformers folder")
@@ -71,13 +71,13 @@ class SiglipCaptions(TextTower):
     def from_architecture(
         cls, data: Mapping[str, Any], tokenizer: Tokenizer | None, section: TextTowerConfig | None = None
     ) -> SiglipCaptions:
-        """The tower that architecture() describes, with random weights."""
+        """Build the tower that architecture() describes, with random weights."""
         return cls(SiglipSize(**data["siglip"]), tokenizer)
 
     def architecture(self) -> dict[str, Any]:
-        """SigLIP's sizes."""
+        """Return SigLIP's sizes."""
         return {"siglip": asdict(self.size)}
 
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """Encode tokens -> [B, E]; attention sees the padding, as in Google's training, so the mask is not read."""
+        """Encode tokens -> [B, E]. Attention includes padding, as in Google's training, so the mask is not used."""
         return self.encoder(input_ids_BL)

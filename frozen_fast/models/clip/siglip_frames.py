@@ -1,4 +1,4 @@
-"""Video tower: SigLIP's image tower on each frame, and one embedding of the frames as in clip_frames."""
+"""Video tower: SigLIP's image tower on each frame; frames are combined as in clip_frames."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from frozen_fast.models.clip.siglip_weights import SiglipWeights, read_siglip
 
 
 class SiglipFrames(ClipFrames):
-    """The mean of the normalised frame embeddings, or a transformer over them."""
+    """SigLIP's image tower on each frame, then the mean of normalised frame embeddings or a transformer over them."""
 
     name = "siglip"
     mean, std = SIGLIP_MEAN, SIGLIP_STD

@@ -1,10 +1,10 @@
-"""SigLIP's image tower and text tower (Zhai et al. 2023, arXiv 2303.15343), of CLIP's blocks.
+"""SigLIP's image tower and text tower (Zhai et al. 2023, arXiv 2303.15343), built from CLIP's blocks.
 
-They differ from CLIP's: no CLS token but a learned query that attends to all patches, biased patches, text attention
-over all tokens, the tanh form of GELU, no projection of the image side.
+Differences from CLIP: a learned query that attends to all patches instead of a CLS token, patches with bias, text
+attention over all tokens, the tanh form of GELU, and no projection of the image side.
 
 Axis letters: B clips or captions, T frames, C channels, H and W pixels, P patches per frame, L text tokens, D width,
-E width of the common space, the image tower's.
+E width of the common space and of the image tower.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAD_ID = 1
 
 @dataclass(frozen=True, kw_only=True)
 class SiglipSize:
-    """The sizes of a SigLIP model; pixels beyond the last whole patch are not read."""
+    """The sizes of a SigLIP model; pixels beyond the last complete patch are ignored."""
 
     resolution: int
     patch: int
@@ -59,12 +59,12 @@ class SiglipSize:
 
     @property
     def embedding(self) -> int:
-        """E."""
+        """E, the width of the common space."""
         return self.image_width
 
 
 def _published(resolution: int, patch: int, width: int, depth: int, heads: int, hidden: int) -> SiglipSize:
-    """A size whose towers are alike."""
+    """Return a size whose towers have the same width and depth."""
     both = {"width": width, "depth": depth, "heads": heads, "hidden": hidden}
     sides: dict[str, Any] = {f"{part}_{name}": value for part in ("image", "text") for name, value in both.items()}
     return SiglipSize(resolution=resolution, patch=patch, **sides)
@@ -83,7 +83,7 @@ class AttentionPooling(nn.Module):
     """A learned query attends to all patches; an MLP follows."""
 
     def __init__(self, width: int, heads: int, hidden: int, activation: Activation, fused_ops: FusedOps) -> None:
-        """Hold torch.nn.MultiheadAttention's parameters, the query, and a block's second half."""
+        """Initialise torch.nn.MultiheadAttention's parameters, the query, and the MLP."""
         super().__init__()
         self.heads = heads
         self.probe = nn.Parameter(torch.randn(1, 1, width))
@@ -106,7 +106,7 @@ class AttentionPooling(nn.Module):
 
 
 class SiglipImageTower(nn.Module):
-    """A ViT over single frames: frames -> the pooled embedding of each."""
+    """A ViT on single frames: frames -> the pooled embedding of each."""
 
     def __init__(self, size: SiglipSize, *, fused_ops: FusedOps = "auto", **options: Any) -> None:
         """Build the tower with random weights.
@@ -138,7 +138,7 @@ class SiglipImageTower(nn.Module):
         self.head = AttentionPooling(width, size.image_heads, size.image_hidden, size.activation, fused_ops)
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
-        """Embed every frame on its own.
+        """Embed every frame separately.
 
         Args:
             video_BTCHW: [B, T, 3, resolution, resolution], normalised floats.
@@ -157,7 +157,7 @@ class SiglipImageTower(nn.Module):
 
 
 class SiglipTextTower(nn.Module):
-    """A transformer over token ids; the last token's output is the caption's."""
+    """A transformer on token ids; the last token's output is the caption's embedding."""
 
     def __init__(self, size: SiglipSize, *, fused_ops: FusedOps = "auto", **options: Any) -> None:
         """Build the tower with random weights.
@@ -189,7 +189,7 @@ class SiglipTextTower(nn.Module):
     def forward(self, input_ids_BL: Tensor) -> Tensor:
         """Encode captions.
 
-        Captions are padded to `context` tokens and attention sees the padding, as in Google's training.
+        Captions are padded to `context` tokens, and padding takes part in attention, as in Google's training.
 
         Args:
             input_ids_BL: L up to `context`.

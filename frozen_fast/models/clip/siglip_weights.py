@@ -1,4 +1,4 @@
-"""Reading SigLIP's published weights: a transformers folder, to the names of siglip_towers."""
+"""Reads SigLIP's published weights from a transformers folder, under the names of siglip_towers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class SiglipWeights(NamedTuple):
     """A SigLIP model's weights in fp32 (the image tower's under `visual.`), its sizes and its learned scale and bias.
 
     Attributes:
-        logit_scale: log of what multiplies cosine similarities.
-        logit_bias: added to them.
+        logit_scale: logarithm of the factor on cosine similarities.
+        logit_bias: added to the scaled similarities.
     """
 
     state: dict[str, Tensor]
@@ -60,7 +60,7 @@ def read_siglip(source: str | Path) -> SiglipWeights:
         source: a transformers folder of a SiglipModel (config.json and weights).
 
     Raises:
-        UserError: for a missing, damaged or foreign folder, or one whose weights do not fit together.
+        UserError: the folder is missing, damaged or unsupported, or its weights do not fit together.
     """
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -92,7 +92,7 @@ def load_side(tower: nn.Module, weights: SiglipWeights, root: str) -> None:
 
 
 def _size_of(state: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> SiglipSize:
-    """Sizes from the tensors' shapes; heads, activation and padding from config.json."""
+    """Determine sizes from the tensors' shapes; heads, activation and padding from config.json."""
     conv = shape_of(state, "vision_model.embeddings.patch_embedding.weight")
     patches, width = shape_of(state, "vision_model.embeddings.position_embedding.weight")
     side = math.isqrt(patches)

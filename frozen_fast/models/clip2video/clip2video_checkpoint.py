@@ -1,4 +1,4 @@
-"""Reading CLIP2Video's checkpoints: a frozen_fast folder or a released pytorch_model.bin.N, into plain data."""
+"""Reads CLIP2Video's checkpoints (a frozen_fast folder or a released pytorch_model.bin.N) as plain data."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ RELEASED_SCALE = 100.0
 
 
 class StoredClip2Video(NamedTuple):
-    """What a checkpoint gives.
+    """The content of a checkpoint.
 
     Attributes:
         state: weights by the model's names, fp32 for a released file.
-        size: of CLIP.
-        settings: keywords of Clip2Video: centers, temporal_depth, compatible_masks, max_scale.
-        tokenizer: None where CLIP's vocabulary is not installed or not the model's.
+        size: CLIP's sizes.
+        settings: keyword arguments of Clip2Video: centers, temporal_depth, compatible_masks, max_scale.
+        tokenizer: None if CLIP's vocabulary is not installed or is not the model's.
     """
 
     state: dict[str, Tensor]
@@ -40,14 +40,14 @@ class StoredClip2Video(NamedTuple):
 
 
 def read_clip2video(path: Path, max_tokens: int = 0) -> StoredClip2Video:
-    """Read a checkpoint of either kind.
+    """Read a checkpoint: a folder or a released file.
 
     Args:
         path: folder or released file.
-        max_tokens: captions as strings are cut to this many tokens; 0: as the folder says, 32 for a released file.
+        max_tokens: captions are truncated to this many tokens; 0: the folder's value, or 32 for a released file.
 
     Raises:
-        UserError: for a missing, damaged or foreign checkpoint.
+        UserError: for a missing, damaged or unsupported checkpoint.
     """
     return _read_folder(path, max_tokens) if path.is_dir() else _read_released(path, max_tokens or RELEASED_TOKENS)
 
@@ -69,7 +69,7 @@ def _read_folder(path: Path, max_tokens: int) -> StoredClip2Video:
 
 
 def _read_released(path: Path, max_tokens: int) -> StoredClip2Video:
-    """A flat state dict with CLIP under `clip.`; its temporal parts have CLIP's text width."""
+    """Read a flat state dict with CLIP under `clip.`; the temporal parts have CLIP's text width."""
     state = {}
     for name, value in read_state(path).items():
         for prefix in WRAPPERS:
@@ -91,6 +91,6 @@ def _read_released(path: Path, max_tokens: int) -> StoredClip2Video:
 
 
 def clip_tokenizer_for(size: ClipSize, max_tokens: int) -> ClipTokenizer | None:
-    """CLIP's tokenizer, where the extra clip is installed and the model has CLIP's vocabulary; otherwise None."""
+    """Return CLIP's tokenizer if the extra clip is installed and the model has CLIP's vocabulary, otherwise None."""
     installed = find_spec("open_clip") is not None and find_spec("ftfy") is not None
     return ClipTokenizer.build(max_tokens) if installed and size.vocabulary == VOCABULARY else None

@@ -48,7 +48,7 @@ TEMPORAL_NORM_EPS = 1e-12
 
 CENTER_STD = 0.125
 DEFAULT_CENTERS = 5
-"""K on MSR-VTT and MSVD; 7 on VATEX."""
+"""K for MSR-VTT and MSVD; VATEX uses 7."""
 
 MAX_TOKENS = 32
 TEMPORAL_DEPTH = 4
@@ -59,14 +59,14 @@ class Clip2Video(RetrievalModel):
     """CLIP per frame, frame differences between the frames, and two similarities per pair.
 
     The global similarity compares the caption's end-of-text embedding with the mean of the frames after a transformer
-    over frames and their differences; the aligned one compares words and frames gathered at shared centres. Both are
-    multiplied by exp(logit scale). The model ranks by their mean, training averages their losses.
+    over frames and frame differences. The aligned similarity compares words and frames aggregated at shared centres.
+    Both are multiplied by exp(logit scale). The model ranks by their mean, and training averages their losses.
 
     Attributes:
-        compatible_masks: repeat the released code's mistake in short videos' masks (frame_masks.key_scores). A score
-            then depends on which clips share a batch.
-        mean, std: CLIP's normalisation; applied to uint8 clips.
-        max_scale: ceiling of exp(logit scale).
+        compatible_masks: reproduce the released code's error in the masks of short videos (frame_masks.key_scores). A
+            score then depends on the other clips of the batch.
+        mean, std: CLIP's normalisation, which is applied to uint8 clips.
+        max_scale: largest exp(logit scale).
     """
 
     kind = "clip2video"
@@ -85,16 +85,16 @@ class Clip2Video(RetrievalModel):
         tokenizer: ClipTokenizer | None = None,
         **options: Any,
     ) -> None:
-        """Build the model with random weights; start_from_clip gives it the published start.
+        """Build the model with random weights; start_from_clip initialises it as published.
 
         Args:
-            size: of CLIP; its text width must be the common space's.
+            size: CLIP's sizes; the text width must equal that of the common space.
             centers: K.
             temporal_depth: blocks of the transformer over frames and differences.
-            compatible_masks: as the attribute.
-            max_scale: as the attribute.
-            tokenizer: for captions as strings.
-            options: attention, fused_ops, checkpointed_blocks of Clip.
+            compatible_masks: see the attribute.
+            max_scale: see the attribute.
+            tokenizer: tokenizer for captions; None: the model accepts token ids only.
+            options: attention, fused_ops and checkpointed_blocks of Clip.
         """
         super().__init__()
         if size.text_width != size.embedding:
@@ -124,17 +124,17 @@ class Clip2Video(RetrievalModel):
 
     @property
     def tokenizer(self) -> ClipTokenizer | None:
-        """CLIP's tokenizer, where the extra clip is installed."""
+        """CLIP's tokenizer, if the extra clip is installed."""
         return self._tokenizer
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.weight_center.device
 
     @property
     def resolution(self) -> int:
-        """Frames are resolution x resolution pixels."""
+        """Pixels along a frame's edge."""
         return self.clip.visual.resolution
 
     @property
@@ -144,7 +144,7 @@ class Clip2Video(RetrievalModel):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Clip2Video:
-        """Start from CLIP's weights as model.clip2video says, or load model.checkpoint.
+        """Initialise from CLIP's weights as model.clip2video says, or load model.checkpoint.
 
         Raises:
             UserError: a key under model.clip2video, a file that cannot be read, or no tokenizer (extra clip).
@@ -180,13 +180,13 @@ class Clip2Video(RetrievalModel):
         return model
 
     def start_from_clip(self, weights: ClipWeights) -> None:
-        """Take CLIP's weights, and start the temporal parts from its text tower as the released code does.
+        """Load CLIP's weights, and initialise the temporal parts from its text tower as the released code does.
 
-        Frame positions start as the text positions, both type embeddings as the first two of them, every temporal block
-        as the text block of the same index.
+        Frame positions are initialised from the text positions, the two type embeddings from the first two of them, and
+        every temporal block from the text block of the same index.
 
         Args:
-            weights: of the same sizes.
+            weights: CLIP's weights, with the same sizes.
         """
         if weights.size != self.clip.size:
             raise UserError(f"clip2video: got CLIP weights of {weights.size}; allowed: {self.clip.size}")
@@ -229,7 +229,7 @@ class Clip2Video(RetrievalModel):
         Args:
             video: [V, T, 3, R, R], normalised floats or uint8 pixels, T up to 77; or {"video", "frame_mask"}. Missing
                 frames of short clips are zeros after normalisation, as in the released code.
-            frame_mask: [V, T], 1 on real frames, which come first; None: all are.
+            frame_mask: [V, T], 1 for valid frames, which come first; None: all are valid.
 
         Returns:
             {"global": [V, E], "aligned": [V, E]}, both of length 1.
@@ -255,33 +255,33 @@ class Clip2Video(RetrievalModel):
             }
 
     def pair_similarities(self, text: Features, video: Features) -> Tensor:
-        """Global and aligned similarities, both times exp(logit scale): [2, Q, V], fp32."""
+        """Return the global and aligned similarities, both times exp(logit scale): [2, Q, V], fp32."""
         return torch.stack(
             [text[name].float() @ F.normalize(video[name].float(), dim=-1).T for name in ("global", "aligned")]
         )
 
     @property
     def vector_width(self) -> int:
-        """The global and the aligned vector together."""
+        """Return the width of the global and the aligned vector together."""
         return 2 * self.clip.size.embedding
 
     def vectors(self, features: Features) -> Tensor:
-        """Global and aligned vectors side by side, [N, 2E]: their dot product is the mean of both over exp(scale)."""
+        """Concatenate global and aligned vectors, [N, 2E]; their dot product is the mean similarity / exp(scale)."""
         both = [F.normalize(features[name].float(), dim=-1) for name in ("global", "aligned")]
         return torch.cat(both, dim=-1) / math.sqrt(2)
 
     def _scale(self) -> Tensor:
-        """exp(logit scale) under its ceiling, [1]."""
+        """Return exp(logit scale), limited to max_scale, [1]."""
         return with_ceiling(self.clip.logit_scale, math.log(self.max_scale)).exp()
 
     def _over_time(self, transformer: ClipTransformer, frames_VTE: Tensor, mask_VT: Tensor | None) -> Tensor:
-        """A temporal transformer's outputs at the frames, over frames and differences, plus the frames: [V, T, E]."""
+        """Run a temporal transformer on frames and differences; return its outputs at the frames + frames, [V, T, E]."""
         tokens_VSE, mask_VS = self._with_differences(frames_VTE, mask_VT)
         x, branch = transformer(tokens_VSE, self._key_scores(mask_VS))
         return (x + branch)[:, ::2].float() + frames_VTE
 
     def _with_differences(self, frames_VTE: Tensor, mask_VT: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The Temporal Difference Block: frames and, between them, enhanced differences of neighbours.
+        """Apply the Temporal Difference Block: frames with the enhanced differences of neighbours between them.
 
         Returns:
             (tokens [V, 2T-1, E], their mask or None). A difference has the mask of the frame before it.
@@ -307,15 +307,15 @@ class Clip2Video(RetrievalModel):
         heads = self.clip.size.text_heads
         return None if mask_VS is None else key_scores(mask_VS, heads, self.compatible_masks)
 
-    # What training asks
+    # For training
 
     def compiled_parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-        """The blocks of the image tower and of the temporal transformers, and CLIP's text tower."""
+        """Return the blocks of the image tower and of the temporal transformers, and CLIP's text tower."""
         stacks = (self.clip.visual.transformer, self.transformerClip, self.frame2t_attention, self.actionClip)
         return [block for stack in stacks for block in stack.resblocks], [self.clip]
 
     def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """Let "auto" choose attention for a stage's shapes and import what it chose."""
+        """Let "auto" choose attention for a stage's shapes, and import the chosen backends."""
         for frames, batch in batch_sizes.items():
             settle_sequences(self.clip.visual, batch * frames, self.clip.visual.tokens, device, dtype)
             for number in (frames, (frames + 1) // 2):
@@ -324,11 +324,11 @@ class Clip2Video(RetrievalModel):
                     settle_sequences(stack, batch, tokens, device, dtype)
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
-        """Attention backends as chosen so far, and the form of the fused ops."""
+        """Return the attention backends chosen so far, and the form of the fused ops."""
         return kernels_of(self._attention, self._fused_ops, device, compiled=compiled)
 
     def side_flops(self, frames: int, tokens: int) -> SideFlops | None:
-        """Counted on shapes alone (counted_flops)."""
+        """Count FLOPs on the meta device (counted_flops)."""
         size, side = self.clip.size, self.resolution
         image = counted_flops(lambda: ClipImageTower(size), (1, 1, 3, side, side))
         depth = len(self.transformerClip.resblocks)
@@ -347,7 +347,7 @@ class Clip2Video(RetrievalModel):
     # Inputs
 
     def _tokens(self, text: TextInput) -> tuple[Tensor, Tensor]:
-        """Ids and mask on the weights' device."""
+        """Return ids and mask on the device of the weights."""
         if not isinstance(text, Mapping):
             if self.tokenizer is None:
                 raise UserError(
@@ -364,7 +364,7 @@ class Clip2Video(RetrievalModel):
         return ids.to(self.device), mask.to(self.device)
 
     def _checked_video(self, video: Any, frame_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Normalised floats, and the mask, on the weights' device."""
+        """Return normalised floats and the mask on the device of the weights."""
         if not isinstance(video, Tensor) or video.dim() != 5 or not 1 <= video.shape[1] <= self.learned_frames:
             got = f"shape {list(video.shape)}" if isinstance(video, Tensor) else type(video).__name__
             raise ValueError(f"video: got {got}; allowed: a tensor [V, T, 3, H, W] with T up to {self.learned_frames}")
@@ -382,7 +382,7 @@ class Clip2Video(RetrievalModel):
     # Files
 
     def architecture(self) -> dict[str, Any]:
-        """What config.json holds beside the kind."""
+        """Return the content of config.json without the kind."""
         return {
             "clip": asdict(self.clip.size),
             "centers": self.centers,
@@ -409,19 +409,20 @@ class Clip2Video(RetrievalModel):
         fused_ops: FusedOps = "auto",
         checkpointed_blocks: int = 0,
     ) -> Clip2Video:
-        """Load a checkpoint; the model comes in eval mode.
+        """Load a checkpoint; the model is in eval mode.
 
         Args:
             path: a frozen_fast folder, or a released pytorch_model.bin.N.
-            centers: K; None: as the file says. Another number than the file's is refused.
-            compatible_masks: as the attribute; None: as the folder says, False for a released file.
-            max_tokens: captions as strings are cut to this many tokens; None: as the folder says, 32.
+            centers: K; None: the file's value. A value other than the file's is an error.
+            compatible_masks: see the attribute; None: the folder's value, or False for a released file.
+            max_tokens: captions are truncated to this many tokens; None: the folder's value, or 32.
             attention: backend of frozen_kernels.divided_attention for the image tower.
-            fused_ops: residual norms by frozen_kernels' fastest form, or by PyTorch's own operators.
-            checkpointed_blocks: of each CLIP tower; they recompute their activations in the backward pass.
+            fused_ops: compute residual norms by frozen_kernels' fastest form, or by PyTorch's operators.
+            checkpointed_blocks: number of blocks of each CLIP tower that recompute their activations in the backward
+                pass.
 
         Raises:
-            UserError: for a missing, damaged or foreign checkpoint.
+            UserError: for a missing, damaged or unsupported checkpoint.
         """
         path = Path(path).expanduser()
         stored = read_clip2video(path, max_tokens or 0)
@@ -432,7 +433,7 @@ class Clip2Video(RetrievalModel):
         if compatible_masks is not None:
             settings["compatible_masks"] = compatible_masks
         how: dict[str, Any] = {"attention": attention, "fused_ops": fused_ops}
-        with torch.device("meta"):  # drawing weights that the file replaces would take seconds
+        with torch.device("meta"):  # skips random initialisation
             model = cls(
                 stored.size,
                 tokenizer=stored.tokenizer,
@@ -447,7 +448,7 @@ class Clip2Video(RetrievalModel):
 
 
 class _VideoHalf(nn.Module):
-    """The video side alone, for counting."""
+    """The video side alone, for counting FLOPs."""
 
     def __init__(self, size: ClipSize, centers: int, temporal_depth: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Masks of short videos: as additive scores for attention, and in means.
+"""Masks of short videos, as additive scores for attention and in means.
 
 Axis letters: V clips, S tokens of a clip, N heads, D width.
 """
@@ -10,24 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MASKED_SCORE = -1e6
-"""What the released code adds to the score of a masked key."""
+"""Value that the released code adds to the score of a masked key."""
 
 
 def key_scores(mask_VS: Tensor, heads: int, compatible: bool) -> Tensor:
-    """What masked keys add to attention scores.
+    """Return the values that masks add to attention scores.
 
-    A clip without a valid key attends to all of its keys alike: the released code's scores say the same, but lose their
-    fraction next to -1e6 (fp32 keeps sixteenths there).
+    A clip without a valid key attends to all of its keys with the plain scores. The released code does the same, but
+    its scores lose precision next to -1e6 (to 1/16 in fp32).
 
     Args:
-        mask_VS: 1 on valid tokens.
+        mask_VS: 1 for valid tokens.
         heads: N.
-        compatible: the released code's values, mistakes included: it repeats the masks N times one after another where
-            attention expects each mask N times in a row, so that head h of clip v uses the mask of clip
-            (v * N + h) mod V.
+        compatible: reproduce the released code, which repeats the masks of all clips N times although attention expects
+            N consecutive copies of each mask. Head h of clip v then uses the mask of clip (v * N + h) mod V.
 
     Returns:
-        fp32 [V, 1, 1, S], or [V, N, 1, S] where `compatible`.
+        fp32 [V, 1, 1, S], or [V, N, 1, S] with `compatible`.
     """
     scores_VS = (1.0 - mask_VS.float()) * MASKED_SCORE
     if not compatible:
@@ -38,7 +37,7 @@ def key_scores(mask_VS: Tensor, heads: int, compatible: bool) -> Tensor:
 
 
 def masked_mean(tokens_VSD: Tensor, mask_VS: Tensor | None) -> Tensor:
-    """Mean over valid tokens: [V, S, D] -> [V, D]; zeros where none is valid."""
+    """Return the mean over valid tokens: [V, S, D] -> [V, D]; zeros if none is valid."""
     if mask_VS is None:
         return tokens_VSD.mean(dim=1)
     weights_VS1 = mask_VS[..., None].to(tokens_VSD.dtype)
@@ -46,14 +45,14 @@ def masked_mean(tokens_VSD: Tensor, mask_VS: Tensor | None) -> Tensor:
 
 
 def aligned(tokens_BSD: Tensor, mask_BS: Tensor | None, weight_center_KD: Tensor, emb_center_KD: Tensor) -> Tensor:
-    """Gather tokens at K shared centres and average the centres: the Temporal Alignment Block.
+    """The Temporal Alignment Block: aggregate tokens at K shared centres, and average the centres.
 
-    With a = softmax over the centres of x W^T, centre k gets g_k = sum over valid tokens of a_k (x - C_k); the result
+    Let a = softmax over the centres of x W^T, and g_k = sum over valid tokens of a_k (x - C_k) for centre k. The result
     is l2(mean over k of l2(g_k)).
 
     Args:
         tokens_BSD: x, of a caption or a clip.
-        mask_BS: 1 on valid tokens; None: all are.
+        mask_BS: 1 for valid tokens; None: all are valid.
         weight_center_KD: W.
         emb_center_KD: C.
 

@@ -1,4 +1,4 @@
-"""Batch normalisation for layers that several experts, or several pairs of experts, go through in one product.
+"""Batch normalisation for layers that process several experts, or several pairs of experts, in one product.
 
 Axis letters: B rows of the batch, G groups (pairs of experts), C channels.
 """
@@ -15,13 +15,13 @@ EPS = 1e-5
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm1d whose channels can be used a part at a time, or by several groups of one batch.
+    """BatchNorm1d that can be applied to a part of its channels, or to several groups of one batch.
 
-    In training under several processes the statistics are those of all ranks' rows, so that two processes equal one.
+    In training on several processes the statistics are those of all ranks' rows, so that two processes equal one.
 
     Attributes:
         weight, bias: [C].
-        running_mean, running_var: [C], what eval() normalises with.
+        running_mean, running_var: [C], used in eval mode.
     """
 
     running_mean: Tensor
@@ -39,7 +39,7 @@ class BatchNorm(nn.Module):
 
         Args:
             x_BC: [B, C], or fewer channels.
-            start: which of the module's channels the first of x_BC is.
+            start: index of x_BC's first channel among the module's channels.
 
         Returns:
             The same shape.
@@ -49,7 +49,7 @@ class BatchNorm(nn.Module):
         mean, var = self.running_mean[part], self.running_var[part]
         if not self.training or _world_size() == 1:
             return F.batch_norm(x_BC, mean, var, weight, bias, self.training, MOMENTUM, EPS)
-        x_fp32 = x_BC.float()  # autocast may have made them bf16
+        x_fp32 = x_BC.float()  # autocast may have cast them to bf16
         batch_mean, batch_var, rows = _statistics_of_all_ranks(x_fp32)
         with torch.no_grad():
             mean.lerp_(batch_mean, MOMENTUM)
@@ -57,9 +57,9 @@ class BatchNorm(nn.Module):
         return ((x_fp32 - batch_mean) * (batch_var + EPS).rsqrt() * weight + bias).to(x_BC.dtype)
 
     def grouped(self, x_BGC: Tensor) -> Tensor:
-        """Normalise G groups, each by its own statistics in training, with the same weights.
+        """Normalise G groups with the same weights; in training, each group has its own statistics.
 
-        The running statistics become those of G calls of forward, one group after the other.
+        The running statistics are updated as by G calls of forward, one per group.
 
         Args:
             x_BGC: [B, G, C].
@@ -88,7 +88,7 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _note(self, mean_GC: Tensor, var_GC: Tensor) -> None:
-        """Move the running statistics by those of each group in turn."""
+        """Update the running statistics with those of each group, in order."""
         groups = len(mean_GC)
         after = torch.arange(groups - 1, -1, -1, device=mean_GC.device, dtype=mean_GC.dtype)
         share_G = MOMENTUM * (1 - MOMENTUM) ** after
@@ -102,7 +102,7 @@ def _world_size() -> int:
 
 
 def _statistics_of_all_ranks(x_BC: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and biased variance of the rows of all ranks, with gradient, and how many rows that is."""
+    """Return mean and biased variance of the rows of all ranks, with gradient, and the number of rows."""
     rows = x_BC.shape[0]
     count = torch.tensor(float(rows), device=x_BC.device)
     torch.distributed.all_reduce(count)

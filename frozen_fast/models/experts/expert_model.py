@@ -1,4 +1,4 @@
-"""Collaborative Experts, its ablations and the Mixture of Embedding Experts: caption tokens against expert features.
+"""Collaborative Experts, its ablations and Mixture of Embedding Experts: models of caption tokens and expert features.
 
 Sources: Liu et al. 2019, "Use What You Have"; Miech et al. 2018, "Learning a Text-Video Embedding from Incomplete and
 Heterogeneous Data".
@@ -40,15 +40,15 @@ TOKENS = "tokens"
 
 
 class ExpertModel(RetrievalModel):
-    """What the expert models share: aggregation, availability, and the similarity.
+    """Base class of the expert models: aggregation, availability and the similarity.
 
     S_ij = sum_m w_im A_jm <text_im, video_jm> / sum_m w_im A_jm, where w are the caption's mixture weights and A_jm is
-    1 where video j has expert m. A video without any expert has similarity 0.
+    1 if video j has expert m, otherwise 0. A video without experts has similarity 0.
 
     Attributes:
         sizes: experts, widths and clusters.
         space_widths: width of each expert's space.
-        variant_keys: the constructor's keywords beside `sizes`, which are keys under model.experts too.
+        variant_keys: keyword arguments of the constructor other than `sizes`, which are also keys under model.experts.
     """
 
     learned_frames = 1
@@ -72,20 +72,20 @@ class ExpertModel(RetrievalModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.text_pooling.clusters.device
 
     def text_features(self, text: TextInput) -> Features:
         """Encode captions.
 
         Args:
-            text: {"tokens": [Q, L, text width]}, padded by zeros.
+            text: {"tokens": [Q, L, text width]}, padded with zeros.
 
         Returns:
             "experts" [Q, W] and "weights" [Q, M], the mixture weights (a concatenation has M = 1).
 
         Raises:
-            ValueError: another shape, or strings: token features come from a language model of their own.
+            ValueError: another shape, or strings; a separate language model computes token features.
         """
         tokens = text.get(TOKENS) if isinstance(text, Mapping) else None
         width = self.sizes.text_width
@@ -98,7 +98,7 @@ class ExpertModel(RetrievalModel):
         """Encode videos.
 
         Args:
-            video: expert name -> [V, width], or [V, N, width] padded by zeros for an expert with clusters; NaN where a
+            video: expert name -> [V, width], or [V, N, width] padded with zeros for an expert with clusters; NaN if a
                 video lacks the expert. Experts that the model does not read are ignored.
 
         Returns:
@@ -129,14 +129,14 @@ class ExpertModel(RetrievalModel):
 
     @abstractmethod
     def _text_spaces(self, pooled_QT: Tensor) -> Features:
-        """text_features of aggregated captions [Q, T = text width x text clusters]."""
+        """Compute text_features from aggregated captions [Q, text width x text clusters]."""
 
     @abstractmethod
     def _video_spaces(self, pooled: list[Tensor], available_VM: Tensor) -> Features:
-        """video_features of aggregated experts, [V, pooled width] each; a missing one's raw vectors were zeros."""
+        """Compute video_features from aggregated experts, [V, pooled width] each; missing experts are zeros."""
 
     def pair_similarities(self, text: Features, video: Features) -> Tensor:
-        """Compare captions and videos by the mixture of the available experts.
+        """Compare captions and videos by the mixture of available experts.
 
         Args:
             text: "experts" [Q, W], "weights" [Q, M].
@@ -156,10 +156,10 @@ class ExpertModel(RetrievalModel):
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> ExpertModel:
-        """Build the model that model.experts describes, with drawn weights, or load model.checkpoint.
+        """Build the model of model.experts with random weights, or load model.checkpoint.
 
         Raises:
-            UserError: no experts, or a key under model.experts.
+            UserError: there are no experts, or a key under model.experts is wrong.
         """
         section = config.experts
         if config.checkpoint is not None:
@@ -178,10 +178,10 @@ class ExpertModel(RetrievalModel):
 
     @abstractmethod
     def variant(self) -> dict[str, Any]:
-        """The constructor's keywords beside `sizes`, as JSON-able data."""
+        """Return the constructor's keyword arguments other than `sizes`, as data that JSON can represent."""
 
     def architecture(self) -> dict[str, Any]:
-        """What config.json holds beside the kind."""
+        """Return the content of config.json without the kind."""
         return {"sizes": self.sizes.to_json(), "variant": self.variant()}
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
@@ -198,20 +198,20 @@ class ExpertModel(RetrievalModel):
         mask_padding: bool | None = None,
         **variant: Any,
     ) -> ExpertModel:
-        """Load a checkpoint; the model comes in eval mode.
+        """Load a checkpoint; the model is in eval mode.
 
         Args:
-            path: a folder that save_pretrained or training wrote, or upstream's trained_model.pth.
-            experts: the experts' names in the model's order, for a released file that does not say them.
-            mask_padding: True leaves padding out of NetVLAD; None: as the checkpoint.
-            variant: what the file does not say, by the constructor's keywords: compatible, mixture, gating. A keyword
-                that the checkpoint's variant lacks must have its default.
+            path: a folder of save_pretrained or training, or a released trained_model.pth.
+            experts: the experts' names in the model's order, for a released file that does not contain them.
+            mask_padding: True excludes padding from NetVLAD; None: the checkpoint's value.
+            variant: keyword arguments of the constructor that the file does not contain: compatible, mixture, gating.
+                Those that the checkpoint's variant lacks must have their default values.
 
         Returns:
-            The checkpoint's model: of this class, or, asked of CollaborativeExperts, any of its ablations.
+            The checkpoint's model: an instance of this class, or of an ablation if called on CollaborativeExperts.
 
         Raises:
-            UserError: a missing, damaged or foreign checkpoint, or an option that it does not take.
+            UserError: the checkpoint is missing, damaged or unsupported, or does not support an option.
         """
         path = checkpoint_of_run(Path(path).expanduser())
         if path.is_dir():
@@ -232,7 +232,7 @@ class ExpertModel(RetrievalModel):
             state = {name: value for name, value in state.items() if not name.startswith("mixture.")}
         if mask_padding is not None:
             sizes = ExpertSizes.from_json({**sizes.to_json(), "mask_padding": mask_padding})
-        with torch.device("meta"):  # drawing weights that the file replaces would take seconds
+        with torch.device("meta"):  # skips random initialisation
             model = found(sizes, **keywords)
         model = model.to_empty(device="cpu")
         load_weights(model, state, path)
@@ -240,7 +240,7 @@ class ExpertModel(RetrievalModel):
 
 
 class _SpacedModel(ExpertModel):
-    """An expert model with a space per expert: the text's gated units and the mixture weights."""
+    """An expert model with an embedding space per expert: gated units of the text, and mixture weights."""
 
     def __init__(self, sizes: ExpertSizes, widths: Sequence[int], mixture: Mixture, *, mixture_layer: bool) -> None:
         super().__init__(sizes)
@@ -256,7 +256,7 @@ class _SpacedModel(ExpertModel):
         self.mixture = nn.Linear(sizes.pooled_text_width, len(widths)) if mixture_layer else None
 
     def _text_spaces(self, pooled_QT: Tensor) -> Features:
-        """Gated units of all experts in one product, and the mixture weights."""
+        """Compute the gated units of all experts in one product, and the mixture weights."""
         experts_QW = self.text_gate(self.text_linear(pooled_QT))
         if self.mixture_kind == "learned":
             assert self.mixture is not None
@@ -265,12 +265,12 @@ class _SpacedModel(ExpertModel):
         return {"experts": _with_unused(self.mixture, experts_QW), "weights": weights_QM}
 
     def _projected(self, pooled: list[Tensor]) -> Tensor:
-        """Every expert's linear layer, end to end: [V, W]."""
+        """Apply every expert's linear layer, and concatenate the outputs: [V, W]."""
         return torch.cat([linear(x) for linear, x in zip(self.video_linear, pooled, strict=True)], dim=1)
 
 
 class CollaborativeExperts(_SpacedModel):
-    """Collaborative Experts: every expert in a space of one width, gated by its pairs with the others."""
+    """Collaborative Experts: all experts have the same width, and each is gated by its pairs with the others."""
 
     kind = "collaborative_experts"
     variant_keys = ("width", "gating", "mixture")
@@ -278,14 +278,14 @@ class CollaborativeExperts(_SpacedModel):
     def __init__(
         self, sizes: ExpertSizes, *, width: int = 768, gating: Gating = "in_order", mixture: Mixture = "learned"
     ) -> None:
-        """Build it with drawn weights.
+        """Build it with random weights.
 
         Args:
             sizes: experts, widths and clusters.
-            width: D, of every expert's space.
-            gating: "in_order" as released (later experts see earlier ones gated), "parallel", or "none": context
-                gating of each expert by itself (the ablation CE - CG).
-            mixture: "learned" from the caption, or "uniform" (CE - MW), which has no mixture layer.
+            width: D, the width of each expert's embedding.
+            gating: "in_order" as released (later experts use gated earlier ones), "parallel", or "none": context gating
+                of each expert by itself (the ablation CE - CG).
+            mixture: "learned" from the caption, or "uniform" (CE - MW) without a mixture layer.
         """
         super().__init__(sizes, [width] * len(sizes.experts), mixture, mixture_layer=mixture == "learned")
         if gating not in GATINGS:
@@ -299,7 +299,7 @@ class CollaborativeExperts(_SpacedModel):
             self.video_gate = CollaborativeGate(count, width, in_order=gating == "in_order")
 
     def _video_spaces(self, pooled: list[Tensor], available_VM: Tensor) -> Features:
-        """Project, normalise, gate."""
+        """Project, normalise and gate."""
         x_VMD = F.normalize(self._projected(pooled).view(len(available_VM), -1, self.width), dim=2)
         if isinstance(self.video_gate, CollaborativeGate):
             experts_VW = self.video_gate(x_VMD, available_VM).flatten(1)
@@ -313,24 +313,24 @@ class CollaborativeExperts(_SpacedModel):
 
 
 class MixtureOfExperts(_SpacedModel):
-    """MoEE: every expert in a space of its own feature's width, gated by itself (the ablation CE - P,CG)."""
+    """MoEE: each expert has the width of its features and is gated by itself (the ablation CE - P,CG)."""
 
     kind = "moee"
     variant_keys = ("mixture",)
 
     def __init__(self, sizes: ExpertSizes, *, mixture: Mixture = "learned") -> None:
-        """Build it with drawn weights.
+        """Build it with random weights.
 
         Args:
             sizes: experts, widths and clusters.
-            mixture: "learned", or "uniform" (CE - MW,P,CG), which keeps the mixture layer unused, as released.
+            mixture: "learned", or "uniform" (CE - MW,P,CG), with an unused mixture layer as released.
         """
         widths = [expert.width for expert in sizes.experts]
         super().__init__(sizes, widths, mixture, mixture_layer=True)
         self.video_gate = ContextGate(widths)
 
     def _video_spaces(self, pooled: list[Tensor], available_VM: Tensor) -> Features:
-        """Gated units of each expert."""
+        """Compute the gated units of each expert."""
         return {"experts": self.video_gate(self._projected(pooled)), "available": available_VM}
 
     def variant(self) -> dict[str, Any]:
@@ -339,10 +339,11 @@ class MixtureOfExperts(_SpacedModel):
 
 
 class ConcatenatedExperts(ExpertModel):
-    """The ablation Concat: dot product of the aggregated caption and the experts end to end, the shorter zero-padded.
+    """The ablation Concat: dot product of the aggregated caption and the concatenated experts.
 
-    It has no gates, no availability, and a mixture layer that nothing reads, as released. The released code pads the
-    video by an empty vector where the text is longer, and so scores every pair 0.
+    The shorter vector is padded with zeros. The model has no gates, no availability, and an unused mixture layer, as
+    released. If the text is longer, the released code pads the video with an empty vector, so that every similarity is
+    0.
     """
 
     kind = "concatenated_experts"
@@ -350,26 +351,26 @@ class ConcatenatedExperts(ExpertModel):
     space_widths = (0,)
 
     def __init__(self, sizes: ExpertSizes, *, compatible: bool = False) -> None:
-        """Build it with drawn weights.
+        """Build it with random weights.
 
         Args:
             sizes: experts, widths and clusters.
-            compatible: True: reproduce the released defect.
+            compatible: reproduce this defect of the released code.
         """
         super().__init__(sizes)
         self.compatible = compatible
         self.mixture = nn.Linear(sizes.pooled_text_width, len(sizes.experts))
 
     def _text_spaces(self, pooled_QT: Tensor) -> Features:
-        """The aggregated caption itself."""
+        """Return the aggregated caption."""
         return {"experts": _with_unused(self.mixture, pooled_QT), "weights": pooled_QT.new_ones(len(pooled_QT), 1)}
 
     def _video_spaces(self, pooled: list[Tensor], available_VM: Tensor) -> Features:
-        """The aggregated experts end to end."""
+        """Concatenate the aggregated experts."""
         return {"experts": torch.cat(pooled, dim=1), "available": available_VM.new_ones(len(available_VM), 1)}
 
     def pair_similarities(self, text: Features, video: Features) -> Tensor:
-        """Dot products; see the base class for the form."""
+        """Return dot products; see the base class for the shape."""
         text_QT, video_VW = text["experts"].float(), video["experts"].float()
         shorter = min(text_QT.shape[1], video_VW.shape[1])
         sim_QV = text_QT[:, :shorter] @ video_VW[:, :shorter].T
@@ -387,7 +388,7 @@ VARIANT_DEFAULTS = {"compatible": False, "mixture": "learned", "gating": "in_ord
 
 
 def _of_design(design: Design) -> tuple[type[ExpertModel], dict[str, Any]]:
-    """The class of a released checkpoint, and its keywords."""
+    """Return the class of a released checkpoint, and its keyword arguments."""
     if design.name == "collaborative":
         return CollaborativeExperts, {"gating": design.gating, "mixture": design.mixture, "width": design.width}
     if design.name == "moee":
@@ -396,7 +397,7 @@ def _of_design(design: Design) -> tuple[type[ExpertModel], dict[str, Any]]:
 
 
 def _known(given: Mapping[str, Any], keywords: Mapping[str, Any], model: type[ExpertModel]) -> dict[str, Any]:
-    """The given options that the model takes; others must have their defaults."""
+    """Return the given options that the model supports; other options must have their default values."""
     for name, value in given.items():
         if name not in VARIANT_DEFAULTS:
             raise unknown_name("load_model option", name, ("experts", "mask_padding", *VARIANT_DEFAULTS))
@@ -406,7 +407,7 @@ def _known(given: Mapping[str, Any], keywords: Mapping[str, Any], model: type[Ex
 
 
 def _with_unused(layer: nn.Module | None, x: Tensor) -> Tensor:
-    """x, with a layer that nothing reads kept in the graph: strategies want a gradient for every parameter."""
+    """Return x with an unused layer in its graph, because strategies need a gradient for every parameter."""
     if layer is None or not layer.training:
         return x
     return x + 0.0 * sum(parameter.sum() for parameter in layer.parameters())

@@ -1,6 +1,6 @@
-"""What an expert model is built from, as plain data: experts, widths, clusters and variants.
+"""The sizes and variants of an expert model as plain data: experts, widths and clusters.
 
-Source of the variants: Liu et al. 2019, "Use What You Have", and the released code's configs.
+Source of the variants: Liu et al. 2019, "Use What You Have", and the released configs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Expert:
     """One expert's features.
 
     Attributes:
-        name: as in the video's dict of features.
-        width: of one vector; 0: any (a concatenation has no parameters that depend on it).
-        clusters: NetVLAD clusters that aggregate a variable number of vectors; 0: the video has one vector.
+        name: its key in the video's dict of features.
+        width: width of a vector; 0: any (a concatenation has no parameters that depend on it).
+        clusters: NetVLAD clusters for a variable number of vectors; 0: the video has one vector.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Expert:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSizes:
-    """Everything that an expert model's parameters depend on.
+    """The values that determine the shapes of an expert model's parameters.
 
     Attributes:
-        experts: in the model's order: alphabetical, unless a checkpoint says otherwise.
-        text_width: of one token.
-        text_clusters: NetVLAD clusters of a caption's tokens.
-        ghost_clusters: clusters of the text that take part in the softmax only.
-        mask_padding: leave zero rows out of NetVLAD; the released models count them.
+        experts: experts in the model's order, which is alphabetical unless a checkpoint has another one.
+        text_width: width of a token.
+        text_clusters: NetVLAD clusters for a caption's tokens.
+        ghost_clusters: clusters of the text that are used in the softmax only.
+        mask_padding: exclude zero rows from NetVLAD; the released models include them.
     """
 
     experts: tuple[Expert, ...]
@@ -81,12 +81,12 @@ class ExpertSizes:
         return self.text_width * self.text_clusters
 
     def to_json(self) -> dict[str, Any]:
-        """As config.json holds it."""
+        """Return the entry for config.json."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExpertSizes:
-        """From config.json.
+        """Build from an entry of config.json.
 
         Raises:
             UserError: a key is missing or unknown.
@@ -99,5 +99,5 @@ class ExpertSizes:
 
 
 def in_alphabetical_order(experts: Sequence[Expert]) -> tuple[Expert, ...]:
-    """The order of the released models: by name."""
+    """Sort experts by name, as in the released models."""
     return tuple(sorted(experts, key=lambda expert: expert.name))

@@ -21,10 +21,10 @@ PAIR_EPS = 1e-11
 
 
 class BlockLinear(nn.Module):
-    """One square linear layer per expert: y_m = W_m x_m + b_m, in one batched product where the widths are equal.
+    """One square linear layer per expert: y_m = W_m x_m + b_m, in one batched product if the widths are equal.
 
     Attributes:
-        weight: [M, D, D]; where the widths differ, the list `weights` of [D_m, D_m] instead.
+        weight: [M, D, D]; replaced by the list `weights` of [D_m, D_m] if the widths differ.
         bias: [W].
     """
 
@@ -65,15 +65,15 @@ class ContextGate(nn.Module):
 
 
 class CollaborativeGate(nn.Module):
-    """Gates every expert's vector by what its pairs with all available experts say (equations 2 to 5 of the paper).
+    """Gates every expert's vector by its pairs with all available experts (equations 2 to 5 of the paper).
 
-    For each expert m: t_m is the mean of G([p_m; p_n]) over the available n (m included), where G is a linear layer
-    2D -> D and twice (batch norm, Mish, linear layer); then p_m becomes l2(p_m * sigmoid(BN1(t_m) + BN2(F_m p_m +
-    f_m))). Released models go through the experts in order, so that later ones see earlier ones gated; in parallel all
-    see the vectors as they came.
+    For each expert m, t_m is the mean of G([p_m; p_n]) over the available n (including m), where G is a linear layer 2D
+    -> D followed by two times (batch norm, Mish, linear layer). Then p_m becomes l2(p_m * sigmoid(BN1(t_m) + BN2(F_m
+    p_m + f_m))). Released models process the experts in order, so that later experts use gated earlier ones. In
+    parallel mode, all experts use the input vectors.
 
-    The first layer is applied to each side of a pair once instead of once a pair, and the last one, which is linear,
-    to t_m instead of to its summands.
+    For speed, the first layer is applied once to each side instead of to each pair, and the last layer, which is
+    linear, to t_m instead of to its summands.
     """
 
     def __init__(self, num_experts: int, width: int, *, in_order: bool) -> None:
@@ -91,7 +91,7 @@ class CollaborativeGate(nn.Module):
 
         Args:
             x_BMD: [B, M, D], L2-normalised.
-            available_BM: 1 where the video has the expert, else 0.
+            available_BM: 1 if the video has the expert, otherwise 0.
 
         Returns:
             [B, M, D], L2-normalised.
@@ -116,7 +116,7 @@ class CollaborativeGate(nn.Module):
         return torch.stack(gated, dim=1)
 
     def _reason(self, hidden_BPD: Tensor, share_BMN: Tensor) -> Tensor:
-        """The rest of G for P = M x N pairs, and its weighted mean over N: [B, M, D]."""
+        """Compute the remaining layers of G for P = M x N pairs, and the weighted mean over N: [B, M, D]."""
         first_norm, second_norm = (cast(BatchNorm, norm) for norm in self.pair_norms)
         hidden = self.shared_linear[0](F.mish(first_norm.grouped(hidden_BPD)))
         hidden = F.mish(second_norm.grouped(hidden))
@@ -134,11 +134,11 @@ def normalise_parts(x_BW: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _shares(available_BxN: Tensor) -> Tensor:
-    """Weights of the mean over the available pairs of the last axis; all 0 where there is none."""
+    """Return the weights of the mean over the available pairs of the last axis; all 0 if there are none."""
     return available_BxN / (available_BxN.sum(-1, keepdim=True) + PAIR_EPS)
 
 
 def _drawn(*shape: int, fan_in: int | None = None) -> Tensor:
-    """Weights as nn.Linear draws them."""
+    """Initialise weights as nn.Linear does."""
     bound = 1 / math.sqrt(shape[-1] if fan_in is None else fan_in)
     return torch.empty(*shape).uniform_(-bound, bound)

@@ -1,4 +1,4 @@
-"""NetVLAD: a set of vectors of any size to one vector (Arandjelovic et al. 2016, in the form of Miech et al. 2018).
+"""NetVLAD: aggregates a set of vectors to one vector (Arandjelovic et al. 2016, in the form of Miech et al. 2018).
 
 Axis letters: B sets, N vectors of a set, D their width, K clusters, G ghost clusters.
 """
@@ -17,8 +17,8 @@ from frozen_fast.models.experts.batch_norm import BatchNorm
 class NetVLAD(nn.Module):
     """Sums each cluster's residuals over a set.
 
-    a = softmax(BN(x A)) over K + G clusters, of which the G ghosts are dropped afterwards; V_dk = sum_n a_nk (x_nd -
-    C_dk); each cluster is L2-normalised, then the whole.
+    a = softmax(BN(x A)) over K + G clusters, of which the G ghost clusters are then dropped; V_dk = sum_n a_nk (x_nd -
+    C_dk); each cluster is L2-normalised, then the whole vector.
 
     Attributes:
         clusters: A, [D, K + G].
@@ -26,13 +26,13 @@ class NetVLAD(nn.Module):
     """
 
     def __init__(self, width: int, clusters: int, ghost_clusters: int = 0, *, mask_padding: bool = False) -> None:
-        """Draw the clusters.
+        """Initialise random clusters.
 
         Args:
             width: D.
             clusters: K.
             ghost_clusters: G.
-            mask_padding: leave rows of zeros out. The released models count them.
+            mask_padding: exclude rows of zeros. The released models include them.
         """
         super().__init__()
         self.width, self.num_clusters, self.mask_padding = width, clusters, mask_padding
@@ -43,7 +43,7 @@ class NetVLAD(nn.Module):
 
     @property
     def out_width(self) -> int:
-        """K x D."""
+        """K x D, the width of the output."""
         return self.num_clusters * self.width
 
     def forward(self, x_BND: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The released checkpoints of Collaborative Experts (trained_model.pth): their names, ours, and what shapes say.
+"""Reads the released checkpoints of Collaborative Experts (trained_model.pth).
 
-A file holds {"arch", "epoch", "state_dict", "monitor_best", "config", "optimizer"}; "config" is a pickled ConfigParser,
-of which only plain data is read.
+A file contains {"arch", "epoch", "state_dict", "monitor_best", "config", "optimizer"}; "config" is a pickled
+ConfigParser, of which only plain data is read. Names and shapes of the weights determine the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from frozen_fast.models.released.torch_pickle import Inert, LazyTensor, load_tor
 
 PARALLEL_PREFIX = "module."
 UNUSED = ("ce.moe_fc_bottleneck1.", "ce.moe_cg.", "ce.moe_fc_proj.")
-"""Layers of earlier versions that nothing reads."""
+"""Unused layers of earlier versions."""
 UNUSED_COUNTER = ".num_batches_tracked"
 
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -31,7 +31,7 @@ DesignName = Literal["collaborative", "moee", "concatenated"]
 
 @dataclass(frozen=True)
 class Design:
-    """What a released file's names and shapes say of its model; width: of a collaborative model's spaces."""
+    """The model of a released file, by names and shapes; width: that of a collaborative model's experts."""
 
     name: DesignName
     gating: Gating
@@ -48,10 +48,10 @@ def read_upstream(path: Path, experts: Sequence[str] | None) -> tuple[Design, di
         experts: names in the model's order; None: the file's config says them.
 
     Returns:
-        (what it is, its weights under our names).
+        (the model's description, its weights under our names).
 
     Raises:
-        UserError: a damaged file, another model, or names that do not fit its shapes.
+        UserError: the file is damaged or contains another model, or the names do not fit its shapes.
     """
     content = load_torch_pickle(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
@@ -81,7 +81,7 @@ def read_upstream(path: Path, experts: Sequence[str] | None) -> tuple[Design, di
 
 
 def _plain_config(config: Any) -> Mapping[str, Any]:
-    """The experiment's config inside the pickled ConfigParser; empty where there is none."""
+    """Return the experiment's config inside the pickled ConfigParser; empty if there is none."""
     state = config.state if isinstance(config, Inert) else config
     if isinstance(state, Mapping):
         inner = state.get("_config", state.get("config", state))
@@ -91,7 +91,7 @@ def _plain_config(config: Any) -> Mapping[str, Any]:
 
 
 def _names(config: Mapping[str, Any], experts: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """The experts' names in the model's order: as given, or the config's in alphabetical order."""
+    """Return the experts' names in the model's order: as given, or those of the config in alphabetical order."""
     if experts is None:
         section = config.get("experts")
         modalities = section.get("modalities") if isinstance(section, Mapping) else None
@@ -105,7 +105,7 @@ def _names(config: Mapping[str, Any], experts: Sequence[str] | None, count: int)
 
 
 def _design(weights: Mapping[str, Tensor], names: tuple[str, ...], config: Mapping[str, Any]) -> Design:
-    """The model's variant and sizes."""
+    """Determine the model's variant and sizes."""
     name: DesignName
     gating: Gating
     inputs: str | None
@@ -143,14 +143,14 @@ def _design(weights: Mapping[str, Tensor], names: tuple[str, ...], config: Mappi
 
 
 class _Renaming:
-    """Moves weights from the released names to ours; experts' equal layers become one tensor."""
+    """Converts weights from the released names to ours; the experts' equal layers are stacked to one tensor."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self._weights = weights
         self._ours: dict[str, Tensor] = {}
 
     def ours(self, design: Design) -> dict[str, Tensor]:
-        """Take every weight of the design out of the released ones."""
+        """Convert all weights of the model."""
         names, experts = design.sizes.names, design.sizes.experts
         vlad = ("clusters", "clusters2", *(f"batch_norm.{part}" for part in NORM))
         for expert in experts:
@@ -184,13 +184,13 @@ class _Renaming:
             self._ours[f"{ours}.{part}"] = self._weights.pop(f"{theirs}.{part}")
 
     def _join(self, theirs: str, ours: str, parts: Sequence[str], count: int) -> None:
-        """One tensor from those of all experts, end to end."""
+        """Concatenate the tensors of all experts."""
         for part in parts:
             tensors = [self._weights.pop(f"{theirs.format(index)}.{part}") for index in range(count)]
             self._ours[f"{ours}.{part}"] = torch.cat(tensors)
 
     def _blocks(self, theirs: str, ours: str, count: int, equal: bool) -> None:
-        """A BlockLinear's weights: stacked where all widths are equal by design."""
+        """Return a BlockLinear's weights, stacked if all widths are equal by design."""
         weights = [self._weights.pop(f"{theirs.format(index)}.weight") for index in range(count)]
         if equal or len({len(weight) for weight in weights}) == 1:
             self._ours[f"{ours}.weight"] = torch.stack(weights)
@@ -200,5 +200,5 @@ class _Renaming:
 
 
 def key_of(expert: str) -> str:
-    """An expert's name as a module's name, which may not hold a dot."""
+    """Return an expert's name as a module name, which must not contain a dot."""
     return expert.replace(".", "/")

@@ -1,4 +1,4 @@
-"""The released checkpoints of Frozen in Time (.pth, .pth.tar, .safetensors): their form, and what their tensors say."""
+"""Reads the released checkpoints of Frozen in Time (.pth, .pth.tar, .safetensors) and determines their sizes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 PARALLEL_PREFIX = "module."
 VIDEO_CLS = "video_model.cls_token"
-"""Every released file has it."""
+"""A weight that all released files contain."""
 
 HEAD_WIDTH = 64
-"""The released architectures (ViT, DistilBERT, BERT) all have heads of this width; their files do not say so."""
+"""Head width of all released architectures (ViT, DistilBERT, BERT), which is not in their files."""
 
 RELEASED_WIDTH = 768
 """Width of both towers of every released file."""
@@ -40,7 +40,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
         path: a pickled .pth or .pth.tar, or the same weights under the same names as .safetensors.
 
     Raises:
-        UserError: where the file is damaged or holds no Frozen in Time model.
+        UserError: the file is damaged or contains no Frozen in Time model.
     """
     if path.suffix == ".safetensors":
         try:
@@ -66,10 +66,10 @@ def read_released(path: Path) -> dict[str, Tensor]:
 
 
 def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """A tensor's shape.
+    """Return a tensor's shape.
 
     Raises:
-        UserError: where the state dict lacks it.
+        UserError: the state dict lacks the tensor.
     """
     if name not in state:
         raise UserError(f"checkpoint: {name} is missing; allowed: every weight of the released model")
@@ -77,16 +77,16 @@ def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 
 def heads_of(width: int, name: str, key: str, told: int | None) -> int:
-    """The number of attention heads: what the config says, or as many as the released models have at this width.
+    """Return the number of attention heads: that of the config, or that of the released models of this width.
 
     Args:
-        width: of the tower.
+        width: width of the tower.
         name: a tensor of this width, for messages.
         key: the config key that sets the number.
-        told: its value.
+        told: value of the key.
 
     Raises:
-        UserError: where the width is no multiple of the number of heads, or of the released head width.
+        UserError: the width is not a multiple of the number of heads, or of the released head width.
     """
     if told is not None:
         if width % told:
@@ -109,13 +109,13 @@ def heads_of(width: int, name: str, key: str, told: int | None) -> int:
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered layers lie under a prefix."""
+    """Return the number of layers under a prefix."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return len({match[1] for name in state if (match := pattern.match(name))})
 
 
 def video_size(state: Mapping[str, Tensor], heads: int | None = None) -> VideoSize:
-    """The video tower's sizes, from its tensors' shapes; heads: model.video.heads."""
+    """Determine the video tower's sizes from its tensors' shapes; heads: model.video.heads."""
     width, channels, patch, _ = _shape(state, "video_model.patch_embed.proj.weight", 4)
     if channels != 3:
         raise UserError(f"checkpoint: video_model.patch_embed.proj.weight has {channels} channels; allowed: 3")
@@ -135,7 +135,7 @@ def video_size(state: Mapping[str, Tensor], heads: int | None = None) -> VideoSi
 
 
 def text_config(state: Mapping[str, Tensor], heads: int | None = None) -> PreTrainedConfig:
-    """DistilBERT or BERT, with the sizes of the text tower's tensors; heads: model.text.heads."""
+    """Build the config of DistilBERT or BERT with the sizes of the text tower's tensors; heads: model.text.heads."""
     vocabulary, width = _shape(state, "text_model.embeddings.word_embeddings.weight", 2)
     positions, _ = _shape(state, "text_model.embeddings.position_embeddings.weight", 2)
     heads = heads_of(width, "text_model.embeddings.word_embeddings.weight", "model.text.heads", heads)

@@ -1,7 +1,8 @@
 """Reading the tensors of a TorchScript archive (torch.jit.save) without loading its code.
 
-OpenAI publishes CLIP in this form. The archive pickles the module tree: every submodule is an object whose state holds
-its tensors, flags and children by name. Its classes become stand-ins that only keep that state, so nothing is run.
+OpenAI publishes CLIP in this form. The archive pickles the module tree: every submodule is an object whose state
+contains its tensors, flags and children by name. Stub classes that only store this state replace the archive's classes,
+so that no code is executed.
 """
 
 from __future__ import annotations
@@ -15,28 +16,28 @@ from frozen_fast.errors import UserError, reason
 from frozen_fast.models.released.torch_pickle import LazyTensor, RestrictedUnpickler, ZipArchive
 
 SCRIPT_PREFIX = "__torch__"
-"""Where TorchScript puts the classes of a model's own modules."""
+"""Module prefix of the classes of a model in TorchScript."""
 
 
 class ScriptModule:
-    """Stand-in for a scripted module: its state by name."""
+    """Stub for a scripted module: its state by name."""
 
     __slots__ = ("state",)
 
     def __init__(self) -> None:
-        """Start without state."""
+        """Initialise without state."""
         self.state: dict[str, Any] = {}
 
     def __setstate__(self, state: Any) -> None:
-        """Keep a dictionary; anything else is no module's state."""
+        """Store a dictionary; other values are not the state of a module."""
         self.state = state if isinstance(state, dict) else {}
 
 
 class _ScriptUnpickler(RestrictedUnpickler):
-    """Also makes stand-ins for scripted modules."""
+    """An unpickler that also creates stubs for scripted modules."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look a name up; a class of the model's own becomes ScriptModule."""
+        """Look up a name; the model's classes become ScriptModule."""
         if module.split(".", 1)[0] == SCRIPT_PREFIX:
             return ScriptModule
         return super().find_class(module, name)
@@ -50,7 +51,7 @@ class _ScriptArchive(ZipArchive):
 
 
 def is_jit_archive(path: Path) -> bool:
-    """Whether a file is a zip with a TorchScript archive's constants."""
+    """Return whether a file is a zip with the constants of a TorchScript archive."""
     if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -58,14 +59,14 @@ def is_jit_archive(path: Path) -> bool:
 
 
 def load_jit_archive(path: Path) -> dict[str, LazyTensor]:
-    """Read a TorchScript archive's tensors under their state dict names; they stay on disk until read.
+    """Return a TorchScript archive's tensors by their state dict names; they are read from disk on access.
 
     Raises:
-        UserError: where the file is damaged or holds no module.
+        UserError: the file is damaged or contains no module.
     """
     try:
         root = _ScriptArchive(path, scripted=True).load()
-    except Exception as error:  # a damaged pickle raises anything at all
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"checkpoint: got {path}, which is no readable TorchScript file ({reason(error)})") from error
     if not isinstance(root, ScriptModule):
         raise UserError(f"checkpoint: got {path}, a TorchScript file that holds no module")
@@ -73,7 +74,7 @@ def load_jit_archive(path: Path) -> dict[str, LazyTensor]:
 
 
 def _tensors_of(module: ScriptModule, prefix: str, above: tuple[int, ...]) -> dict[str, LazyTensor]:
-    """The tensors below a module; a module inside itself, which only a forged file has, is not followed."""
+    """Collect the tensors below a module; modules that contain themselves, as in a forged file, are not followed."""
     found: dict[str, LazyTensor] = {}
     for name, value in module.state.items():
         if isinstance(value, LazyTensor):

@@ -1,12 +1,12 @@
-"""Reading tensors out of a torch pickle without running anything that it holds.
+"""Reads tensors from a torch pickle without executing code from it.
 
-A released checkpoint pickles its configuration as an object of a class that is not installed here, so torch's
-weights-only loading refuses it, and plain loading would import and call whatever the file names. This reader
-looks names up in a fixed table. A name outside it becomes an inert stand-in: nothing is imported, nothing called.
-Tensors stay on disk until `LazyTensor.read`, so that an optimizer's state beside the weights costs nothing.
+A released checkpoint pickles its configuration as an object of a class that is not installed here. torch's weights-only
+loading therefore refuses it, and plain loading would import and call any name in the file. This reader looks up names
+in a fixed table. Other names become inert stubs, and nothing is imported or called. Tensors are read from disk by
+`LazyTensor.read` only, so that an optimizer's state in the file costs nothing.
 
-The few real objects that a file can reach are tuples and functions without attributes, so that it cannot write into
-them either. Both of torch's layouts are read: the zip (torch >= 1.6) and the stream of pickles before it.
+The few real objects that a file can access are tuples and functions without attributes, so that it cannot modify them.
+Both of torch's layouts are supported: the zip (torch >= 1.6) and the earlier stream of pickles.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ STORAGE_DTYPES: dict[str, torch.dtype] = {
 
 
 class Inert:
-    """Stand-in for an object of a class outside the table: it takes whatever pickle gives it and does nothing.
+    """Stub for an object of a class outside the table: it accepts all calls of pickle and does nothing.
 
     Attributes:
-        state: what the file says that the object holds, read by the same rules; None where it says nothing.
+        state: the object's state in the file, read by the same rules; None if there is none.
     """
 
     state: Any = None
@@ -60,11 +60,11 @@ class Inert:
         """Ignore the arguments."""
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Inert:
-        """Called by a file: another stand-in."""
+        """Return another stub if called by a file."""
         return Inert()
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the state as data."""
+        """Store the state as data."""
         self.state = state
 
     def __setitem__(self, _key: Any, _value: Any) -> None:
@@ -81,13 +81,13 @@ class Inert:
 
 
 class StorageKind(NamedTuple):
-    """What the file names a storage's class: its dtype."""
+    """Class of a storage in the file, which determines the dtype."""
 
     dtype: torch.dtype
 
 
 class StoredBytes(NamedTuple):
-    """A storage in the file: where its bytes lie is known to the archive, by key."""
+    """A storage in the file; the archive finds its bytes by the key."""
 
     archive: Any
     key: str
@@ -96,7 +96,7 @@ class StoredBytes(NamedTuple):
 
 
 class LazyTensor(NamedTuple):
-    """A tensor of the file, not read yet."""
+    """A tensor in the file that has not been read."""
 
     storage: StoredBytes
     offset: int
@@ -104,13 +104,13 @@ class LazyTensor(NamedTuple):
     stride: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Read it from the file, as a tensor of its own."""
+        """Read the tensor from the file, with its own memory."""
         values = self.storage.archive.read_storage(self.storage)
         return torch.as_strided(values, self.shape, self.stride, self.offset).clone()
 
 
 class _Rebuild:
-    """The one kind of call a file may make; without a __dict__, so that a file cannot write into it."""
+    """The only callable for files; it has no __dict__, so that a file cannot modify it."""
 
     __slots__ = ()
 
@@ -147,7 +147,7 @@ class _NewOrderedDict(_Rebuild):
 
 
 class _PlainOrderedDict(OrderedDict[Any, Any]):
-    """A dictionary whose attributes (torch keeps _metadata there) are dropped."""
+    """A dictionary that drops attributes (such as torch's _metadata)."""
 
     def __setstate__(self, _state: Any) -> None:
         """Ignore the state."""
@@ -166,20 +166,20 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     **{("torch", name): StorageKind(dtype) for name, dtype in STORAGE_DTYPES.items()},
 }
-"""Every name that a file can reach."""
+"""All names that a file can access."""
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """An unpickler to which a file's names mean ALLOWED or nothing."""
+    """An unpickler that resolves names in ALLOWED only."""
 
     def __init__(self, file: Any, archive: Any) -> None:
-        """Read from a file; storages belong to the archive."""
+        """Initialise with a file and the archive that provides storages."""
         super().__init__(file, encoding="utf-8")
         self._archive = archive
         self._stand_ins: dict[tuple[str, str], type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look a name up in the table; elsewhere make a stand-in class."""
+        """Look up a name in the table; create a stub class for other names."""
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
         if (module, name) not in self._stand_ins:
@@ -187,7 +187,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self._stand_ins[module, name]
 
     def persistent_load(self, pid: Any) -> StoredBytes:
-        """A storage's description -> StoredBytes."""
+        """Convert a storage's description to StoredBytes."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], StorageKind):
             raise pickle.UnpicklingError("the file refers to something that is no storage")
         _, kind, key, _, numel = pid[:5]
@@ -288,7 +288,7 @@ class _LegacyUnpickler(RestrictedUnpickler):
     """Tells its archive of each storage."""
 
     def persistent_load(self, pid: Any) -> StoredBytes:
-        """A storage's description -> StoredBytes."""
+        """Convert a storage's description to StoredBytes."""
         storage = super().persistent_load(pid)
         self._archive.note(storage)
         return storage
@@ -314,7 +314,7 @@ def load_torch_pickle(path: Path) -> Any:
     archive = ZipArchive(path) if zipfile.is_zipfile(path) else _LegacyArchive(path)
     try:
         return archive.load()
-    except Exception as error:  # a damaged pickle raises anything at all
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"checkpoint: got {path}, which is no readable torch checkpoint ({reason(error)})") from error
 
 

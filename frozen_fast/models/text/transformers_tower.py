@@ -1,4 +1,4 @@
-"""The caption encoder: a transformers model by name, local folder or installed package, pooled to one vector.
+"""Text tower: a transformers model by name, local folder or installed package, pooled to one vector.
 
 Axis letters: B captions, L tokens, D width.
 """
@@ -48,7 +48,7 @@ KNOWN_ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "t5-base": partial(T5Config, d_model=768, d_ff=3072, num_layers=12, num_heads=12),
     "openai/clip-vit-base-patch32": CLIPTextConfig,
 }
-"""Architectures whose sizes are written here or transformers' own defaults: no hub is asked for them."""
+"""Architectures whose sizes are given here or are transformers' defaults, so that the Hub is not needed."""
 
 AUTO_POOLING: dict[str, Pooling] = {
     "t5": "mean",
@@ -56,25 +56,31 @@ AUTO_POOLING: dict[str, Pooling] = {
     "umt5": "mean",
     "clip_text_model": "eos",
 }
-"""transformers model type -> what "auto" takes for it. Elsewhere it takes the model's own pooler, or token 0."""
+"""transformers model type -> pooling for "auto". For other types "auto" is the model's pooler, or token 0."""
 
 PACKAGE_PREFIX = "package:"
 HUB_TIMEOUT_SECONDS = 10
 DROPPED_KEYS = ("dtype", "transformers_version", "id2label", "label2id", "architectures")
-"""Keys of a transformers config that do not say how the encoder computes."""
+"""Keys of a transformers config that do not describe the encoder."""
 ATTENTION = "sdpa"
-"""transformers' own default. It draws dropout as the default does, so that seeded runs agree with the released code;
-captions are short, and eager attention is no faster there."""
+"""transformers' default.
+
+It draws dropout in the same order as the released code, so that seeded runs agree. For short captions, eager attention
+is not faster.
+"""
 
 MODELS_WITH_MASK_OF_FOUR_AXES = ("bert", "distilbert")
-"""They take a ready [B, 1, L, L] mask. Given a [B, L] mask they ask whether it is all ones, which makes a GPU wait."""
+"""Models that accept a [B, 1, L, L] mask.
+
+With a [B, L] mask they check whether it is all ones, which synchronises a GPU.
+"""
 
 
 class TransformersTower(TextTower):
     """An encoder of the transformers library with its tokenizer and pooling.
 
-    The encoder's children are this module's own, so parameter names are those of the transformers model (and, in
-    DualEncoder, those of the released checkpoints: text_model.embeddings..., text_model.transformer...).
+    The encoder's submodules are registered on this module, so that parameter names are those of the transformers model
+    (and in DualEncoder those of the released checkpoints: text_model.embeddings..., text_model.transformer...).
     """
 
     name = "transformers"
@@ -83,14 +89,14 @@ class TransformersTower(TextTower):
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer | None, pooling: Pooling, source: str | None = None
     ) -> None:
-        """Take built parts; `build` makes them from names.
+        """Initialise from built parts; `build` creates them from names.
 
         Args:
             model: a transformers encoder.
-            tokenizer: None where only token ids will come.
-            pooling: "cls" token 0; "mean" over the mask; "pooler" the model's own; "eos" the caption's last token;
-                "auto" what AUTO_POOLING says.
-            source: the name that the encoder was built from, for config.json.
+            tokenizer: None: the model takes token ids only.
+            pooling: "cls" (token 0), "mean" (over the mask), "pooler" (the model's own), "eos" (the caption's last
+                token), or "auto" (AUTO_POOLING).
+            source: the encoder's name for config.json.
         """
         super().__init__()
         self.config: PreTrainedConfig = model.config  # type: ignore[assignment]
@@ -100,10 +106,10 @@ class TransformersTower(TextTower):
         if pooling == "pooler" and pooler is None:
             raise UserError("model.text.pooling: got 'pooler', but the model has none; allowed: auto, cls, eos, mean")
         if pooling != "pooler" and pooler is not None:
-            model.register_module("pooler", None)  # its weights would take no part in any step, which DDP refuses
+            model.register_module("pooler", None)  # its weights would be unused, which DDP refuses
         if next(model.named_parameters(recurse=False), None) or next(model.named_buffers(recurse=False), None):
             raise UserError(f"model.text.name: got {type(model).__name__}, which holds weights outside its parts")
-        self._held = (model,)  # in a tuple: not registered, so that names carry no extra prefix
+        self._held = (model,)  # in a tuple, so that it is not registered and names have no extra prefix
         for name, child in model.named_children():
             self.add_module(name, child)
         self.pooling = pooling
@@ -133,19 +139,19 @@ class TransformersTower(TextTower):
             )
 
     def train(self, mode: bool = True) -> TransformersTower:
-        """Set the mode of the encoder as well as that of its parts."""
+        """Set the mode of the encoder and of its parts."""
         super().train(mode)
         self.model.train(mode)
         return self
 
     def freeze_layers(self, count: int) -> None:
-        """Let the embeddings and the first layers keep their weights; they then cost no backward pass.
+        """Freeze the embeddings and the first layers, which then need no backward pass.
 
         Args:
-            count: layers, from the bottom; 0: everything learns, the embeddings too.
+            count: number of layers to freeze, from the input; 0: nothing is frozen, not even the embeddings.
 
         Raises:
-            UserError: more layers than the tower has, or none that this class knows where to find.
+            UserError: the tower has fewer layers, or an unknown structure.
         """
         self.frozen_layers = count
         if count == 0:
@@ -171,11 +177,11 @@ class TransformersTower(TextTower):
         return (output.last_hidden_state * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
 
     def token_features(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """The last layer's output at every token -> [B, L, D]."""
+        """Return the last layer's output at every token -> [B, L, D]."""
         return self._outputs(input_ids_BL, attention_mask_BL).last_hidden_state
 
     def _outputs(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Any:
-        """What the transformers model returns."""
+        """Return the output of the transformers model."""
         mask = attention_mask_BL
         if self.config.model_type in MODELS_WITH_MASK_OF_FOUR_AXES:
             length = mask.shape[1]
@@ -183,19 +189,19 @@ class TransformersTower(TextTower):
         return self.model(input_ids=input_ids_BL, attention_mask=mask)
 
     def forward_flops(self, tokens: int) -> float | None:
-        """From the config's sizes, where it names them as BERT does; counted otherwise."""
+        """Compute FLOPs from the config's sizes if it names them as BERT does; otherwise count them."""
         shape = TextShape.from_config(self.config, pooler=self.pooling == "pooler")
         return super().forward_flops(tokens) if shape is None else shape.forward_flops(tokens)
 
     def frozen_flops(self, tokens: int) -> float:
-        """The share of the frozen layers."""
+        """Return the share of the frozen layers."""
         shape = TextShape.from_config(self.config)
         if shape is None or not any(parameter.requires_grad for parameter in self.parameters()):
             return super().frozen_flops(tokens)
         return self.frozen_layers * shape.layer_flops(tokens)
 
     def architecture(self) -> dict[str, Any]:
-        """The transformers config, without the paths and versions of the machine it was made on, and the pooling."""
+        """Return the transformers config without machine-specific paths and versions, and the pooling."""
         values = json.loads(self.config.to_json_string(use_diff=False))
         config = {key: value for key, value in values.items() if not key.startswith("_") and key not in DROPPED_KEYS}
         return {"name": self.source, "config": config, "pooling": self.pooling}
@@ -204,14 +210,14 @@ class TransformersTower(TextTower):
     def from_architecture(
         cls, data: Mapping[str, Any], tokenizer: Tokenizer | None, section: TextTowerConfig | None = None
     ) -> TransformersTower:
-        """The encoder that a config.json or a released file describes; a hub is not asked."""
+        """Build the encoder that a config.json or a released file describes, without the Hub."""
         tower = cls(model_from_config(config_from_dict(data["config"])), tokenizer, data["pooling"], data.get("name"))
         tower.freeze_layers(0 if section is None else section.frozen_layers)
         return tower
 
     @classmethod
     def from_config(cls, section: TextTowerConfig) -> TransformersTower:
-        """The tower of a config's model.text."""
+        """Build the tower of a config's model.text."""
         name = section.name or TEXT_NAME
         tower = cls.build(name, section.weights, section.tokenizer, section.max_tokens, section.pooling)
         tower.freeze_layers(section.frozen_layers)
@@ -219,7 +225,7 @@ class TransformersTower(TextTower):
 
     @classmethod
     def check_agreement(cls, section: TextTowerConfig, data: Mapping[str, Any]) -> None:
-        """Refuse another pooling, or a name whose architecture is not the checkpoint's."""
+        """Refuse another pooling than the checkpoint's, or a name with another architecture."""
         super().check_agreement(section, data)
         if section.pooling != "auto" and data["pooling"] not in ("auto", section.pooling):
             allowed = f"auto or {data['pooling']}, that of model.checkpoint"
@@ -240,17 +246,17 @@ class TransformersTower(TextTower):
         max_tokens: int | None = None,
         pooling: Pooling = "auto",
     ) -> TransformersTower:
-        """Make a tower from names; the arguments are model.text's keys in the config.
+        """Build a tower from names; the arguments are the keys of model.text.
 
         Args:
             name: a transformers name, a local folder, or package:MODULE/FOLDER inside an installed package.
-            weights: "pretrained", or "random" for the architecture alone.
-            tokenizer: its name or folder, in the same three forms; None: the tower's own.
-            max_tokens: captions are cut to this many tokens; None: 77, or as many as the tower takes.
+            weights: "pretrained", or "random" for random weights.
+            tokenizer: name or folder, in the same three forms; None: the tower's own.
+            max_tokens: captions are truncated to this many tokens; None: 77, or the tower's maximum.
             pooling: see the constructor.
 
         Raises:
-            UserError: naming model.text.name or model.text.tokenizer where they cannot be had.
+            UserError: naming model.text.name or model.text.tokenizer, if they cannot be loaded.
         """
         model = _load_model(name, weights)
         longest = max_tokens or default_max_tokens(_max_positions(model))
@@ -258,12 +264,12 @@ class TransformersTower(TextTower):
 
 
 def default_max_tokens(max_positions: int | None) -> int:
-    """What model.text.max_tokens means where neither config nor checkpoint says it."""
+    """Return the default of model.text.max_tokens."""
     return min(DEFAULT_MAX_TOKENS, max_positions or DEFAULT_MAX_TOKENS)
 
 
 def _max_positions(model: nn.Module) -> int | None:
-    """The longest caption in tokens; None for relative positions (T5's)."""
+    """Return the length of the longest caption in tokens; None for relative positions (T5)."""
     count = getattr(model.config, "max_position_embeddings", None)
     if not count or count < 0:
         return None
@@ -273,15 +279,15 @@ def _max_positions(model: nn.Module) -> int | None:
 
 
 def _sizes(config: PreTrainedConfig) -> str:
-    """What tells one architecture from another, in words."""
+    """Describe an architecture for messages."""
     return f"{config.model_type} of width {config.hidden_size} with {config.num_hidden_layers} layers"
 
 
 def local_folder(name: str, field: str) -> Path | None:
-    """The folder that a name stands for, or None for a hub name.
+    """Return the folder of a name, or None for a name on the Hub.
 
     Raises:
-        UserError: for a package or folder that is not there.
+        UserError: the package or folder does not exist.
     """
     if name.startswith(PACKAGE_PREFIX):
         module, _, inside = name[len(PACKAGE_PREFIX) :].partition("/")
@@ -301,7 +307,7 @@ def local_folder(name: str, field: str) -> Path | None:
 
 
 def load_tokenizer(name: str, max_tokens: int) -> Tokenizer:
-    """A tokenizer by transformers name, local folder or package:MODULE/FOLDER.
+    """Load a tokenizer by transformers name, local folder or package:MODULE/FOLDER.
 
     Raises:
         UserError: naming model.text.tokenizer.
@@ -317,27 +323,27 @@ def load_tokenizer(name: str, max_tokens: int) -> Tokenizer:
 
 
 def model_from_config(config: PreTrainedConfig) -> nn.Module:
-    """An encoder of random weights."""
+    """Build an encoder with random weights."""
     with _quiet():
         auto = _auto_class(config)
         return _encoder_alone(auto.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32))
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
-    """The loader of the text encoder alone where transformers has one (T5 without decoder), of the model otherwise."""
+    """Return the class of the text encoder (T5 without decoder) if transformers has one, otherwise the model's."""
     known = type(config) in AutoModelForTextEncoding._model_mapping
     return AutoModelForTextEncoding if known else AutoModel
 
 
 def _encoder_alone(model: nn.Module) -> nn.Module:
-    """T5's stack of blocks, which holds the token embeddings too; other encoders as they are."""
+    """Return T5's stack of blocks, which contains the token embeddings; other encoders unchanged."""
     encoder = getattr(model, "encoder", None)
     shared = getattr(model, "shared", None)
     return encoder if isinstance(encoder, nn.Module) and isinstance(shared, nn.Embedding) else model
 
 
 def config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
-    """The inverse of a config's to_dict."""
+    """Build a config from the result of to_dict."""
     values = dict(values)
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
@@ -346,7 +352,7 @@ def config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _load_model(name: str, weights: str) -> nn.Module:
-    """The encoder, pretrained or random."""
+    """Build the encoder, pretrained or random."""
     if weights not in ("pretrained", "random"):
         raise UserError(f"model.text.weights: got {weights!r}; allowed: pretrained, random")
     folder = local_folder(name, "model.text.name")
@@ -365,12 +371,12 @@ def _load_model(name: str, weights: str) -> nn.Module:
     if missing:
         raise UserError(f"model.text.name: got {name!r}, whose weights lack {some(missing)}")
     if info["missing_keys"]:
-        model.pooler = None  # a masked-language checkpoint has none: random weights must not pass for learned ones
+        model.pooler = None  # a masked-language checkpoint has none; do not use random weights instead
     return _encoder_alone(model)
 
 
 def _load_config(name: str) -> PreTrainedConfig:
-    """The architecture behind a name, without weights."""
+    """Load the architecture of a name, without weights."""
     folder = local_folder(name, "model.text.name")
     if folder is None and name in KNOWN_ARCHITECTURES:
         return KNOWN_ARCHITECTURES[name]()
@@ -378,15 +384,15 @@ def _load_config(name: str) -> PreTrainedConfig:
 
 
 def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The text part of a model of text and images (CLIP's); others as they are."""
+    """Return the text part of a model of text and images (CLIP); other models unchanged."""
     part = getattr(config, "text_config", None)
     return part if isinstance(part, PreTrainedConfig) else config
 
 
 def _from_transformers(load: Callable[..., Any], name: str, folder: Path | None, field: str) -> Any:
-    """Load from a local folder, else from the hub's local cache, else from the hub.
+    """Load from a local folder, otherwise from the Hub's local cache, otherwise from the Hub.
 
-    The hub is asked once whether it answers at all: its client would retry for a minute on a machine without network.
+    The Hub is contacted once first, because its client would retry for a minute on a machine without network.
 
     Raises:
         UserError: naming the field.
@@ -400,7 +406,7 @@ def _from_transformers(load: Callable[..., Any], name: str, folder: Path | None,
             except (OSError, ValueError):
                 get_session().head(ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
                 return load(name)
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:  # the Hub's client raises many types
         raise UserError(
             f"{field}: got {name!r}, which could not be loaded ({reason(error)}); allowed: a transformers name, a "
             f"local folder, package:MODULE/FOLDER (without a network: copy the model's folder and set {field} to it)"
@@ -409,7 +415,7 @@ def _from_transformers(load: Callable[..., Any], name: str, folder: Path | None,
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back transformers' progress bars and reports; what matters is raised by this module."""
+    """Suppress transformers' progress bars and reports; this module raises errors itself."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

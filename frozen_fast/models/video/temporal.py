@@ -15,11 +15,11 @@ EXPANSIONS: tuple[str, ...] = get_args(Expansion)
 
 
 def expand_temporal_embedding(embed_1TD: Tensor, num_frames: int, method: str = "zero") -> Tensor:
-    """Make embeddings learned for T frames fit another number of frames.
+    """Resize embeddings learned for T frames to another number of frames.
 
     Args:
         embed_1TD: [1, T, D].
-        num_frames: the new T. Fewer frames keep the first, whatever the method.
+        num_frames: the new T. Fewer frames keep the first rows, for every method.
         method: "zero" appends zeros; "nearest" repeats row floor(i*T/num_frames); "bilinear" interpolates between
             row centres (half-pixel centres, ends clamped: torch's align_corners=False). These are the released
             code's load_temporal_fix zeros, interp and bilinear.

@@ -1,4 +1,4 @@
-"""Video tower: any timm image model on each frame, then the frames' mean or a small transformer over time.
+"""Video tower: any timm image model on each frame, then the mean over frames or a small transformer over time.
 
 Axis letters: B batch, T frames, C channels, H and W pixels, D width.
 """
@@ -29,9 +29,10 @@ FEED_FORWARD_RATIO = 4
 class TimmFrames(VideoTower):
     """A timm image model without its classifier, run on each frame.
 
-    With over_time "mean" frames may come in any number and any order. With "transformer" a frame's features get a
-    learned position, and layers of self-attention over the T frames add to them; the output projections of these
-    layers start at 0, so that the tower starts as the mean.
+    With over_time "mean", the number and the order of the frames have no effect on the architecture. With
+    "transformer", learned position embeddings are added to the frames' features, and self-attention layers run over the
+    T frames. The output projections of these layers are initialised to 0, so that the tower initially computes the
+    mean.
     """
 
     name = "timm"
@@ -54,16 +55,16 @@ class TimmFrames(VideoTower):
 
         Args:
             size: name of a timm model.
-            resolution: pixels along a frame's edge; None: what the model was made for.
-            over_time: how the frames' features become one.
-            time_layers: of the transformer over time.
+            resolution: pixels along a frame's edge; None: the model's default.
+            over_time: how the frames' features are combined.
+            time_layers: number of layers of the transformer over time.
             max_frames: rows of the frame positions (over_time "transformer").
             checkpointed_blocks: number of the image model's blocks that recompute their activations.
-            temporal_init_std: spread of the frame positions' start.
-            pretrained: timm's weights for the name, from its cache or a download; False: random ones.
+            temporal_init_std: standard deviation of the initial frame positions.
+            pretrained: load timm's weights from its cache or by download; False: random weights.
 
         Raises:
-            UserError: for a name that timm has not, weights that cannot be had, or a resolution that does not fit.
+            UserError: the name is unknown to timm, the weights cannot be loaded, or the resolution is not supported.
         """
         super().__init__()
         check_name(size)
@@ -83,7 +84,7 @@ class TimmFrames(VideoTower):
 
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> TimmFrames:
-        """The tower of a config's model.video."""
+        """Build the tower of a config's model.video."""
         tower = cls(
             str(section.size),
             resolution=section.resolution,
@@ -102,7 +103,7 @@ class TimmFrames(VideoTower):
     def from_architecture(
         cls, data: Mapping[str, Any], *, max_frames: int, section: VideoTowerConfig | None = None
     ) -> TimmFrames:
-        """The tower that architecture() describes, with random weights."""
+        """Build the tower that architecture() describes, with random weights."""
         return cls(
             data["size"],
             resolution=data["resolution"],
@@ -113,14 +114,14 @@ class TimmFrames(VideoTower):
         )
 
     def architecture(self) -> dict[str, Any]:
-        """The image model's name, its resolution, and what comes after it."""
+        """Return the image model's name, its resolution, and the settings over time."""
         layers = self.time_layers if self.over_time == "transformer" else None
         keys = {"size": self.size, "resolution": self.resolution, "over_time": self.over_time}
         return {**keys, "time_layers": layers}
 
     @classmethod
     def frames_taken(cls, section: VideoTowerConfig, max_frames: int) -> range:
-        """Any number up to max_frames; the name and the settings over time are checked too."""
+        """Return 1 to max_frames, after checking the name and the settings over time."""
         check_name(section.size)
         if section.time_layers is not None and section.over_time != "transformer":
             over = section.over_time or "mean"
@@ -131,7 +132,7 @@ class TimmFrames(VideoTower):
         return super().frames_taken(section, max_frames)
 
     def is_head(self, name: str) -> bool:
-        """Whether a weight of a timm file belongs to the classifier, which this tower has not."""
+        """Return whether a weight of a timm file belongs to the classifier, which this tower does not have."""
         classifiers = self.image_model.pretrained_cfg.get("classifier") or ()
         prefixes = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
         return name not in self.image_model.state_dict() and name.startswith(tuple(f"{one}." for one in prefixes))
@@ -152,7 +153,7 @@ FORMS = "none, pretrained, or a local file of this timm model's weights"
 
 
 def check_name(size: str | None) -> None:
-    """Refuse a name that is not a timm model's.
+    """Refuse a name that is not that of a timm model.
 
     Raises:
         UserError: naming model.video.size.
@@ -165,25 +166,25 @@ def check_name(size: str | None) -> None:
 
 
 def _image_model(size: str, resolution: int | None, pretrained: bool) -> Any:
-    """The model without classifier: pooled features per picture."""
+    """Build the model without a classifier: pooled features per image."""
     options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
     try:
         model: Any = timm.create_model(size, **options)
         if resolution is not None and resolution != model.pretrained_cfg["input_size"][-1] and _has_fixed_size(model):
             model = timm.create_model(size, **options, img_size=resolution)
-    except Exception as error:  # timm and its download raise many kinds
+    except Exception as error:  # timm and its download raise many types
         what = f"weights {PRETRAINED!r}" if pretrained else f"resolution {resolution}"
         raise UserError(f"model.video.size: got {size!r} with {what}, which cannot be had ({reason(error)})") from error
     return model
 
 
 def _has_fixed_size(model: nn.Module) -> bool:
-    """Whether a model is built for one size of picture (transformers are, convolutions are not)."""
+    """Return whether a model supports one image size only (transformers do, convolutional networks do not)."""
     return hasattr(model, "patch_embed") or hasattr(model, "set_input_size")
 
 
 def _time_block(width: int) -> nn.Module:
-    """A pre-norm transformer layer over [B, T, D] that starts as the identity."""
+    """A pre-norm transformer layer over [B, T, D], initialised as the identity."""
     heads = max(1, width // HEAD_WIDTH)
     while width % heads:
         heads -= 1

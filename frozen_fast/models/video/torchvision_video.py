@@ -1,4 +1,4 @@
-"""Video tower: torchvision's networks over space and time, by name and without their classifiers.
+"""Video tower: torchvision's video networks by name, without their classifiers.
 
 Axis letters: B batch, T frames, C channels, H and W pixels, D width.
 """
@@ -25,13 +25,13 @@ FORMS = "none, pretrained, or a local file of this torchvision model's weights"
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What a torchvision video network takes.
+    """Properties of a torchvision video network.
 
     Attributes:
         head: name of its classifier.
-        frames: the numbers of frames that a clip may have.
-        resolution: pixels along a frame's edge that its pretrained weights were made for.
-        fixed_resolution: it takes no other.
+        frames: the supported numbers of frames of a clip.
+        resolution: pixels along a frame's edge in the training of its pretrained weights.
+        fixed_resolution: whether it supports no other resolution.
     """
 
     head: str
@@ -56,15 +56,16 @@ NETWORKS: dict[str, Network] = {
     "swin3d_s": _SWIN,
     "swin3d_b": _SWIN,
 }
-"""model.video.size -> what the network takes."""
+"""model.video.size -> properties of the network."""
 
 
 class TorchvisionVideo(VideoTower):
     """S3D, R3D, R(2+1)D, MC3, MViT or Video Swin of torchvision, and the 3D ResNet of 101 layers from its parts.
 
-    S3D (from 8 frames on), the ResNets and Swin have no weights per frame and take clips of any length. MViT's
-    positions are for 16 frames: it cannot grow from stage to stage. S3D's last average is taken over the whole feature
-    map, so that a clip may be shorter and smaller than 16 frames of 224 x 224, where it equals torchvision's.
+    S3D (with at least 8 frames), the ResNets and Swin have no weights per frame and accept clips of any length. MViT
+    has positions for 16 frames, so its number of frames cannot change between stages. S3D's last average covers the
+    whole feature map, so that clips may be shorter and smaller than 16 frames of 224 x 224; for this size it equals
+    torchvision's.
     """
 
     name = "torchvision_video"
@@ -84,12 +85,12 @@ class TorchvisionVideo(VideoTower):
 
         Args:
             size: a name of NETWORKS.
-            resolution: pixels along a frame's edge; None: what the pretrained weights were made for.
+            resolution: pixels along a frame's edge; None: that of the pretrained weights.
             checkpointed_blocks: number of blocks that recompute their activations.
-            pretrained: torchvision's weights (Kinetics-400), from its cache or a download; False: random ones.
+            pretrained: load torchvision's weights (Kinetics-400) from its cache or by download; False: random weights.
 
         Raises:
-            UserError: for an unknown name, or weights that cannot be had.
+            UserError: the name is unknown, or the weights cannot be loaded.
         """
         super().__init__()
         network = named_network(size)
@@ -98,7 +99,7 @@ class TorchvisionVideo(VideoTower):
         self.max_frames = network.frames[-1]
         try:
             self.model = _network(size, pretrained)
-        except Exception as error:  # a download raises many kinds
+        except Exception as error:  # a download raises many types
             raise UserError(f"model.video.size: got {size!r}, which cannot be had ({reason(error)})") from error
         if size == "s3d":
             self.model.avgpool = nn.AdaptiveAvgPool3d(1)
@@ -109,7 +110,7 @@ class TorchvisionVideo(VideoTower):
 
     @classmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> TorchvisionVideo:
-        """The tower of a config's model.video."""
+        """Build the tower of a config's model.video."""
         tower = cls(
             str(section.size),
             resolution=section.resolution,
@@ -125,7 +126,7 @@ class TorchvisionVideo(VideoTower):
     def from_architecture(
         cls, data: Mapping[str, Any], *, max_frames: int, section: VideoTowerConfig | None = None
     ) -> TorchvisionVideo:
-        """The tower that architecture() describes, with random weights."""
+        """Build the tower that architecture() describes, with random weights."""
         return cls(
             data["size"],
             resolution=data["resolution"],
@@ -133,17 +134,17 @@ class TorchvisionVideo(VideoTower):
         )
 
     def architecture(self) -> dict[str, Any]:
-        """The network's name and its resolution."""
+        """Return the network's name and its resolution."""
         return {"size": self.size, "resolution": self.resolution}
 
     @property
     def frames(self) -> range:
-        """The numbers of frames that a clip may have."""
+        """The supported numbers of frames of a clip."""
         return self.network.frames
 
     @classmethod
     def frames_taken(cls, section: VideoTowerConfig, max_frames: int) -> range:
-        """As the tower's `frames`; name and resolution are checked too."""
+        """Return the numbers of frames that the network supports, after checking name and resolution."""
         network = named_network(section.size)
         if network.fixed_resolution and section.resolution not in (None, network.resolution):
             allowed = f"{network.resolution} with {section.size}"
@@ -151,13 +152,13 @@ class TorchvisionVideo(VideoTower):
         return network.frames
 
     def forward(self, video_BTCHW: Tensor) -> Tensor:
-        """Embed clips: [B, T, 3, resolution, resolution] -> [B, D], the input of the network's classifier."""
+        """Embed clips: [B, T, 3, resolution, resolution] -> [B, D], the input of the removed classifier."""
         self.check_video(video_BTCHW)
         return self.model(video_BTCHW.transpose(1, 2)).flatten(1)
 
 
 def named_network(size: str | None) -> Network:
-    """What the network of a name takes.
+    """Return the properties of a network.
 
     Raises:
         UserError: naming model.video.size.
@@ -168,23 +169,23 @@ def named_network(size: str | None) -> Network:
 
 
 def _network(size: str, pretrained: bool) -> nn.Module:
-    """The network with its classifier."""
+    """Build the network with its classifier."""
     if size != "r3d_101":
         return get_model(size, weights=get_model_weights(size).DEFAULT if pretrained else None)
     if pretrained:
         raise ValueError("torchvision has no weights for it; allowed: none, or a local file")
-    # torchvision has its parts only: the 3D ResNet of 101 layers, 3 + 4 + 23 + 3 bottlenecks.
+    # torchvision has only the parts of the 3D ResNet of 101 layers (3 + 4 + 23 + 3 bottlenecks).
     return VideoResNet(Bottleneck, [Conv3DSimple] * 4, [3, 4, 23, 3], BasicStem)
 
 
 def _normalisation(size: str) -> tuple[Any, Any]:
-    """Mean and standard deviation of the pixels that torchvision's weights were trained with."""
+    """Return mean and standard deviation of the pixels in the training of torchvision's weights."""
     preset = get_model_weights("r3d_18" if size == "r3d_101" else size).DEFAULT.transforms()
     return tuple(preset.mean), tuple(preset.std)
 
 
 def _take_off_the_head(model: nn.Module, name: str) -> int:
-    """Replace the classifier by nothing; returns the width of what it took."""
+    """Remove the classifier; return the width of its input."""
     head = getattr(model, name)
     layers = [layer for layer in head.modules() if isinstance(layer, (nn.Linear, nn.Conv3d))]
     setattr(model, name, nn.Identity())

@@ -1,4 +1,4 @@
-"""What every video tower offers: an embedding per clip, and what training has to know about the module.
+"""The interface of video towers: an embedding per clip, and properties that training uses.
 
 Axis letters: B batch, T frames, C channels, H and W pixels, D width.
 """
@@ -23,7 +23,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ANY_NUMBER = sys.maxsize - 1
-"""max_frames of a tower without parameters per frame."""
+"""Value of max_frames for towers without parameters per frame."""
 
 
 class VideoTower(nn.Module, ABC):
@@ -31,19 +31,19 @@ class VideoTower(nn.Module, ABC):
 
     Attributes:
         name: its name in frozen_fast.config.extensions.video_towers, written to config.json.
-        keys: the keys of model.video that it reads, beside tower, options and checkpointed_blocks. Another one that
-            is set is a mistake of the user's.
-        described_by: those of its keys that architecture() holds under the same names; with model.checkpoint they must
-            agree with it.
-        frame_embeddings: names of parameters [1, max_frames, D] with one row per frame, which grow at a stage with
-            more frames; none: the tower needs nothing to take more frames.
+        keys: the keys of model.video that it reads, in addition to tower, options and checkpointed_blocks. Setting
+            another key is an error.
+        described_by: keys that architecture() contains under the same names; with model.checkpoint they must agree with
+            the checkpoint.
+        frame_embeddings: names of parameters [1, max_frames, D] with one row per frame, which are expanded at a stage
+            with more frames; empty: any number of frames needs no new parameters.
         width: D.
         resolution: pixels along a frame's edge.
         max_frames: most frames of a clip.
-        mean, std: RGB normalisation, in [0, 1], that the tower's published weights were trained with.
-        usual_frames: frames of a window where feature extraction is told none.
+        mean, std: RGB normalisation, in [0, 1], of the training of the tower's published weights.
+        usual_frames: default number of frames of a window in feature extraction.
         checkpointed_blocks: number of repeated_blocks() that recompute their activations in the backward pass.
-        folds_normalisation: forward takes uint8 pixels with their PixelNormalisation as second argument.
+        folds_normalisation: whether forward accepts uint8 pixels and a PixelNormalisation as second argument.
     """
 
     name: ClassVar[str]
@@ -64,7 +64,7 @@ class VideoTower(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, section: VideoTowerConfig, *, max_frames: int) -> Self:
-        """A tower with the weights that a config asks for, random ones from torch's global random state.
+        """Build a tower with the weights that a config names; random weights come from torch's global generator.
 
         Args:
             section: model.video.
@@ -79,21 +79,21 @@ class VideoTower(nn.Module, ABC):
     def from_architecture(
         cls, data: Mapping[str, Any], *, max_frames: int, section: VideoTowerConfig | None = None
     ) -> Self:
-        """The tower that architecture() describes, for weights that are loaded afterwards: they may hold anything.
+        """Build the tower that architecture() describes, with undefined weights that are loaded afterwards.
 
         Args:
-            data: what architecture() returned.
+            data: the result of architecture().
             max_frames: rows of its frame embeddings.
-            section: keys that say how it computes, not what it is (attention, checkpointed_blocks); None: defaults.
+            section: keys that do not describe the architecture (attention, checkpointed_blocks); None: defaults.
         """
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:
-        """What from_architecture needs, as JSON-able data without the tower's name and max_frames."""
+        """Return data for from_architecture that JSON can represent, without the tower's name and max_frames."""
 
     @classmethod
     def frames_taken(cls, section: VideoTowerConfig, max_frames: int) -> range:
-        """Numbers of frames that a tower of this config takes; asked before it is built, so it must be cheap.
+        """Return the numbers of frames that a tower of this config supports, without building the tower.
 
         Args:
             section: model.video.
@@ -109,8 +109,8 @@ class VideoTower(nn.Module, ABC):
         """Refuse keys that contradict a checkpoint's architecture.
 
         Args:
-            section: model.video, where keys that were not set are none.
-            data: what architecture() returned when the checkpoint was written.
+            section: model.video, with None for keys that are not set.
+            data: the result of architecture() of the checkpoint's tower.
 
         Raises:
             UserError: naming the key, the value and the checkpoint's.
@@ -142,16 +142,16 @@ class VideoTower(nn.Module, ABC):
         """
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; a tower that is frozen as a whole stays in eval mode, running averages included."""
+        """Set the mode; a completely frozen tower stays in eval mode, so that running averages do not change."""
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     @property
     def frames(self) -> range:
-        """The numbers of frames that a clip may have."""
+        """The supported numbers of frames of a clip."""
         return range(1, self.max_frames + 1)
 
     def check_video(self, video_BTCHW: Tensor) -> None:
-        """Raise a ValueError that names the expected shape, unless the clip batch has it."""
+        """Raise a ValueError that names the expected shape if the clip batch has another one."""
         side = self.resolution
         shape = tuple(video_BTCHW.shape)
         if len(shape) != 5 or shape[0] < 1 or shape[2:] != (3, side, side) or shape[1] not in self.frames:
@@ -161,38 +161,38 @@ class VideoTower(nn.Module, ABC):
     # Kernels
 
     def check_kernels(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> None:
-        """Raise a UserError where a kernel that the config asks for cannot run on a device, in a dtype."""
+        """Raise a UserError if a kernel that the config selects cannot run on a device in a dtype."""
 
     def choose_kernels(self, batch_sizes: Mapping[int, int], device: torch.device, dtype: torch.dtype) -> None:
-        """Settle what is chosen by measurement, for the shapes of a stage; under torch.compile nothing can be measured.
+        """Choose kernels by measurement for the shapes of a stage, because torch.compile does not allow it later.
 
         Args:
             batch_sizes: frames -> clips of one forward pass on this rank.
-            device: where it runs.
-            dtype: of its matrix products.
+            device: device of the tower.
+            dtype: dtype of the matrix products.
         """
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
-        """Entries of environment.json that say which kernels ran, for the report."""
+        """Return entries of environment.json on the kernels that have run, for the report."""
         return {}
 
-    # What training asks
+    # For training
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The blocks that make up most of the tower: units of compiling, recomputation and sharding."""
+        """Return the blocks that make up most of the tower, the units of compilation, recomputation and sharding."""
         return find_repeated_blocks(self)
 
     def forward_flops(self, frames: int, *, executed: bool = True) -> float | None:
-        """Forward FLOPs of one clip (a multiply-add counts as 2); None where they are not known.
+        """Return the forward FLOPs of one clip (a multiply-add counts as 2); None if unknown.
 
         Args:
             frames: T.
-            executed: what this implementation computes; False: the model as it is published.
+            executed: count what this implementation computes; False: the published model.
         """
         return counted_flops(self._bare_copy, (1, frames, 3, self.resolution, self.resolution))
 
     def pixel_flops(self, frames: int) -> float:
-        """The share of forward_flops whose input is pixels, which need no gradient; 0 where it is not known."""
+        """Return the share of forward_flops whose input is pixels, which need no gradient; 0 if unknown."""
         return 0.0
 
     def _bare_copy(self) -> nn.Module:
@@ -200,7 +200,7 @@ class VideoTower(nn.Module, ABC):
 
 
 def frames_in_words(frames: range, symbol: str = "") -> str:
-    """A range of frames as an error message gives it: "1 to 8", "exactly 16", "14 or more"; or bounds on a symbol."""
+    """Format a range of frames for a message: "1 to 8", "exactly 16", "14 or more"; or bounds on a symbol."""
     first, last = frames[0], frames[-1]
     if last >= ANY_NUMBER:
         return f"{symbol} >= {first}" if symbol else f"{first} or more"
@@ -210,7 +210,7 @@ def frames_in_words(frames: range, symbol: str = "") -> str:
 
 
 def check_frames(tower: type[VideoTower], section: VideoTowerConfig, frames: Sequence[tuple[str, int]]) -> None:
-    """Refuse numbers of frames that a tower does not take, before it is built.
+    """Refuse numbers of frames that a tower does not support, before it is built.
 
     Args:
         tower: the class.
@@ -218,7 +218,7 @@ def check_frames(tower: type[VideoTower], section: VideoTowerConfig, frames: Seq
         frames: (config key, number of frames) pairs.
 
     Raises:
-        UserError: naming the first key at fault.
+        UserError: naming the first wrong key.
     """
     taken = tower.frames_taken(section, max(number for _, number in frames))
     for key, number in frames:

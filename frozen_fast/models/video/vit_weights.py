@@ -1,7 +1,7 @@
-"""ViT weights for the video tower's start: by timm name or from a local file.
+"""Initial ViT weights for the video tower, by timm name or from a local file.
 
-They fill patch_embed, cls_token, pos_embed, the blocks' attn, mlp, norm1 and norm2, and norm (section 3.2 of the
-paper). Time attention and its norm3 keep their own start.
+They initialise patch_embed, cls_token, pos_embed, the blocks' attn, mlp, norm1 and norm2, and norm (section 3.2 of the
+paper). Time attention and its norm3 keep their initial values.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from frozen_fast.models.video.weight_files import FIELD, read_state_dict
 
 TIMM_PREFIX = "timm:"
 OWN_PARTS = ("temporal_embed",)
-"""Parameters that a ViT has not."""
+"""Parameters that a ViT does not have."""
 
 OWN_BLOCK_PARTS = ("timeattn.", "norm3.")
-"""Parts of a block that a ViT has not."""
+"""Parts of a block that a ViT does not have."""
 
 HEAD_PREFIXES = ("head.", "head_dist.", "pre_logits.", "fc_norm.")
-"""Parts of a ViT file that the tower has no use for."""
+"""Parts of a ViT file that the tower does not use."""
 
 
 def load_vit_weights(model: nn.Module, weights: str) -> None:
@@ -37,7 +37,7 @@ def load_vit_weights(model: nn.Module, weights: str) -> None:
             local .onnx of DINOv2's form, or package:MODULE/FILE.onnx inside an installed package.
 
     Raises:
-        UserError: naming model.video.weights, for what cannot be read, a missing weight, or one of another shape.
+        UserError: naming model.video.weights, if they cannot be read, or a weight is missing or has another shape.
     """
     if weights.startswith(TIMM_PREFIX):
         state = _timm_state(weights[len(TIMM_PREFIX) :])
@@ -63,14 +63,14 @@ def load_vit_weights(model: nn.Module, weights: str) -> None:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a parameter is the space-time transformer's own, not a ViT's."""
+    """Return whether a parameter belongs to the space-time transformer only, not to a ViT."""
     if name in OWN_PARTS:
         return True
     return name.startswith("blocks.") and name.split(".", 2)[2].startswith(OWN_BLOCK_PARTS)
 
 
 def _timm_state(name: str) -> dict[str, Tensor]:
-    """The pretrained weights of a timm model, downloaded or from timm's cache."""
+    """Load the pretrained weights of a timm model from timm's cache or by download."""
     import timm
 
     if not timm.is_model(name):
@@ -78,7 +78,7 @@ def _timm_state(name: str) -> dict[str, Tensor]:
         raise UserError(f"{FIELD}: got {TIMM_PREFIX + name!r}; allowed: a timm model such as {near}")
     try:
         return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
-    except Exception as error:  # the download raises many kinds
+    except Exception as error:  # the download raises many types
         raise UserError(
             f"{FIELD}: got {TIMM_PREFIX + name!r}, which could not be had ({reason(error)}); "
             "allowed: timm:NAME with a network or a filled cache, a local file, none"
@@ -86,18 +86,18 @@ def _timm_state(name: str) -> dict[str, Tensor]:
 
 
 def _file_state(weights: str, model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a local file, under timm's names."""
+    """Read the state dict of a local file, with timm's names."""
     path = Path(weights).expanduser()
     if path.suffix != ".npz" or not path.is_file():
         return read_state_dict(weights, "none, timm:NAME, or an existing local file")
     try:
         return _jax_state(path, model)
-    except Exception as error:  # a damaged file raises anything at all
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{FIELD}: got {weights!r}, which cannot be read ({reason(error)})") from error
 
 
 def _jax_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """An original ViT .npz, through timm's own conversion."""
+    """Read an original ViT .npz through timm's conversion."""
     from timm.models.vision_transformer import VisionTransformer
 
     size = cast(VideoSize, model.size)

@@ -14,14 +14,14 @@ FIELD = "model.video.weights"
 
 
 def read_state_dict(weights: str, allowed: str) -> dict[str, Tensor]:
-    """The state dict of a .safetensors file, or of a torch file, wrapped or not, without a data-parallel prefix.
+    """Read the state dict of a .safetensors or torch file, without wrapping keys and the data-parallel prefix.
 
     Args:
         weights: the file.
-        allowed: what the key may hold, for messages.
+        allowed: the values that the key may have, for messages.
 
     Raises:
-        UserError: naming model.video.weights, for what cannot be read.
+        UserError: naming model.video.weights, if the file cannot be read.
     """
     path = Path(weights).expanduser()
     if not path.is_file():
@@ -32,7 +32,7 @@ def read_state_dict(weights: str, allowed: str) -> dict[str, Tensor]:
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises anything at all
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{FIELD}: got {weights!r}, which cannot be read ({reason(error)})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -43,16 +43,16 @@ def read_state_dict(weights: str, allowed: str) -> dict[str, Tensor]:
 
 
 def load_weight_file(model: nn.Module, weights: str, allowed: str, is_head: Callable[[str], bool]) -> None:
-    """Copy a local file's weights into a model; those of a classifier are left out.
+    """Copy a local file's weights into a model, without those of a classifier.
 
     Args:
         model: changed in place.
         weights: the file.
-        allowed: what the key may hold, for messages.
-        is_head: whether a weight of the file is part of the classifier, which the model has not.
+        allowed: the values that the key may have, for messages.
+        is_head: returns whether a weight of the file is part of the classifier, which the model does not have.
 
     Raises:
-        UserError: naming model.video.weights, for a missing weight, an unknown one, or one of another shape.
+        UserError: naming model.video.weights, if a weight is missing, unknown or has another shape.
     """
     state = {name: value for name, value in read_state_dict(weights, allowed).items() if not is_head(name)}
     own = model.state_dict()

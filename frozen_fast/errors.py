@@ -52,6 +52,6 @@ def reason(error: Exception) -> str:
     PyTorch's message for a refused pickle is left out: it recommends to load the file without protection.
     """
     if _REFUSED_PICKLE in str(error):
-        return f"{type(error).__name__}: the file holds other things than tensors"
+        return f"{type(error).__name__}: the file contains objects other than tensors"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:MOST_CHARACTERS]

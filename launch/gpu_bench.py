@@ -421,7 +421,7 @@ def write_summary(
     """summary.json; written after every step, so that a lease that ends early still leaves one."""
     done = {row.step for row in rows}
     missing = left_out(bench.machine, reads_videos=bench.reads_videos)
-    missing.update({step.name: "not asked for (--steps)" for step in STEPS if step not in chosen})
+    missing.update({step.name: "not requested (--steps)" for step in STEPS if step not in chosen})
     missing.update({step.name: "not started" for step in chosen if step.name not in done})
     summary = {
         "command": ["launch/gpu_bench.sh", *options.arguments],
@@ -449,7 +449,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     default = os.environ.get("OUT") or "runs/gpu_bench"
     names = [step.name for step in STEPS]
     parser.add_argument("output", nargs="?", type=Path, default=Path(default), help="results ($OUT or runs/gpu_bench)")
-    parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU, even where there is a GPU")
+    parser.add_argument("--cpu", action="store_true", help="tiny sizes on the CPU, even if there is a GPU")
     parser.add_argument(
         "--rehearse",
         nargs="?",

@@ -145,7 +145,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expansion", choices=get_args(Expansion), default="zero", help="how to expand them (default zero)"
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer to save beside the weights")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer to save with the weights")
 
 
 def convert(arguments: argparse.Namespace) -> int:

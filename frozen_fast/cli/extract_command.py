@@ -32,7 +32,7 @@ def extract_arguments(parser: argparse.ArgumentParser) -> None:
         "transformers:NAME or clip:FILE",
     )
     network.add_argument("--checkpoint", metavar="PATH", help="folder, released file or ORG/NAME of a dual encoder")
-    network.add_argument("--config", metavar="FILE", help="experiment whose model section says the tower")
+    network.add_argument("--config", metavar="FILE", help="experiment whose model section defines the tower")
     parser.add_argument(
         "--weights", help="of --tower: as model.video.weights; none: random (default: pretrained, timm and torchvision)"
     )
@@ -64,7 +64,7 @@ def extract_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", default="auto", metavar="NAME", help="auto, dali, torchcodec, decord or pyav")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as training.precision")
-    parser.add_argument("--fresh", action="store_true", help="replace what the store holds under the name")
+    parser.add_argument("--fresh", action="store_true", help="replace the store's feature of this name")
 
 
 def extract(arguments: argparse.Namespace) -> int:

@@ -167,7 +167,7 @@ def _batch_sizes(
         if fraction > 0 and size > clips_per_source[name]:
             raise UserError(
                 f"{key}: got {size}; allowed: at most {clips_per_source[name]}, "
-                f"the clips of source {name!r} (a batch holds no clip twice)"
+                f"the clips of source {name!r} (a batch contains a clip only once)"
             )
         sizes[name] = size
     return sizes

@@ -60,7 +60,11 @@ def docs_markdown() -> str:
     rows = ["| former name | now |", "|---|---|"]
     for old, new in EXPERIMENT.items():
         rows += [f"| `{old}` | `{new}` |"] if isinstance(new, str) else [f"| `{old}` | {new.__doc__} |"]
-    parts += ["## Former names", "Read with a warning; a config may not hold a key under both names.", "\n".join(rows)]
+    parts += [
+        "## Former names",
+        "Read with a warning; a config must not contain a key under both names.",
+        "\n".join(rows),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -41,9 +41,9 @@ class VideoTowerConfig:
     heads: int | None = key(None, "attention heads of a released checkpoint's video tower, which the file does not contain; null: width / 64", ge=1)
     block: Literal["frozen_in_time", "timesformer"] | None = key(None, "space_time: residual of the space attention: frozen_in_time adds it to the block's input, timesformer to the output of time attention; null: frozen_in_time, or the checkpoint's")
     attention: str = key("auto", "attention of space_time and of CLIP's image towers: a backend of frozen_kernels, or a plugin's; auto: the fastest measured", names=extensions.attention_backends)
-    fused_ops: Literal["auto", "plain"] = key("auto", "space_time: residual norms and bias + GELU by frozen_kernels' fastest form for the device (Triton, C), or by PyTorch's own operators")
+    fused_ops: Literal["auto", "plain"] = key("auto", "space_time: residual norms and bias + GELU by frozen_kernels' fastest form for the device (Triton, C), or by PyTorch's operators")
     residual_dtype: Literal["fp32", "bf16"] = key("fp32", "space_time: dtype of the residual stream under bf16 autocast; bf16 halves the bytes of residual sums and norms and rounds every sum")
-    time_init: Literal["zero_output", "released", "random"] = key("zero_output", "space_time: initial time attention. zero_output: output projection 0; released: qkv 0 and projection 1, as released for more than one frame (queries and keys then get no gradient); random: as released for one frame")
+    time_init: Literal["zero_output", "released", "random"] = key("zero_output", "space_time: initial time attention. zero_output: output projection 0; released: qkv 0 and projection 1, as in the released code with more than one frame (queries and keys then get no gradient); random: as in the released code with one frame")
     position_init_std: float = key(0.02, "space_time: standard deviation of the initial position embeddings; a tower trained from scratch on little data needs about 1 to use positions", ge=0)
     temporal_init_std: float = key(0.0, "standard deviation of the initial temporal embeddings, added at the first expansion; 0: as in the paper", ge=0)
     skip_time_attention_at_one_frame: bool | None = key(None, "space_time: skip temporal attention in stages of one frame (changes the model); null: false, or the checkpoint's")
@@ -65,10 +65,10 @@ class TextTowerConfig:
     tower: str | None = key(None, "transformers: any encoder of that library; clip: CLIP's; siglip: SigLIP's; or a plugin's; null: transformers, or the checkpoint's", names=extensions.text_towers)
     name: str | None = key(None, "transformers name, local folder, or package:MODULE/FOLDER inside an installed package; null: distilbert-base-uncased, or the checkpoint's", not_blank=True)
     weights: Literal["pretrained", "random"] = key("pretrained", "random: the architecture of name with random weights")
-    tokenizer: str | None = key(None, "tokenizer name, local folder, or package:MODULE/FOLDER; null: the tower's own, or the checkpoint's")
+    tokenizer: str | None = key(None, "tokenizer name, local folder, or package:MODULE/FOLDER; null: the tower's, or the checkpoint's")
     max_tokens: int | None = key(None, "captions are truncated to this many tokens; null: 77 or the tower's maximum, or the checkpoint's", ge=3)
     frozen_layers: int = key(0, "freeze the embeddings and the first N layers; 0: freeze none", ge=0)
-    pooling: Literal["auto", "cls", "mean", "pooler", "eos"] = key("auto", "cls: token 0; mean: over the caption's tokens; pooler: the model's own; eos: the caption's last token; auto: the checkpoint's, or what the architecture was trained with (BERT's pooler, T5's mean, CLIP's eos), otherwise cls")
+    pooling: Literal["auto", "cls", "mean", "pooler", "eos"] = key("auto", "cls: token 0; mean: over the caption's tokens; pooler: the model's own; eos: the caption's last token; auto: the checkpoint's, or that of the architecture's training (pooler for BERT, mean for T5, eos for CLIP), otherwise cls")
     heads: int | None = key(None, "attention heads of a released checkpoint's text tower, which the file does not contain; null: width / 64", ge=1)
     options: Named[Any] = key((), "settings of a plugin's tower (a mapping)")
 
@@ -88,15 +88,15 @@ class ExpertsConfig:
     """Models that read expert features (docs/experts.md); defaults are Collaborative Experts on MSR-VTT."""
 
     experts: tuple[ExpertConfig, ...] = key((), "experts that the model reads, processed in alphabetical order")
-    width: int = key(768, "collaborative_experts: width of every expert's space", ge=1)
-    gating: Literal["in_order", "parallel", "none"] = key("in_order", "collaborative_experts: in_order, as released: later experts see the gated features of earlier ones; parallel: all see the others' ungated features; none: each expert gates itself (CE - CG)")
+    width: int = key(768, "collaborative_experts: width of every expert's embedding", ge=1)
+    gating: Literal["in_order", "parallel", "none"] = key("in_order", "collaborative_experts: in_order, as released: later experts use the gated features of earlier ones; parallel: all use the others' ungated features; none: each expert gates itself (CE - CG)")
     mixture: Literal["learned", "uniform"] = key("learned", "weights of the experts: learned from the caption, or uniform (MW)")
-    compatible: bool = key(False, "concatenated_experts: score 0 where the text is wider than the video, as the released code does")
+    compatible: bool = key(False, "concatenated_experts: score 0 if the text is wider than the video, as in the released code")
     mask_padding: bool = key(False, "exclude padding from NetVLAD; the released models include it")
     text: str = key("", "name of the store's text features; empty: the store has only one")
     text_width: int = key(768, "width of a token's features", ge=1)
     text_clusters: int = key(28, "NetVLAD clusters over a caption's tokens", ge=1)
-    ghost_clusters: int = key(1, "clusters of the text that only take part in the softmax", ge=0)
+    ghost_clusters: int = key(1, "clusters of the text that are used in the softmax only", ge=0)
     max_text_tokens: int = key(37, "largest number of tokens read per caption, padded with zeros", ge=1)
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class Clip2VideoConfig:
     """CLIP2Video's sizes and initial weights; attention, fused_ops and checkpointed_blocks of model.video apply to its CLIP."""
 
     clip: str = key("", "CLIP weights to start from: OpenAI's .pt file, an open_clip file, a transformers folder, or open_clip:MODEL/TAG; empty: random weights")
-    activation: Literal["auto", "quick_gelu", "gelu"] = key("auto", "CLIP's activation; auto: what a transformers folder says, otherwise quick_gelu (most of open_clip's own weights use gelu, which no file says)")
+    activation: Literal["auto", "quick_gelu", "gelu"] = key("auto", "CLIP's activation; auto: that of a transformers folder's config.json, otherwise quick_gelu (most weights of open_clip use gelu, which their files do not state)")
     size: str = key("ViT-B/32", "sizes of random weights: ViT-B/32, ViT-B/16, ViT-L/14, or tiny (for tests)", not_blank=True)
     centers: int = key(5, "shared centres of the temporal alignment block (7 on VATEX)", ge=1)
     temporal_layers: int = key(4, "layers of the transformer over frames and their differences", ge=1)
@@ -131,7 +131,7 @@ class ModelConfig:
     """The model."""
 
     kind: str = key("frozen", "frozen: the paper's dual encoder; clip2video; collaborative_experts, moee, concatenated_experts: models of expert features; classifier: action recognition, a linear head on the video tower of model.video or model.checkpoint (section classification); or a plugin's", names=extensions.models)
-    checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, else its newest) or released .pth/.pth.tar file; the checkpoint defines the model, and keys that contradict it are errors")
+    checkpoint: str | None = key(None, "start from this frozen_fast checkpoint folder, run folder (its best checkpoint, otherwise its newest) or released .pth/.pth.tar file; the checkpoint defines the model, and keys that contradict it are errors")
     video: VideoTowerConfig = section(VideoTowerConfig, "video tower")
     text: TextTowerConfig = section(TextTowerConfig, "text tower")
     embedding_width: int | None = key(None, "width of the common space; 0: no projections, the towers' outputs are compared directly (the towers clip); null: 256, or the checkpoint's", ge=0)
@@ -148,7 +148,7 @@ class SourceConfig:
     name: str = key("", "name in reports; empty: the format")
     format: str = key("manifest", "layout on disk: a name of config.extensions.layouts (docs/datasets.md lists them), or of a plugin", names=extensions.layouts)
     path: str = key("", "manifest file, the data set's root folder, or the folder of packed shards")
-    split: str = key("train", "train, val or test (manifest: a value of its lines; empty: every line of a manifest, every clip of shards)")
+    split: str = key("train", "train, val or test (manifest: the split of its lines; empty: all lines of a manifest, all clips of shards)")
     split_version: str = key("", "version of the data set's splits, if it has several (docs/datasets.md): msrvtt 1k-A, 1k-B or full, ucf101 1, 2 or 3")
     split_counts: Literal["warn", "error", "off"] = key("warn", "action if the number of clips in the annotation differs from the published one; missing files do not matter")
     columns: Named[str] = key((), "csv and parquet: names of the file's columns for id, path, caption, kind, split, label, start_seconds, end_seconds (a mapping in YAML)")
@@ -200,7 +200,7 @@ class AugmentationConfig:
 class SamplingConfig:
     """How frames are sampled from a clip."""
 
-    rule: Literal["segments", "fixed_rate"] = key("segments", "segments: one frame of each of T equal segments, short clips repeat frames; fixed_rate: T frames of those at a fixed rate, short clips are padded and masked (CLIP2Video; for models that take masks)")
+    rule: Literal["segments", "fixed_rate"] = key("segments", "segments: one frame of each of T equal segments, short clips repeat frames; fixed_rate: T of the frames at a fixed rate, short clips are padded and masked (CLIP2Video; for models that support masks)")
     frames_per_second: float = key(5.0, "fixed_rate: rate of the frames to choose from", gt=0)
     divisor: int = key(1, "fixed_rate: keep one of every N of those frames (2 on MSR-VTT, 1 on MSVD and VATEX)", ge=1)
 
@@ -216,7 +216,7 @@ class DecodeConfig:
     resize: Literal["auto", "cpu", "device"] = key("auto", "where training crops are resized to the model's resolution: cpu: after decoding; device: on the training device, one resize per batch (crops with more than twice the model's pixels are always resized on the CPU); auto: device on a GPU, cpu otherwise")
     on_bad_clip: Literal["auto", "error", "skip"] = key("auto", "auto: skip in training, error in evaluation")
     max_bad_share: float = key(0.05, "a run fails if the share of unreadable clips exceeds this", ge=0, le=1)
-    max_pixels: int = key(50_000_000, "a picture or frame with more pixels is a bad clip", ge=1)
+    max_pixels: int = key(50_000_000, "an image or frame with more pixels is a bad clip", ge=1)
     read_timeout_seconds: float = key(120.0, "limit for a batch; a batch that takes longer is an error", gt=0)
 
 
@@ -224,7 +224,7 @@ class DecodeConfig:
 class DataConfig:
     """Training data."""
 
-    sources: tuple[SourceConfig, ...] = key((), "sources; a batch comes from one of them")
+    sources: tuple[SourceConfig, ...] = key((), "training sources; each batch comes from one of them")
     order: Literal["round_robin", "weighted"] = key("round_robin", "order of the sources' steps: alternating by weight, or drawn at random by weight")
     epoch_ends: Literal["first", "shortest", "longest", "all"] = key("first", "an epoch ends when this has been read once: the first source, the one with the fewest clips, the one with the most clips, or every source")
     sampling: SamplingConfig = section(SamplingConfig, "which frames of a clip, in training and evaluation")
@@ -263,7 +263,7 @@ class CurriculumConfig:
     stages: tuple[StageConfig, ...] = key((StageConfig(steps=100),), "stages in order; the number of frames may not decrease")
     budget_clips: int | None = key(None, "clips of the whole run; stages with a share need one of budget_clips and budget_epochs", ge=1)
     budget_epochs: float | None = key(None, "epochs of the whole run", gt=0)
-    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step; negatives come from the clip's own pass only, so four passes of 24 clips differ from one of 96", ge=1)
+    gradient_accumulation_steps: int = key(1, "forward passes per optimizer step; a clip's negatives come from its own pass, so four passes of 24 clips differ from one pass of 96", ge=1)
 
     @model_validator(mode="after")
     def _frames_do_not_fall(self) -> Self:
@@ -311,7 +311,7 @@ class OptimizerConfig:
     learning_rate: float = key(3e-5, "peak learning rate", gt=0)
     betas: tuple[Beta, Beta] = key((0.9, 0.999), "decay rates of the running averages")
     eps: float = key(1e-6, "added to the denominator", gt=0)
-    weight_decay: float = key(0.0, "weight decay (biases, norms and embeddings of position exempt, unless decay_all)", ge=0)
+    weight_decay: float = key(0.0, "weight decay; biases, norms and position embeddings are exempt (unless decay_all)", ge=0)
     decay_all: bool = key(False, "weight decay for every parameter, as in the released expert models")
     text_learning_rate_scale: float = key(1.0, "deprecated, use groups: factor on the learning rate of the text tower", ge=0)
     position_learning_rate_scale: float = key(1.0, "deprecated, use groups: factor on the learning rate of the video tower's CLS token, position and temporal embeddings", ge=0)
@@ -342,12 +342,12 @@ class LossConfig:
 class ClassificationConfig:
     """Training a classifier (model.kind: classifier) on sources whose clips carry a class."""
 
-    classes: str | None = key(None, "text file with a class a line, in the order of the logits; none: the classes of data.sources, sorted", not_blank=True)
-    head: Literal["random", "class_names"] = key("random", "how the head starts: random; class_names: from model.checkpoint's text tower, so that the first top-1 is that of zero-shot classification with classification.prompts (a retrieval checkpoint with a tokenizer)")
-    prompts: tuple[str, ...] = key(("{}",), "head class_names: texts with {} for the class name, whose embeddings are averaged")
-    label_smoothing: float = key(0.0, "share of the target that is spread over all classes", ge=0, lt=1)
+    classes: str | None = key(None, "text file with one class per line, in the order of the logits; null: the sorted classes of data.sources", not_blank=True)
+    head: Literal["random", "class_names"] = key("random", "initial weights of the head: random; class_names: text embeddings of the class names by model.checkpoint (a retrieval checkpoint with a tokenizer), so that the initial top-1 is that of zero-shot classification with classification.prompts")
+    prompts: tuple[str, ...] = key(("{}",), "with head class_names: texts with {} for the class name, whose embeddings are averaged")
+    label_smoothing: float = key(0.0, "share of the target that is distributed over all classes", ge=0, lt=1)
     mixup: float = key(0.0, "parameter of the Beta distribution that mixes the clips and classes of a rank's batch in pairs, 0: no mixup", ge=0)
-    dropout: float = key(0.0, "on the tower's vector, before the head", ge=0, lt=1)
+    dropout: float = key(0.0, "dropout probability of the tower's output, before the head", ge=0, lt=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,8 +385,8 @@ class TrainingConfig:
     compile: bool = key(False, "torch.compile of the video tower's blocks and the text tower")
     expected_world_size: int | None = key(None, "end with an error if the number of processes differs", ge=1)
     log_every_steps: int = key(10, "steps between lines of the log (steps.jsonl has every step)", ge=1)
-    gradient_exchange: Literal["fp32", "bf16"] = key("fp32", "dtype in which DDP reduces gradients between processes; bf16 halves the bytes and rounds each process's gradient; other strategies take fp32 only")
-    on_non_finite: Literal["stop", "skip", "roll_back"] = key("stop", "if a loss or a gradient is NaN or infinite: stop ends the run with exit code 2; skip leaves out the update on every rank; roll_back loads the last checkpoint and continues with another order of the clips")
+    gradient_exchange: Literal["fp32", "bf16"] = key("fp32", "dtype in which DDP reduces gradients between processes; bf16 halves the bytes and rounds each process's gradient; other strategies support fp32 only")
+    on_non_finite: Literal["stop", "skip", "roll_back"] = key("stop", "if a loss or a gradient is NaN or infinite: stop ends the run with exit code 2; skip omits the update on every rank; roll_back loads the last checkpoint and continues with the clips in another order")
     max_skips: int = key(20, "skip: largest number of consecutive skipped steps; one more ends the run", ge=1)
     max_roll_backs: int = key(3, "roll_back: largest number of roll-backs of a run; one more ends the run", ge=1)
     on_out_of_memory: Literal["stop", "smaller_micro_batch"] = key("stop", "if a device runs out of memory: stop ends the run with exit code 2; smaller_micro_batch halves the batch of a pass on every rank and accumulates gradients, with the same clips in a step but fewer negatives for each (not with zero3, fsdp2 or offload)")
@@ -399,7 +399,7 @@ class TrainingConfig:
 class WatchdogConfig:
     """Time limits of each phase; when one is exceeded, every rank writes its stacks to hangs/ and the run exits with 1."""
 
-    start_minutes: float = key(60.0, "until the first stage begins: reading sources, building the model, 0: no limit", ge=0)
+    start_minutes: float = key(60.0, "time before the first stage: reading sources, building the model, 0: no limit", ge=0)
     first_step_minutes: float = key(60.0, "first step of a stage, which may compile, 0: no limit", ge=0)
     step_minutes: float = key(30.0, "any other step, including the wait for its batch, 0: no limit", ge=0)
     evaluation_minutes: float = key(240.0, "an evaluation, 0: no limit", ge=0)
@@ -429,11 +429,11 @@ class EvaluationConfig:
     keep_best: str = key("none", "keep the checkpoint with the best value on the first of evaluation.sources as checkpoints/best: validation_loss (the training loss of its clips in batches of the last stage's size, as the paper chooses epochs), or any metric such as t2v/R@1; none: keep none")
     patience: int = key(0, "early stopping: end the run after this many evaluations in a row without a better value of keep_best, 0: never", ge=0)
     protocol: Literal["auto", "plain", "several_captions", "paragraph"] = key("auto", "auto: by the number of captions per clip")
-    gallery: int = key(0, "number of queries on the retrieval page of each source, with the first 5 clips found, beside the best and worst of all (gallery_SOURCE.html in the run folder, from the last evaluation; evaluate writes it to the folder of --output), 0: no page", ge=0)
+    gallery: int = key(0, "number of queries on the retrieval page of each source, with the 5 clips ranked first; the page also shows the best and worst queries (gallery_SOURCE.html in the run folder, from the last evaluation; frozen-fast evaluate writes it to the folder of --output), 0: no page", ge=0)
     gallery_videos: str | None = key(None, "folder with ID.mp4 for the retrieval page, for sources without videos (feature stores)")
     rerank: tuple[Literal["dual_softmax", "qb_norm"], ...] = key((), "re-ranking methods, reported in separate rows: dual_softmax over the test set, qb_norm with captions of data.sources[0] as querybank (text to video)")
     dual_softmax_scale: float = key(100.0, "dual_softmax: factor on the similarities inside the softmax", gt=0)
-    querybank_size: int = key(5000, "qb_norm: number of captions in the querybank, one per clip, of clips evenly spread over data.sources[0]", ge=1)
+    querybank_size: int = key(5000, "qb_norm: number of captions in the querybank, one per clip, of clips at even intervals in data.sources[0]", ge=1)
     querybank_beta: float = key(20.0, "qb_norm: factor on the similarities inside the inverted softmax", gt=0)
     prompts: tuple[str, ...] = key((), "zero-shot classification of sources with class labels: texts with {} for the class name, whose similarities are averaged; empty: retrieval only")
     linear_head: bool = key(False, "action recognition: fit a linear layer on the frozen model's clip embeddings of the training split (the entry of data.sources with the format, path and split_version of the evaluation source) and classify with it")
@@ -446,8 +446,8 @@ class EvaluationConfig:
     crops: Literal[1, 3] = key(1, "views of each window: 1: centre crop; 3: also the crops at both ends of the longer side; embeddings are averaged over windows and crops (a classifier's: probabilities)")
     batch_size: int = key(32, "windows per forward pass on a rank", ge=1)
     resize: int = key(256, "short side before the centre crop, for a 224 model; scaled with the resolution", ge=1)
-    embedding_cache: str | None = key(None, "folder in which frozen-fast evaluate keeps the features of clips and finds them again by the model's weights, the clip's file, its size and time of change, frames, windows, crops and all else that decides them; none: no cache (evaluations inside a run never use it)", not_blank=True)
-    embedding_cache_gigabytes: float = key(20.0, "size of that folder; what was used longest ago is deleted", gt=0)
+    embedding_cache: str | None = key(None, "folder in which frozen-fast evaluate caches the features of clips, keyed by the model's weights, the clip's file with its size and modification time, frames, windows, crops and all other settings that change them; null: no cache (evaluations inside a run never use it)", not_blank=True)
+    embedding_cache_gigabytes: float = key(20.0, "largest size of that folder; the least recently used files are deleted", gt=0)
 
     @model_validator(mode="after")
     def _sources_are_sound(self) -> Self:
@@ -488,7 +488,7 @@ class ExperimentConfig:
 
     name: str = key("experiment", "name in reports", not_blank=True)
     seed: int = key(0, "seed of weights, sampling, augmentation and order", ge=0, le=2**32 - 1)
-    run_folder: str = key("runs/{name}", "where results go; {name} is the experiment's name", not_blank=True)
+    run_folder: str = key("runs/{name}", "folder for results; {name} is the experiment's name", not_blank=True)
     paper_row: Literal["none", "1", "4", "1=>4", "8", "1=>4=>8"] = key("none", "row of the paper's Table 4 that this experiment follows")
     paper: PaperConfig = section(PaperConfig, "row of a printed table")
     model: ModelConfig = section(ModelConfig, "model")

@@ -49,7 +49,7 @@ def average_checkpoints(checkpoints: Sequence[Path], output: Path) -> None:
     if len(checkpoints) < 2:
         raise UserError(f"checkpoint: got {len(checkpoints)}; allowed: two or more to average")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output: got {str(output)!r}, which holds something; allowed: a new or empty folder")
+        raise UserError(f"--output: got {str(output)!r}, which is not empty; allowed: a new or empty folder")
     for folder in checkpoints:
         if not (folder / WEIGHTS_FILE).is_file():
             raise UserError(f"checkpoint: got {str(folder)!r}, without {WEIGHTS_FILE}; allowed: a checkpoint folder")

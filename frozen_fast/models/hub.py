@@ -32,7 +32,7 @@ def checkpoint_path(path: str | Path) -> Path:
         folder = snapshot_download(name, revision=revision, allow_patterns=list(FILES))
     except Exception as error:  # errors of the Hub, the network and the cache share no base class
         raise UserError(
-            f"checkpoint: got {str(path)!r}, which is not here and not found on the Hub ({reason(error)}); allowed: a "
-            "folder, a file, or ORG/NAME on the Hub (with HF_HUB_OFFLINE=1: in its cache)"
+            f"checkpoint: got {str(path)!r}, which is neither a path on this machine nor "
+            f"found on the Hub ({reason(error)}); allowed: a folder, a file, or ORG/NAME on the Hub (with HF_HUB_OFFLINE=1: in its cache)"
         ) from None
     return Path(folder)

@@ -58,7 +58,7 @@ def kind_of_checkpoint(path: Path, kind: str | None = None) -> str:
     if path.is_dir():
         stored = stored_kind(path)
         if kind not in (None, stored):
-            raise UserError(f"kind: got {kind!r} for {path}, which holds a {stored}; allowed: {stored}, or none")
+            raise UserError(f"kind: got {kind!r} for {path}, which contains a {stored}; allowed: {stored}, or none")
         return stored
     if kind is None:
         raise UserError(f"kind: got none for the file {path}; allowed: {', '.join(models.names())}")

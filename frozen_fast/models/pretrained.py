@@ -192,9 +192,7 @@ def refuse_damage(folder: Path) -> None:
     if (folder / MANIFEST).is_file():
         damage = find_damage(folder, [file.name for file in folder.iterdir() if file.name != "training_state.pt"])
         if damage is not None:
-            raise UserError(
-                f"checkpoint: got {folder}, which is damaged: {damage}; allowed: files as they were written"
-            )
+            raise UserError(f"checkpoint: got {folder}, which is damaged: {damage}; allowed: an undamaged checkpoint")
 
 
 def _read_folder(path: Path, tokenizer_name: str | None, max_tokens: int | None) -> StoredModel:

@@ -87,7 +87,9 @@ class RetrievalModel(nn.Module, ABC):
         Raises:
             UserError: naming a key under model, or if models of this kind cannot be trained from a config.
         """
-        raise UserError(f"model.kind: got {cls.kind!r}, which is loaded from files only; allowed: a kind that trains")
+        raise UserError(
+            f"model.kind: got {cls.kind!r}, which is loaded from files only; allowed: a kind that can be trained"
+        )
 
     @property
     @abstractmethod

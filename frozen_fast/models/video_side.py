@@ -225,5 +225,5 @@ def stored_tower(
     video = tower.from_architecture(told["video"], max_frames=max(learned, max_frames or learned), section=section)
     if learned not in video.frames:
         allowed = frames_in_words(video.frames)
-        raise UserError(f"num_frames: got {learned}; allowed: {allowed}, which the checkpoint's tower takes")
+        raise UserError(f"num_frames: got {learned}; allowed: {allowed}, which the checkpoint's tower supports")
     return video, learned

@@ -219,7 +219,7 @@ def _check_zero(zero: dict[str, Any], where: str) -> None:
     stage = zero.get("stage")
     if stage not in (1, 2, 3):
         raise UserError(
-            f"{where}: zero_optimization.stage: got {stage!r}; allowed: 1, 2, 3 (for 0 take gpu_8.yaml: plain DDP)"
+            f"{where}: zero_optimization.stage: got {stage!r}; allowed: 1, 2, 3 (for 0 use gpu_8.yaml: plain DDP)"
         )
     for key in ("offload_optimizer", "offload_param"):
         device = (zero.get(key) or {}).get("device", "none")

@@ -34,13 +34,13 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
         ("bf16" or "fp32", the reason in one line). bf16 means autocast over fp32 master weights.
     """
     if requested == "fp32":
-        return "fp32", "asked for by training.precision"
+        return "fp32", "set by training.precision"
     hardware = bf16_hardware(device)
     emulated = f"this {device.type} device has no bf16 hardware and emulates it, much slower than fp32"
     if requested == "bf16":
         if hardware is None:
             logger.warning("training.precision=bf16: %s; auto selects fp32 on this device", emulated)
-        return "bf16", f"asked for by training.precision ({hardware or emulated})"
+        return "bf16", f"set by training.precision ({hardware or emulated})"
     if requested != "auto":
         raise UserError(f"training.precision: got {requested!r}; allowed: auto, bf16, fp32")
     if hardware:

@@ -189,5 +189,5 @@ def _exists(name: str, within: int) -> bool:
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:
-    allowed = "a folder that can be written and is no symbolic link, nor holds any"
+    allowed = "a writable folder that neither is nor contains a symbolic link"
     return UserError(f"{KEY}: got {str(folder)!r} ({error.strerror or error}); allowed: {allowed}")

@@ -135,7 +135,7 @@ def check_decoder(name: str) -> None:
         raise UserError(f"--decoder: got {name!r}; allowed here: {usable}")
     if name in missing:
         raise UserError(
-            f"--decoder: got {name}, the run's or as asked for, but {missing[name]}; allowed here: {usable}"
+            f"--decoder: got {name}, as in the run or as requested, but {missing[name]}; allowed here: {usable}"
         )
 
 

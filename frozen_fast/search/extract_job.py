@@ -166,7 +166,7 @@ def _kept(store: FeatureStore, name: str, origin: dict[str, Any]) -> set[str]:
     found = store.experts[name].origin
     if found != origin:
         differ = ["released features"] if found is None else [key for key in origin if found.get(key) != origin[key]]
-        got = f"got {name!r}, which the store holds with other {some(differ)}"
+        got = f"got {name!r}, which the store contains with other {some(differ)}"
         raise UserError(f"--expert: {got}; allowed: another name, or --fresh")
     available = store.expert(name)["available"]
     return {video for video, row in store.rows.items() if available[row]}

@@ -48,7 +48,7 @@ def extract_text(
     check_name("--text", name)
     store = FeatureStore(folder)
     if name in store.texts and not fresh:
-        raise UserError(f"--text: got {name!r}, which the store holds; allowed: another name, or --fresh")
+        raise UserError(f"--text: got {name!r}, which the store already contains; allowed: another name, or --fresh")
     captions = [caption for own in store.captions.values() for caption in own]
     if not captions:
         raise UserError(f"--output: got {folder}, whose videos have no captions; allowed: a source with captions")

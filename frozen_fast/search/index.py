@@ -121,8 +121,8 @@ class Index:
         """
         if not self._checkpoint.exists():
             raise UserError(
-                f"--checkpoint: got {str(self._checkpoint)!r}, where the index's model was; it is gone; "
-                "allowed: --checkpoint with its new place"
+                f"--checkpoint: got {str(self._checkpoint)!r}, the path of the index's model, which does not "
+                "exist; allowed: --checkpoint with its new path"
             )
         found = fingerprint(self._checkpoint)
         if found != self.info.fingerprint:

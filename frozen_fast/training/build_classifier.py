@@ -80,7 +80,7 @@ def _from_checkpoint(
         if start.classes == classes:
             start.dropout.p = settings.dropout
             return start
-        log.info("model.checkpoint has other classes: its video tower is used, the head starts anew")
+        log.info("model.checkpoint has other classes: its video tower is used, and the head is initialised at random")
     elif settings.head == "class_names":
         start = load_checkpoint(section, max_frames=max_frames)
     else:  # no text is read, so no tokenizer is needed
@@ -143,7 +143,7 @@ def classes_of(settings: ClassificationConfig, sources: Mapping[str, Source]) ->
         with open(settings.classes, encoding="utf-8") as file:
             listed = [line.strip() for line in file if line.strip()]
     except (OSError, ValueError) as error:
-        allowed = "a text file with a class a line"
+        allowed = "a text file with one class per line"
         raise UserError(f"classification.classes: got {settings.classes!r} ({error}); allowed: {allowed}") from None
     missing = sorted(set(found) - set(listed))
     if missing:

@@ -264,7 +264,7 @@ def frame_format(config: ExperimentConfig, model: RetrievalModel) -> FrameFormat
         UserError: data.sampling masks frames, and the model does not support masks.
     """
     if config.data.sampling.rule == "fixed_rate" and not model.takes_frame_masks:
-        got = f"got 'fixed_rate' for a model of kind {model.kind}, which takes no masks of short clips"
+        got = f"got 'fixed_rate' for a model of kind {model.kind}, which does not support masks of short clips"
         raise UserError(f"data.sampling.rule: {got}; allowed: segments")
     augmentation = config.data.augmentation
     return FrameFormat(model.resolution, augmentation.mean, augmentation.std)

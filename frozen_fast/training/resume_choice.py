@@ -60,7 +60,7 @@ def _refuse_to_start_over(folder: RunFolder, found: Survey) -> None:
         why = "its checkpoints are damaged: " + ", ".join(path.name for path in set_aside_before(folder.checkpoints))
     saved = folder.last_status().get("checkpoint")
     if not why and (saved is not None or _has_stage_rows(folder)):
-        why = f"its checkpoints are gone (the last one was of step {saved})" if saved else "its checkpoints are gone"
+        why = f"its checkpoints are missing{f' (the last one was of step {saved})' if saved else ''}"
     if why:
         raise UserError(
             f"--resume auto: {folder.path} holds a run that cannot be continued: {why}; allowed: another run_folder to "

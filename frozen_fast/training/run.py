@@ -496,6 +496,6 @@ def _check_same_clips(saved: dict[str, str], current: dict[str, str]) -> None:
     for name, mark in current.items():
         if saved.get(name) != mark:
             raise UserError(
-                f"data.sources: source {name!r} holds {mark}, but the run was begun with {saved.get(name)}; "
+                f"data.sources: source {name!r} holds {mark}, but the run started with {saved.get(name)}; "
                 "allowed: the same clips in the same order, or another run_folder"
             )

@@ -235,7 +235,7 @@ def test_mistakes_are_one_line(run: SearchRun, tmp_path: Path, capsys: pytest.Ca
     source = ["--source", str(run.videos)]
     assert said(*source, "--expert", "../e", *TIMM).startswith("--expert: got '../e'; allowed: letters")
     other = said(*source, "--expert", "e", *TIMM, "--rate", "3")
-    assert other.startswith("--expert: got 'e', which the store holds with other rate;")
+    assert other.startswith("--expert: got 'e', which the store contains with other rate;")
     assert other.endswith("allowed: another name, or --fresh")
     assert said(*source, "--expert", "x", "--tower", "clip:ViT-B/32").startswith("--weights: got none with the tower")
     assert said(*source, "--expert", "x", "--tower", "vgg:16").startswith("--tower: got 'vgg'")

@@ -52,7 +52,7 @@ def test_steps_leave_a_few_flat_files_and_the_summary_names_what_is_missing(bare
     assert summary["small"] and "no figure counts" in summary["note"]
     left_out = summary["left_out"]
     assert {"xformers", "deepspeed", "nvidia.dali", "av", "decoder pyav", "training on videos"} <= set(left_out)
-    assert left_out["throughput_shards"] == left_out["throughput_dali"] == "not asked for (--steps)"
+    assert left_out["throughput_shards"] == left_out["throughput_dali"] == "not requested (--steps)"
     files = {path.name for path in bare_results.iterdir()}
     assert files == {"summary.json", "logs.txt", *(name for row in summary["steps"] for name in row["files"])}
     assert len(files) <= 8 and all(path.is_file() for path in bare_results.iterdir())

@@ -109,7 +109,8 @@ def test_a_run_without_a_usable_checkpoint_is_refused_and_nothing_is_deleted(
 
 def test_deleted_checkpoints_do_not_make_a_run_start_over(data: dict[str, Path], copy: Path) -> None:
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(UserError, match="its checkpoints are gone .the last one was of step 8.; allowed: another run"):
+    expected = "its checkpoints are missing .the last one was of step 8.; allowed: another run"
+    with pytest.raises(UserError, match=expected):
         train(experiment(data, copy), resume="auto")
     assert len(losses(copy)) == 8
 

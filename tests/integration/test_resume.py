@@ -189,5 +189,5 @@ def test_other_clips_are_noticed(data: dict[str, Path], straight: Path, tmp_path
     assert train(load_config(straight / "config.yaml", overrides), resume="auto") == 0
     lines = (moved / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
     (moved / "manifest.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match="^data.sources: source 'videos' holds 24 clips, .* begun with 24 clips"):
+    with pytest.raises(UserError, match="^data.sources: source 'videos' holds 24 clips, .* started with 24 clips"):
         train(load_config(straight / "config.yaml", overrides), resume="auto")

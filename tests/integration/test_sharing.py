@@ -53,7 +53,9 @@ def test_a_name_is_loaded_from_the_offline_cache(run: SearchRun, cached: Path, m
     clip = run.videos.parent / "red.webm"
     rows = [model.embed_videos([clip], decoder="pyav") for model in (shared, own)]
     assert torch.equal(*rows), "run.json holds the run's test windows"
-    with pytest.raises(UserError, match=r"^checkpoint: got 'org/nothing', which is not here and not found on the Hub"):
+    with pytest.raises(
+        UserError, match=r"^checkpoint: got 'org/nothing', which is neither a path on this machine nor found on the Hub"
+    ):
         DualEncoder.from_pretrained("org/nothing")
 
 

@@ -227,7 +227,7 @@ def test_xformers_names_each_operators_reasons():
     """On a CPU no operator can run: the error names what each of them lacks."""
     pytest.importorskip("xformers")
     tensor = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(ValueError, match="got 'xformers'; no operator takes these inputs .*device=cpu"):
+    with pytest.raises(ValueError, match="got 'xformers'; no operator supports these inputs .*device=cpu"):
         xformers.choose_operators(tensor, tensor, tensor, None)
 
 

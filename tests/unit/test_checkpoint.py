@@ -209,7 +209,7 @@ def test_code_in_a_training_state_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     torch.save({"format": 1, "optimizer": RunsCode()}, path / "training_state.pt")
     with pytest.raises(
-        UserError, match=r"cannot be read \(UnpicklingError: the file holds other things than tensors\)$"
+        UserError, match=r"cannot be read \(UnpicklingError: the file contains objects other than tensors\)$"
     ):
         read_tensors(path)
 

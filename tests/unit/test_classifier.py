@@ -76,7 +76,7 @@ def test_a_saved_classifier_comes_back_through_load_model(tmp_path: Path) -> Non
     assert longer.probabilities(video(frames=8)).shape == (2, 3)
     config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
     assert config["kind"] == "classifier"
-    with pytest.raises(UserError, match="^kind: got 'frozen' for .*, which holds a classifier"):
+    with pytest.raises(UserError, match="^kind: got 'frozen' for .*, which contains a classifier"):
         load_model(tmp_path / "model", kind="frozen")
 
 

@@ -152,7 +152,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str, content:
 
 def test_a_pickle_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="holds no state dict of tensors"):
+    with pytest.raises(UserError, match="contains no state dict of tensors"):
         load_vit_weights(SpaceTimeTransformer(SIZE, 2), str(tmp_path / "list.pth"))
 
 
@@ -179,7 +179,7 @@ def test_timm_names_that_do_not_exist_or_cannot_be_had_are_named(monkeypatch: py
     with pytest.raises(UserError, match="model.video.weights: got 'timm:no_such_vit'; allowed: a timm model such as"):
         load_vit_weights(tower, "timm:no_such_vit")
     monkeypatch.setattr(timm, "create_model", no_network)
-    with pytest.raises(UserError, match="'timm:vit_base_patch16_224', which could not be had") as caught:
+    with pytest.raises(UserError, match="'timm:vit_base_patch16_224', which could not be loaded") as caught:
         load_vit_weights(tower, "timm:vit_base_patch16_224")
     assert "\n" not in str(caught.value)
 

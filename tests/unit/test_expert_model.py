@@ -150,7 +150,7 @@ def test_names_come_from_the_file_or_from_the_option(tmp_path: Path) -> None:
     named = CollaborativeExperts.from_pretrained(write_upstream_checkpoint(tmp_path / "named.pth", plain))
     assert named.sizes.names == tuple(EXPERTS)
     path = write_upstream_checkpoint(tmp_path / "nameless.pth", plain, config=False)
-    with pytest.raises(UserError, match="experts: got none, and the checkpoint does not say them; allowed: 4 names"):
+    with pytest.raises(UserError, match="experts: got none, nor does the checkpoint contain them; allowed: 4 names"):
         CollaborativeExperts.from_pretrained(path)
     assert CollaborativeExperts.from_pretrained(path, experts=list(EXPERTS)).sizes == named.sizes
     with pytest.raises(UserError, match="experts: got 2 names; allowed: 4"):
@@ -161,7 +161,7 @@ def test_names_come_from_the_file_or_from_the_option(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_kind_or_with_unknown_weights_is_refused(tmp_path: Path) -> None:
     ce = write_upstream_checkpoint(tmp_path / "ce.pth", PlainExpertModel("ce", EXPERTS, text=TEXT))
-    with pytest.raises(UserError, match="kind: got 'moee' for .*ce.pth, which holds a collaborative_experts"):
+    with pytest.raises(UserError, match="kind: got 'moee' for .*ce.pth, which contains a collaborative_experts"):
         MixtureOfExperts.from_pretrained(ce)
     moee = write_upstream_checkpoint(tmp_path / "moee.pth", PlainExpertModel("moee", EXPERTS, text=TEXT))
     assert isinstance(CollaborativeExperts.from_pretrained(moee), MixtureOfExperts)

@@ -37,7 +37,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="kind: got 'colaborative_experts' .did you mean 'collaborative_experts'"):
         frozen_fast.load_model(path, "colaborative_experts")
     frozen_fast.load_model(path, "collaborative_experts").save_pretrained(tmp_path / "folder")
-    with pytest.raises(UserError, match="kind: got 'moee' for .*, which holds a collaborative_experts"):
+    with pytest.raises(UserError, match="kind: got 'moee' for .*, which contains a collaborative_experts"):
         frozen_fast.load_model(tmp_path / "folder", "moee")
     with pytest.raises(UserError, match="load_model option: got 'expert'"):
         frozen_fast.load_model(path, "frozen", expert=[])

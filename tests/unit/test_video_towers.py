@@ -130,7 +130,7 @@ def test_a_curriculum_on_a_tower_that_cannot_grow_is_refused_on_one_line(
     for arguments in ([], ["--print-config"]):
         assert main(["train", "--config", str(tmp_path / "config.yaml"), *arguments]) == 2
         captured = capsys.readouterr()
-        expected = "error: curriculum.stages[0].frames: got 1; allowed: exactly 16, which is what torchvision_video "
+        expected = "error: curriculum.stages[0].frames: got 1; allowed: exactly 16, which torchvision_video "
         assert captured.err.startswith(expected) and captured.err.count("\n") == 1 and not captured.out
     assert not (tmp_path / "run").exists()
 

@@ -77,7 +77,7 @@ class ArrayInFile:
         self.shape, self._code = shape, kind.code
         if "O" in kind.code:
             if not isinstance(data, list):
-                raise pickle.UnpicklingError("an array of objects holds no list")
+                raise pickle.UnpicklingError("an array of objects contains no list")
             self.items = data
             return
         data = data.encode("latin-1") if isinstance(data, str) else data

@@ -105,7 +105,7 @@ def format_of(model: TakesFrames) -> FrameFormat:
     """
     mean, std = model.mean, model.std
     if mean is None or std is None:
-        raise UserError(f"model: got a {model.kind}, which takes features of clips; allowed: a model that takes frames")
+        raise UserError(f"model: got a {model.kind}, which reads features of clips; allowed: a model that reads frames")
     return FrameFormat(model.resolution, (mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 

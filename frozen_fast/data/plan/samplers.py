@@ -259,4 +259,4 @@ def _check_batch(name: str, size: int, batch_sizes: Mapping[str, int], world_siz
             f"number of processes ({world_size})"
         )
     if warn and batch > size:
-        logger.warning("source %s: a batch of %d holds some of its %d clips more than once", name, batch, size)
+        logger.warning("source %s: a batch of %d contains some of its %d clips more than once", name, batch, size)

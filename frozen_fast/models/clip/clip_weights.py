@@ -186,7 +186,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
-        raise UserError(f"checkpoint: got {path}, which holds no state dict")
+        raise UserError(f"checkpoint: got {path}, which contains no state dict")
     lazy = {str(name): value for name, value in content.items() if isinstance(value, LazyTensor)}
     return read_tensors(path, lazy, list(lazy))
 
@@ -203,7 +203,7 @@ def _downloaded(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         act = "quick_gelu" if type(model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU" else "gelu"
     except Exception as error:  # the download raises many types
         raise UserError(
-            f"checkpoint: got {source}, which could not be had ({reason(error)}); allowed: open_clip:MODEL/TAG "
+            f"checkpoint: got {source}, which could not be loaded ({reason(error)}); allowed: open_clip:MODEL/TAG "
             "with a network or a filled cache, or a local file"
         ) from error
     return dict(model.state_dict()), {"vision_config": {"hidden_act": act}}
@@ -228,8 +228,8 @@ def _openai_names(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         return _from_transformers(state, source)
     if "vision_model.head.probe" in state:
         got = "a SigLIP, whose ViT has no CLS token"
-        raise UserError(f"checkpoint: got {source}, which holds {got}; allowed: a CLIP, or the towers siglip")
-    raise UserError(f"checkpoint: got {source}, which holds no ViT of CLIP (no visual.conv1.weight)")
+        raise UserError(f"checkpoint: got {source}, which contains {got}; allowed: a CLIP, or the towers siglip")
+    raise UserError(f"checkpoint: got {source}, which contains no ViT of CLIP (no visual.conv1.weight)")
 
 
 def _from_transformers(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def read_siglip(source: str | Path) -> SiglipWeights:
         raise UserError(f"checkpoint: got {source}; allowed: a transformers folder of a SigLIP (config.json, weights)")
     state, config = read_folder(path)
     if "vision_model.head.probe" not in state:
-        raise UserError(f"checkpoint: got {source}, which holds no SigLIP (no vision_model.head.probe)")
+        raise UserError(f"checkpoint: got {source}, which contains no SigLIP (no vision_model.head.probe)")
     size = _size_of(state, config, str(source))
     named = {_NAMES.get(name, name): value for name, value in state.items() if ".encoder.layers." not in name}
     for tower, root in (("text_model", "transformer"), ("vision_model", "visual.transformer")):

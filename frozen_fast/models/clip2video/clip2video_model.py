@@ -275,7 +275,7 @@ class Clip2Video(RetrievalModel):
         return with_ceiling(self.clip.logit_scale, math.log(self.max_scale)).exp()
 
     def _over_time(self, transformer: ClipTransformer, frames_VTE: Tensor, mask_VT: Tensor | None) -> Tensor:
-        """Run a temporal transformer on frames and differences; return its outputs at the frames + frames, [V, T, E]."""
+        """Run a temporal transformer on frames and differences; return its output at the frames + frames [V, T, E]."""
         tokens_VSE, mask_VS = self._with_differences(frames_VTE, mask_VT)
         x, branch = transformer(tokens_VSE, self._key_scores(mask_VS))
         return (x + branch)[:, ::2].float() + frames_VTE

@@ -216,7 +216,7 @@ class ExpertModel(RetrievalModel):
         path = checkpoint_of_run(Path(path).expanduser())
         if path.is_dir():
             if experts is not None:
-                raise UserError("experts: got names for a frozen_fast folder; allowed: none, the folder says them")
+                raise UserError("experts: got names for a frozen_fast folder; allowed: none, the folder contains them")
             kinds = {model.kind: model for model in EXPERT_MODELS}
             state, config = read_model_folder(path, kinds, needs=("sizes", "variant"))
             sizes, keywords = ExpertSizes.from_json(config["sizes"]), dict(config["variant"])
@@ -226,7 +226,7 @@ class ExpertModel(RetrievalModel):
             sizes = design.sizes
             found, keywords = _of_design(design)
         if not (issubclass(found, cls) or cls is CollaborativeExperts):
-            raise UserError(f"kind: got {cls.kind!r} for {path}, which holds a {found.kind}; allowed: {found.kind}")
+            raise UserError(f"kind: got {cls.kind!r} for {path}, which contains a {found.kind}; allowed: {found.kind}")
         keywords.update(_known(variant, keywords, found))
         if found is CollaborativeExperts and keywords["mixture"] == "uniform":
             state = {name: value for name, value in state.items() if not name.startswith("mixture.")}

@@ -56,7 +56,7 @@ def read_upstream(path: Path, experts: Sequence[str] | None) -> tuple[Design, di
     content = load_torch_pickle(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
-        raise UserError(f"checkpoint: got {path}, which holds no state_dict")
+        raise UserError(f"checkpoint: got {path}, which contains no state_dict")
     lazy = {
         name.removeprefix(PARALLEL_PREFIX): value
         for name, value in state.items()
@@ -96,7 +96,7 @@ def _names(config: Mapping[str, Any], experts: Sequence[str] | None, count: int)
         section = config.get("experts")
         modalities = section.get("modalities") if isinstance(section, Mapping) else None
         if not isinstance(modalities, list) or not all(isinstance(name, str) for name in modalities):
-            raise UserError(f"experts: got none, and the checkpoint does not say them; allowed: {count} names in order")
+            raise UserError(f"experts: got none, nor does the checkpoint contain them; allowed: {count} names in order")
         dropped = str(section.get("drop_feats", "")).split(",") if isinstance(section, Mapping) else []
         experts = sorted(set(modalities) - set(dropped))
     if len(experts) != count or len(set(experts)) != count:

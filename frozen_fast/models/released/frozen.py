@@ -54,7 +54,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
     content = load_torch_pickle(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
-        raise UserError(f"checkpoint: got {path}, which holds no state_dict")
+        raise UserError(f"checkpoint: got {path}, which contains no state_dict")
     tensors: dict[str, LazyTensor] = {}
     for name, value in state.items():
         if isinstance(name, str) and isinstance(value, LazyTensor):
@@ -99,7 +99,7 @@ def heads_of(width: int, name: str, key: str, told: int | None) -> int:
     level = logging.INFO if width == RELEASED_WIDTH else logging.WARNING
     log.log(
         level,
-        "released files do not tell the number of attention heads: took %d (width %d / %d); %s sets it",
+        "released files do not contain the number of attention heads: using %d (width %d / %d); %s sets it",
         heads,
         width,
         HEAD_WIDTH,

@@ -67,9 +67,11 @@ def load_jit_archive(path: Path) -> dict[str, LazyTensor]:
     try:
         root = _ScriptArchive(path, scripted=True).load()
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"checkpoint: got {path}, which is no readable TorchScript file ({reason(error)})") from error
+        raise UserError(
+            f"checkpoint: got {path}, which is not a readable TorchScript file ({reason(error)})"
+        ) from error
     if not isinstance(root, ScriptModule):
-        raise UserError(f"checkpoint: got {path}, a TorchScript file that holds no module")
+        raise UserError(f"checkpoint: got {path}, a TorchScript file that contains no module")
     return _tensors_of(root, "", ())
 
 

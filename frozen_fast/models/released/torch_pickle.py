@@ -135,7 +135,7 @@ class _RebuildParameter(_Rebuild):
 
     def __call__(self, tensor: Any, *_ignored: Any) -> LazyTensor:
         if not isinstance(tensor, LazyTensor):
-            raise pickle.UnpicklingError("a parameter does not hold a tensor")
+            raise pickle.UnpicklingError("a parameter does not contain a tensor")
         return tensor
 
 
@@ -194,7 +194,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         if type(key) is not str or type(numel) is not int or numel < 0:
             raise pickle.UnpicklingError("a storage's key or size is malformed")
         if len(pid) > 5 and pid[5] is not None:
-            raise pickle.UnpicklingError("the file holds views of storages, a form of torch before 0.4")
+            raise pickle.UnpicklingError("the file contains views of storages, the format of torch before 0.4")
         return StoredBytes(self._archive, key, kind.dtype, numel)
 
 
@@ -315,7 +315,9 @@ def load_torch_pickle(path: Path) -> Any:
     try:
         return archive.load()
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"checkpoint: got {path}, which is no readable torch checkpoint ({reason(error)})") from error
+        raise UserError(
+            f"checkpoint: got {path}, which is not a readable torch checkpoint ({reason(error)})"
+        ) from error
 
 
 def read_tensors(path: Path, tensors: dict[str, LazyTensor], wanted: Sequence[str]) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ class TransformersTower(TextTower):
         if pooling != "pooler" and pooler is not None:
             model.register_module("pooler", None)  # its weights would be unused, which DDP refuses
         if next(model.named_parameters(recurse=False), None) or next(model.named_buffers(recurse=False), None):
-            raise UserError(f"model.text.name: got {type(model).__name__}, which holds weights outside its parts")
+            raise UserError(f"model.text.name: got {type(model).__name__}, which has weights outside its parts")
         self._held = (model,)  # in a tuple, so that it is not registered and names have no extra prefix
         for name, child in model.named_children():
             self.add_module(name, child)

@@ -75,7 +75,7 @@ def onnx_vit_state(path: Path, patches_per_frame: int) -> dict[str, Tensor]:
         graph = onnx.load(path).graph
         state = _named_tensors(graph, {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer})
     except Exception as error:  # protobuf raises its own exceptions
-        raise UserError(f"{FIELD}: got {path}, which is no readable ONNX file ({reason(error)})") from error
+        raise UserError(f"{FIELD}: got {path}, which is not a readable ONNX file ({reason(error)})") from error
     return vit_from_dinov2(state, str(path), patches_per_frame)
 
 

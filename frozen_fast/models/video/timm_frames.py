@@ -174,7 +174,9 @@ def _image_model(size: str, resolution: int | None, pretrained: bool) -> Any:
             model = timm.create_model(size, **options, img_size=resolution)
     except Exception as error:  # timm and its download raise many types
         what = f"weights {PRETRAINED!r}" if pretrained else f"resolution {resolution}"
-        raise UserError(f"model.video.size: got {size!r} with {what}, which cannot be had ({reason(error)})") from error
+        raise UserError(
+            f"model.video.size: got {size!r} with {what}, which cannot be loaded ({reason(error)})"
+        ) from error
     return model
 
 

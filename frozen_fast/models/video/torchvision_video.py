@@ -100,7 +100,7 @@ class TorchvisionVideo(VideoTower):
         try:
             self.model = _network(size, pretrained)
         except Exception as error:  # a download raises many types
-            raise UserError(f"model.video.size: got {size!r}, which cannot be had ({reason(error)})") from error
+            raise UserError(f"model.video.size: got {size!r}, which cannot be loaded ({reason(error)})") from error
         if size == "s3d":
             self.model.avgpool = nn.AdaptiveAvgPool3d(1)
         self.width = _take_off_the_head(self.model, network.head)

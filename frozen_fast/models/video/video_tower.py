@@ -224,4 +224,4 @@ def check_frames(tower: type[VideoTower], section: VideoTowerConfig, frames: Seq
     for key, number in frames:
         if number not in taken:
             what = f"{tower.name} {section.size}" if section.size else tower.name
-            raise UserError(f"{key}: got {number}; allowed: {frames_in_words(taken)}, which is what {what} takes")
+            raise UserError(f"{key}: got {number}; allowed: {frames_in_words(taken)}, which {what} supports")

@@ -80,7 +80,7 @@ def _timm_state(name: str) -> dict[str, Tensor]:
         return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
     except Exception as error:  # the download raises many types
         raise UserError(
-            f"{FIELD}: got {TIMM_PREFIX + name!r}, which could not be had ({reason(error)}); "
+            f"{FIELD}: got {TIMM_PREFIX + name!r}, which could not be loaded ({reason(error)}); "
             "allowed: timm:NAME with a network or a filled cache, a local file, none"
         ) from error
 

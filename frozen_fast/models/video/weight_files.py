@@ -38,7 +38,7 @@ def read_state_dict(weights: str, allowed: str) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{FIELD}: got {weights!r}, which holds no state dict of tensors")
+        raise UserError(f"{FIELD}: got {weights!r}, which contains no state dict of tensors")
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 

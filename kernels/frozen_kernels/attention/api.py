@@ -135,7 +135,7 @@ def _deterministic_backend(backend: str) -> str:
     """Return the backend to use with `deterministic` on CUDA."""
     if backend in ("sdpa", "xformers"):
         raise ValueError(
-            f"backend: got {backend!r} with deterministic on CUDA, where its backward adds atomically; "
+            f"backend: got {backend!r} with deterministic on CUDA, where its backward pass uses atomic additions; "
             "allowed: auto, reference, triton"
         )
     return "triton" if backend == "auto" else backend

@@ -86,7 +86,7 @@ def choose_operators(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
             _pairs_found[known] = pair
             return pair
         reasons.append(f"{pair[0].NAME}: {'; '.join(found)}")
-    raise ValueError(f"backend: got 'xformers'; no operator takes these inputs ({' | '.join(reasons)})")
+    raise ValueError(f"backend: got 'xformers'; no operator supports these inputs ({' | '.join(reasons)})")
 
 
 def _attend(use: str, query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

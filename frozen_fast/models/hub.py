@@ -33,6 +33,7 @@ def checkpoint_path(path: str | Path) -> Path:
     except Exception as error:  # errors of the Hub, the network and the cache share no base class
         raise UserError(
             f"checkpoint: got {str(path)!r}, which is neither a path on this machine nor "
-            f"found on the Hub ({reason(error)}); allowed: a folder, a file, or ORG/NAME on the Hub (with HF_HUB_OFFLINE=1: in its cache)"
+            f"found on the Hub ({reason(error)}); allowed: a folder, a file, or ORG/NAME on the Hub "
+            "(with HF_HUB_OFFLINE=1: in its cache)"
         ) from None
     return Path(folder)

@@ -4,7 +4,7 @@
     python benchmarks/attention.py --frames 1=8,4=2 --dtypes fp32 --device cpu
 
 For each axis, number of frames and dtype: forward, and forward + backward, of every backend that runs here, timed
-in turns in one process; peak memory of a training step; the bytes that any form must move and the FLOPs that it
+alternately in one process; peak memory of a training step; the bytes that any form must move and the FLOPs that it
 must do, the floor that follows (the larger of bytes / copy bandwidth and FLOPs / product peak, both measured in the
 same run), and how many times the floor a backend takes. `reference` stands for the released code's way of
 computing. Writes attention.json, attention.md and attention.svg. On a CPU the sizes are small and the table says so.
@@ -152,7 +152,7 @@ def table(
     """The rows as Markdown; `machine` is what describe_machine said when they were measured."""
     lines = ["# Divided attention", ""]
     if device.type != "cuda":
-        lines += ["Measured on a CPU at small sizes: it says nothing about a GPU.", ""]
+        lines += ["Measured on a CPU at small sizes; not representative of a GPU.", ""]
     if machine and device.type == "cpu" and machine["load_average"] > 0.5 * machine["cores"] + machine["threads"]:
         other = f"Other work was running (load average {machine['load_average']:.1f} on {machine['cores']} cores)"
         lines += [f"{other}: compare within a row's case only.", ""]
@@ -261,7 +261,7 @@ def main(arguments: list[str]) -> int:
 
 def note_for(device: torch.device) -> str:
     """What a result says about itself."""
-    return "" if device.type == "cuda" else "CPU at small sizes: it says nothing about a GPU"
+    return "" if device.type == "cuda" else "CPU at small sizes; not representative of a GPU"
 
 
 def write_files(options: argparse.Namespace, device: torch.device, result: dict[str, Any]) -> None:

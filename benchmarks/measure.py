@@ -83,7 +83,7 @@ def time_in_turns(
     window_seconds: float = 0.05,
     warmup: int = 2,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Time several steps in turns, a window each, so that a machine's slow moments fall on all of them.
+    """Time several steps in alternation, one window each, so that other load on the machine affects all of them.
 
     A step that raises is a result too: its cause is returned and it is not run again. Every exception counts, since
     Triton's own derive from Exception alone.

@@ -181,7 +181,7 @@ def table(rows: list[dict[str, Any]], device: torch.device) -> str:
             f"{format(row['mfu'], '.1%') if 'mfu' in row else 'n/a'} |"
         )
     note = (
-        f"Measured on {device.type}; memory is what one step holds beyond the weights. MFU: FLOPs of the published "
+        f"Measured on {device.type}; memory is that of one step without the weights. MFU: FLOPs of the published "
         "model over time and the matrix-product peak measured in the same run and precision."
     )
     return "\n".join(lines) + f"\n\n{note}\n"

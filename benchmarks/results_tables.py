@@ -55,7 +55,7 @@ def throughput_text(result: dict[str, Any]) -> str:
 
 def input_forms_text(result: dict[str, Any]) -> str:
     """benchmarks/input_forms.py's result."""
-    lines = ["| frames | form | clips/s (p20-p80) | clips per CPU second | KB a clip | read by |", "|" + 6 * "---|"]
+    lines = ["| frames | form | clips/s (p20-p80) | clips per CPU second | KB per clip | decoder |", "|" + 6 * "---|"]
     for row in result["rows"]:
         spread = f"{row['clips_per_second_p20']:.1f}-{row['clips_per_second_p80']:.1f}"
         cpu = row["clips_per_cpu_second"]
@@ -67,7 +67,7 @@ def input_forms_text(result: dict[str, Any]) -> str:
     machine = result["machine"]
     note = f"Load average {machine['load_average']:g} on {machine['cores']} cores at the end"
     if machine["load_average"] > machine["cores"] + 1:
-        note += ": other work shared the machine, so only the clips per CPU second can be compared"
+        note += ": other processes used the machine, so compare the clips per CPU second only"
     return f"{note}.\n\n" + "\n".join(lines)
 
 
@@ -76,7 +76,7 @@ def kernel_resources_text(result: dict[str, Any]) -> str:
     columns = ("registers", "shared_bytes", "warps_resident", "barriers", "shuffles", "matrix_instructions")
     architectures = sorted(result["architectures"], key=int)
     devices = ", ".join(f"sm_{name}: {result['architectures'][name]['device']}" for name in architectures)
-    order = "Figures of one cell are in that order; the last three are instructions as they stand in the code."
+    order = "The figures in a cell are in this order. The last three columns count instructions in the machine code."
     head = "| case | kernel | registers | shared bytes | warps resident of 64 | barriers | shuffles | matrix products |"
     lines = [f"Compiled without a GPU; {devices}. {order}", "", head, "|" + 8 * "---|"]
     by_kernel: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
@@ -288,7 +288,7 @@ def section(path: Path) -> str:
         command = result["command"]
         lines.append(f"Command: `{command if isinstance(command, str) else ' '.join(command)}`")
     form = form_of(result)
-    lines += ["", form(result) if form else "No table here: see the file.", ""]
+    lines += ["", form(result) if form else "See the file.", ""]
     return "\n".join(lines)
 
 

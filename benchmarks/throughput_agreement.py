@@ -1,4 +1,4 @@
-"""Whether throughput.py's projection is what a real run's own meter says: both are made here, in turns, and compared.
+"""Compares throughput.py's projection with the meter of a training run, alternating between the two.
 
     python benchmarks/throughput_agreement.py --output benchmarks/results/throughput_agreement_cpu.json
 
@@ -205,10 +205,10 @@ def table(result: dict[str, Any]) -> str:
     runs = [stage["run"] for stages in result["rounds"] for stage in stages]
     whole = sum(run["seconds"] for run in runs)
     shares = ", ".join(f"{part} {sum(run[f'{part}_seconds'] for run in runs) / whole:.1%}" for part in PARTS)
-    held = " Half of the cores computed, the others were kept busy." if result["steady_load"] else ""
+    held = " Half of the cores were used, and the others were kept busy." if result["steady_load"] else ""
     return (
-        f"{len(result['rounds'])} rounds of a run and its measurement in turns; the meter's training and stall against"
-        f" the projection for the same clips.{held}\n\n{markdown(lines)}\n\nWhere the runs' wall time went: {shares}."
+        f"{len(result['rounds'])} rounds, each a run and its measurement. The table compares training and stall of the "
+        f"meter with the projection for the same clips.{held}\n\n{markdown(lines)}\n\nWall time of the runs: {shares}."
     )
 
 

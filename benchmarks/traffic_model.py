@@ -37,7 +37,7 @@ from frozen_fast.profiling.peak import device_peak
 from frozen_kernels.attention import api, qkv_layout
 from frozen_kernels.fused import forms
 
-NOTE = "A projection from counted bytes and FLOPs under assumed shares of the peaks: nothing here was measured."
+NOTE = "A projection from counted bytes and FLOPs under assumed shares of the peaks; not measured."
 ASSUMPTIONS = {
     "measured_share": 0.80,
     "product_share": 0.80,

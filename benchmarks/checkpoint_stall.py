@@ -4,8 +4,8 @@
 
 Three runs of the same training on made-up clips: without checkpoints, with a checkpoint every --every steps by a
 thread (checkpoints.asynchronous), and the same without the thread. For each: the median step, the time in which
-training stands still for one checkpoint, that time as a share of a step and of the steps between two checkpoints at
-the default interval (checkpoints.every_steps), and the peak memory of the process.
+training pauses for one checkpoint, that time as a share of a step and of the steps between two checkpoints at the
+default interval (checkpoints.every_steps), and the peak memory of the process.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ undisturbed run's of the same strategy; whether the clips of every step do; the 
 runs the newest checkpoint of an undisturbed run is damaged `--damages` times (benchmarks/damage_trials.py).
 
 With `--fork` the launcher and the ranks are forked from a process that has imported everything, instead of started
-anew: Accelerate's launcher and torch's elastic agent run as they are, and each start takes a few seconds less.
+again: Accelerate's launcher and torch's elastic agent run as they are, and each start takes a few seconds less.
 
 The file is written after every run; a second call with the same settings continues it.
 benchmarks/results_tables.py puts the table into docs/reliability.md.

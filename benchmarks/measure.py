@@ -60,7 +60,7 @@ def summarize(seconds: Sequence[float], steps: int = 1) -> Timing:
 
 
 def time_window(step: Callable[[], object], device: torch.device, steps: int) -> float:
-    """Seconds per step of one window of so many steps, synchronised at both ends."""
+    """Seconds per step of one window of this number of steps, synchronised at both ends."""
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(steps):
@@ -196,7 +196,7 @@ def pick_device(name: str) -> torch.device:
 def write_result(path: Path, device: torch.device, options: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Write a result file: the command, its options, the machine, and the result's own keys.
 
-    Of absolute paths only the last part is kept: where a folder lies is nobody's business.
+    Only the last part of absolute paths is kept, because results are published.
     """
     command = ["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]
     settings = {key: value.name if isinstance(value, Path) else value for key, value in options.items()}

@@ -67,7 +67,7 @@ def mfu(stage: dict[str, Any], mode: str, kind: str) -> float | None:
 
 
 def project(clips: float, stage: dict[str, Any], mode: str) -> dict[str, float] | None:
-    """GPU-hours that so many clips take at a stage's measured speed: at its windows' median, p20 and p80."""
+    """GPU-hours of this number of clips at a stage's measured speed: the median, p20 and p80 of its windows."""
     rate = speed(stage, mode)
     return None if rate is None else {name: clips / rate[name] * stage["num_devices"] / 3600 for name in rate}
 

@@ -4,9 +4,9 @@
         --modes model,input,end_to_end --output stage.json [key.path=value ...]
 
 model: a synthetic batch that stays on the device. input: the loader alone. end_to_end: the loader and the step, as in
-training. Every mode runs in windows after warm-up; a window ends with a synchronisation and holds so many steps that
-it lasts about --window-seconds (or exactly --window-steps). With several processes the model is timed once more
-without gradient exchange, which gives the cost of communication.
+training. Every mode runs in windows after warm-up; a window ends with a synchronisation and has enough steps that it
+lasts about --window-seconds (or exactly --window-steps). With several processes the model is timed once more without
+gradient exchange, which gives the cost of communication.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def stage_overrides(options: argparse.Namespace) -> list[str]:
-    """The experiment as one stage of these frames, so that the model has room for them and nothing more."""
+    """The experiment with one stage of these frames, so that the model has frame embeddings for them only."""
     stage = f"[{{frames: {options.frames}, global_batch_size: {options.batch_size}, steps: 1}}]"
     return ["curriculum.budget_epochs=null", "curriculum.budget_clips=null", f"curriculum.stages={stage}"]
 

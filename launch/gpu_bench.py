@@ -298,7 +298,7 @@ STEPS = (
 
 
 def run_step(step: Step, bench: Bench, output: Path, *, limit: float, fault: str = "") -> Row:
-    """Run a step, its results copied into the results folder while it runs; whatever goes wrong is in its row."""
+    """Run a step, and copy its results to the results folder meanwhile; its row contains any failure."""
     row = Row(step=step.name, cause="ok", limit_seconds=round(limit, 1))
     reason = step.left_out(bench)
     if reason:

@@ -76,7 +76,7 @@ class ExtensionPoint:
         entry = _plugins(self.kind)[name]
         try:
             return entry.load()
-        except Exception as error:  # a plugin is foreign code: whatever it raises is told in one line
+        except Exception as error:  # a plugin can raise anything: report it in one line
             got = f"got {name!r}, a plugin that cannot be loaded ({reason(error)})"
             raise UserError(f"{key or self.key}: {got}; allowed: {', '.join(self.names())}") from error
 

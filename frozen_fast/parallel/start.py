@@ -73,7 +73,7 @@ def check_gpus_are_there(environ: Mapping[str, str], device: str, strategy: str)
 
 
 def check_gradient_exchange(dtype: str, strategy: str) -> None:
-    """Refuse training.gradient_exchange under a strategy that reduces gradients by itself.
+    """Refuse training.gradient_exchange under a strategy with its own gradient reduction.
 
     Raises:
         UserError: bf16 with ZeRO or FSDP2.

@@ -216,7 +216,7 @@ class StageMeter:
         return steps
 
     def state_dict(self) -> dict[str, Any]:
-        """Totals so far as JSON-able values, for a checkpoint; a meter built with them continues the stage."""
+        """Return the totals so far as plain values, for a checkpoint; a meter built with them continues the stage."""
         self._settle()
         return {
             "seconds": dict(self._seconds),

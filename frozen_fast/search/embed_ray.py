@@ -35,7 +35,7 @@ def embed_on_ray(
     Args:
         request: what to do; checkpoint, source and output are on a disk that every machine of the cluster sees under
             the same path.
-        progress: called with the number of clips; gives what is told as they are embedded.
+        progress: called with the number of clips; returns a function that is called for embedded clips.
         address: of a running cluster ("auto": the one of this machine), or "local": one that ends with the call.
         workers: tasks; each takes one CPU, and a GPU where the cluster has some and request.device allows it.
 

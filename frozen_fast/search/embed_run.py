@@ -145,7 +145,7 @@ def embed_to_index(request: EmbedRequest, progress: Callable[[int], Progress]) -
 
     Args:
         request: what to do.
-        progress: called with this process's number of clips; gives what is told after each.
+        progress: called with this process's number of clips; returns a function that is called after each clip.
 
     Returns:
         (what was done, what index.json says of neighbours), the same on every rank.

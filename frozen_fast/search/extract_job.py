@@ -119,7 +119,7 @@ def plan_extraction(
     Args:
         folder: the store's; may hold a store, and parts of an extraction that was killed.
         name: the expert's.
-        origin: the network and the settings, JSON-able.
+        origin: the network and the settings, as plain values.
         clips: what the source holds.
         source: its format, for messages.
         fresh: forget what the store and the parts hold of the expert.

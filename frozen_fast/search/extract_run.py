@@ -103,7 +103,7 @@ def extract_to_store(
     Args:
         request: what to do.
         build: makes the network, on the CPU.
-        progress: called with this process's number of clips; gives what is told after each.
+        progress: called with this process's number of clips; returns a function that is called after each clip.
 
     Returns:
         What was done, the same on every rank.

@@ -40,7 +40,7 @@ def extract_text(
         device: where it runs.
         batch_size: captions per forward pass.
         fresh: replace text features of that name.
-        progress: called with the number of captions; gives what is told after each batch.
+        progress: called with the number of captions; returns a function that is called after each batch.
 
     Raises:
         UserError: no store, one without captions, or one that holds text features of that name.

@@ -27,7 +27,7 @@ class Attempt:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
-        """A JSON-able row."""
+        """Return a row of plain values."""
         return asdict(self)
 
 

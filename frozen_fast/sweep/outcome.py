@@ -65,7 +65,7 @@ class Outcome:
     mfu_datasheet: float | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """A JSON-able row for results.jsonl."""
+        """Return a row of results.jsonl as plain values."""
         return asdict(self)
 
 

@@ -43,7 +43,7 @@ class Engine:
         stop: StopRequest,
         state: RunState | None,
     ) -> None:
-        """Hold the parts; `state` is that of the checkpoint to resume from."""
+        """Initialise; `state` is that of the checkpoint to resume from."""
         self._config, self._parallel, self._folder, self._parts = config, parallel, folder, parts
         self._journal = journal
         self.stage = 0 if state is None else state.stage
@@ -65,18 +65,18 @@ class Engine:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return self._feed.position.step
 
     def run(self, state: RunState | None, *, closed_stages: int = 0) -> bool:
-        """Run every stage that is not done yet.
+        """Run all remaining stages.
 
         Args:
-            state: of the checkpoint to resume from; None: start at the first step.
-            closed_stages: stages whose evaluation and row are written already.
+            state: state of the checkpoint to resume from; None: start at the first step.
+            closed_stages: stages whose evaluation and row have been written.
 
         Returns:
-            True when the run is complete, False when it was told to stop (a checkpoint has been saved).
+            True if the run is complete, False if it was told to stop (after saving a checkpoint).
 
         Raises:
             UserError: bad clips past their share, a loss that is not finite, a mistake in the data; on every rank.
@@ -93,7 +93,7 @@ class Engine:
         return True
 
     def _run_stage(self, plan: StagePlan, state: RunState | None) -> bool:
-        """A stage from its begin, or from where a checkpoint's state left it; False when told to stop (then saved)."""
+        """Run a stage, or the rest of it after a checkpoint's state; False if told to stop (after saving)."""
         config, parallel, model = self._config, self._parallel, self._parts.model
         self.stage = plan.index
         done = 0 if state is None else state.steps_in_stage
@@ -141,7 +141,7 @@ class Engine:
         return True
 
     def _run_steps(self, stage: OpenStage, done: int) -> bool:
-        """The stage's remaining steps; False when told to stop (then saved)."""
+        """Run the stage's remaining steps; False if told to stop (after saving)."""
         config, parallel, plan, feed = self._config, self._parallel, stage.plan, self._feed
         batches = feed.batches(plan, done)
         warm_up = done + warm_up_steps(plan.steps, sum(source.weight > 0 for source in config.data.sources))
@@ -180,7 +180,7 @@ class Engine:
             self._parts.loader.close()
 
     def _evaluate_inside(self, stage: OpenStage, done: int) -> bool:
-        """Evaluate where an epoch of the stage ends; what may become the best is saved first; False as _evaluate."""
+        """Evaluate at the end of an epoch of the stage, after saving a possible best checkpoint; see _evaluate."""
         if not self._evaluation.is_due(stage.plan, done):
             return True
         if self._config.evaluation.keep_best != "none" and not self.keeper.is_saved(self.step):
@@ -201,7 +201,7 @@ class Engine:
         return True
 
     def _save(self, stage: OpenStage, steps_in_stage: int) -> None:
-        """Write a checkpoint of where the run stands."""
+        """Write a checkpoint of the run's current state."""
         average_running_statistics(self._parts.model)
         self._journal.flush(stage.meter)
         with self._parts.watchdog.phase("checkpoint"):

@@ -83,7 +83,7 @@ def chosen_backends() -> list[dict[str, Any]]:
 
 
 def forget_choices() -> None:
-    """Forget this process's choices; the file on disk stays."""
+    """Clear this process's choices; the file on disk does not change."""
     _chosen.clear()
 
 
@@ -93,7 +93,7 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def available_candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The backends that `auto` weighs on a device, the default first."""
+    """The candidates of `auto` on a device, the default first."""
     missing = unavailable_backends(device, dtype)
     return [name for name in CANDIDATES.get(device.type, ("sdpa",)) if name not in missing]
 
@@ -150,7 +150,7 @@ def _case_of(device: torch.device, dtype: torch.dtype, layout: Layout, axis: str
 
 @lru_cache(maxsize=1)
 def _sources_hash() -> str:
-    """Of all that the backends are made of: a time measured with other kernels says nothing of these."""
+    """Hash the code of all backends; measured times are valid for the same code only."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*")):
         if path.suffix in (".py", ".c", ".h"):

@@ -180,9 +180,9 @@ def main() -> int:
     """Measure and write a result file; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=12, help="rendered clips (default 12)")
-    parser.add_argument("--frames", type=int, default=4, help="frames of a clip (default 4)")
+    parser.add_argument("--frames", type=int, default=4, help="frames per clip (default 4)")
     parser.add_argument("--size", default="base_patch16_224", help="of the video tower (default base_patch16_224)")
-    parser.add_argument("--batch-size", type=int, default=4, help="clips of a forward pass (default 4)")
+    parser.add_argument("--batch-size", type=int, default=4, help="clips per forward pass (default 4)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes of every way (default 0)")
     parser.add_argument("--rounds", type=int, default=1, help="turns of each way (default 1)")
     parser.add_argument("--small", action="store_true", help="render clips of 64x64 pixels and 24 frames")

@@ -227,7 +227,7 @@ def machine_code(cubin: bytes) -> str:
 
 
 def read_machine_code(text: str) -> dict[str, Any]:
-    """Count instructions by kind in the machine code; the body of a loop counts once."""
+    """Instructions by kind, as they stand in the code: a loop's count once."""
     codes = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
     heads = Counter(code.split(".")[0] for code in codes)
     loads = Counter(
@@ -274,7 +274,7 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def sources_hash() -> str:
-    """Hash the Triton kernels and their launchers; a table is valid for the same sources only."""
+    """Of the Triton kernels and their launchers: a table of other sources says nothing of these."""
     digest = hashlib.sha256()
     for path in sorted(Path(frozen_kernels.__file__).parent.rglob("triton*.py")):
         digest.update(path.name.encode() + path.read_bytes())

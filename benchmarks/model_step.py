@@ -216,7 +216,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=7)
     parser.add_argument("--window-seconds", type=float, default=2.0, help="at least one step")
     parser.add_argument("--warmup", type=int, default=2, help="steps of each contender before anything is timed")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's own choice")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's default")
     parser.add_argument("--output", type=Path, default=Path("model_step.json"), help="result file")
     options = parser.parse_args(arguments)
     known = (RELEASED, "auto", *BACKEND_NAMES)

@@ -46,7 +46,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=int, default=100_000, help="stored vectors (default 100000)")
     parser.add_argument("--width", type=int, default=256, help="width of a vector (default 256)")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the stored vectors")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="dtype of the stored vectors"
+    )
     parser.add_argument("--kinds", default="flat,hnsw", help="of flat, hnsw, ivfpq (default flat,hnsw)")
     parser.add_argument("--queries", type=int, default=200, help="queries, one at a time (default 200)")
     parser.add_argument("--output", type=Path, default=Path("search.json"), help="result file (default search.json)")

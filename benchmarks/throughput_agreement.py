@@ -217,7 +217,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="1=32x60,4=16x60", help="FRAMES=CLIPSxSTEPS,...: the run's curriculum")
     parser.add_argument("--attention", default="sdpa", help="attention backend of both")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the two take turns")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds, each a run and its measurement")
     parser.add_argument("--steady-load", action="store_true", help="half of the cores for this, the others kept busy")
     parser.add_argument("--output", type=Path, default=Path("runs/throughput_agreement/agreement.json"))
     add_stage_arguments(parser)

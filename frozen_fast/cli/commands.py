@@ -141,9 +141,9 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `convert-checkpoint`."""
     parser.add_argument("source", help="released .pth/.pth.tar file, or a frozen_fast folder")
     parser.add_argument("output", help="output folder; new or empty")
-    parser.add_argument("--frames", type=_positive, metavar="T", help="expand or cut the temporal embeddings to T")
+    parser.add_argument("--frames", type=_positive, metavar="T", help="expand or truncate the temporal embeddings to T")
     parser.add_argument(
-        "--expansion", choices=get_args(Expansion), default="zero", help="how to expand them (default zero)"
+        "--expansion", choices=get_args(Expansion), default="zero", help="method of the expansion (default zero)"
     )
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer to save with the weights")
 

@@ -34,19 +34,24 @@ def extract_arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--checkpoint", metavar="PATH", help="folder, released file or ORG/NAME of a dual encoder")
     network.add_argument("--config", metavar="FILE", help="experiment whose model section defines the tower")
     parser.add_argument(
-        "--weights", help="of --tower: as model.video.weights; none: random (default: pretrained, timm and torchvision)"
+        "--weights",
+        help="weights of --tower, as model.video.weights; none: random (default: pretrained, timm and torchvision)",
     )
-    parser.add_argument("--resolution", type=positive, metavar="R", help="pixels of a frame's edge (default: its own)")
-    parser.add_argument("--source", metavar="PATH", help="folder of videos and pictures, manifest, or packed shards")
+    parser.add_argument(
+        "--resolution", type=positive, metavar="R", help="pixels along a frame's edge (default: the network's)"
+    )
+    parser.add_argument("--source", metavar="PATH", help="folder of videos and images, manifest, or packed shards")
     parser.add_argument(
         "--output", required=True, metavar="STORE", help="the store's folder; a store there gets one more feature"
     )
-    parser.add_argument("--format", default="auto", help="of the source: auto, folder, or a format of data.sources")
     parser.add_argument(
-        "--split", action="append", default=[], help="of formats with splits, repeatable (default: every line)"
+        "--format", default="auto", help="format of the source: auto, folder, or a format of data.sources"
     )
-    parser.add_argument("--split-version", default="", help="of data sets whose splits have versions")
-    parser.add_argument("--frames", type=positive, metavar="T", help="frames of a vector (default: the network's)")
+    parser.add_argument("--split", action="append", default=[], help="split of the source, repeatable (default: all)")
+    parser.add_argument(
+        "--split-version", default="", help="version of the splits, for data sets with several versions"
+    )
+    parser.add_argument("--frames", type=positive, metavar="T", help="frames per vector (default: the network's)")
     parser.add_argument(
         "--rate", type=float, default=1.0, metavar="F", help="vectors per second; 0: one for the whole clip (default 1)"
     )
@@ -56,14 +61,20 @@ def extract_arguments(parser: argparse.ArgumentParser) -> None:
         default="mean",
         help="mean: one vector per clip; none: all its vectors in order of time (default mean)",
     )
-    parser.add_argument("--max-vectors", type=natural, default=0, metavar="N", help="most vectors of a clip (0: all)")
+    parser.add_argument(
+        "--max-vectors", type=natural, default=0, metavar="N", help="largest number of vectors per clip (0: all)"
+    )
     parser.add_argument("--max-tokens", type=positive, metavar="L", help="with --text: captions are cut to this length")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
-    parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
+    parser.add_argument(
+        "--workers", type=natural, default=0, metavar="N", help="loader processes (0: a background thread)"
+    )
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="decoding threads of a loader")
     parser.add_argument("--decoder", default="auto", metavar="NAME", help="auto, dali, torchcodec, decord or pyav")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as training.precision")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the network")
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="precision, as training.precision"
+    )
     parser.add_argument("--fresh", action="store_true", help="replace the store's feature of this name")
 
 

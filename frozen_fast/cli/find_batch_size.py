@@ -32,7 +32,11 @@ def find_batch_size_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory limit; required on a CPU (whole process); default on CUDA: 95 %% of the device's memory",
     )
     parser.add_argument(
-        "--trial-seconds", type=float, default=300.0, metavar="S", help="a trial that takes longer counts as too large"
+        "--trial-seconds",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="time limit of a trial; a batch size that exceeds it counts as too large",
     )
     parser.add_argument("--output", metavar="FILE", help=f"default: {RESULT_FILE} in the config's run folder")
 

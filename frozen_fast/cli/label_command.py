@@ -16,7 +16,7 @@ def label_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `label`."""
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="checkpoint folder or released file")
     parser.add_argument(
-        "--source", required=True, metavar="PATH", help="folder of videos and pictures, manifest, or packed shards"
+        "--source", required=True, metavar="PATH", help="folder of videos and images, manifest, or packed shards"
     )
     parser.add_argument("--labels", required=True, metavar="FILE", help="one label per line")
     parser.add_argument("--templates", metavar="FILE", help="one sentence per line, with {} in place of the label")
@@ -28,8 +28,10 @@ def label_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-kind", metavar="KIND", help="kind of a released file: frozen (default) or clip2video")
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, for a released file (which has none)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
-    parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    parser.add_argument(
+        "--workers", type=natural, default=0, metavar="N", help="loader processes (0: a background thread)"
+    )
+    parser.add_argument("--device", default="cpu", help="device of the model (default cpu)")
 
 
 def label(arguments: argparse.Namespace) -> int:

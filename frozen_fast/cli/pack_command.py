@@ -17,7 +17,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pack`."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="YAML file of an experiment; one of its sources is packed")
-    what.add_argument("--manifest", metavar="FILE", help="a manifest, all of its splits")
+    what.add_argument("--manifest", metavar="FILE", help="a manifest; all of its splits are packed")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="with --config: set one config value")
     parser.add_argument(
         "--source", metavar="NAME", help="with --config: the source, by name or path such as evaluation.sources[0]"

@@ -23,7 +23,7 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `embed`."""
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="folder, released file or ORG/NAME")
     parser.add_argument(
-        "--source", required=True, metavar="PATH", help="folder of videos and pictures, manifest, or packed shards"
+        "--source", required=True, metavar="PATH", help="folder of videos and images, manifest, or packed shards"
     )
     parser.add_argument(
         "--output", required=True, metavar="INDEX", help="folder of the index; an existing one is updated"
@@ -48,7 +48,7 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="10s|scenes",
-        help="cut videos into spans of this length, or at scene changes; both: long scenes are cut further",
+        help="divide videos into spans of this length, or at scene changes; with both, long scenes are divided",
     )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of the stored vectors")
     parser.add_argument(
@@ -60,10 +60,12 @@ def embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-kind", metavar="KIND", help="kind of a released file: frozen (default) or clip2video")
     parser.add_argument("--tokenizer", metavar="NAME", help="tokenizer, for a released file (which has none)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="windows per forward pass")
-    parser.add_argument("--workers", type=natural, default=0, metavar="N", help="loader processes (0: a thread)")
+    parser.add_argument(
+        "--workers", type=natural, default=0, metavar="N", help="loader processes (0: a background thread)"
+    )
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="decoding threads of a loader")
     parser.add_argument("--decoder", metavar="NAME", help="auto, dali, torchcodec, decord or pyav (default: the run's)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--fresh", action="store_true", help="remove an existing index first")
     form.add_argument("--add", action="store_true", help="keep the index's rows of files that the source does not have")
@@ -149,7 +151,7 @@ def search_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="print a JSON list")
     form.add_argument("--html", metavar="FILE", help="write a page with a frame of each result")
     parser.add_argument("--checkpoint", metavar="PATH", help="path of the model, if it was moved")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    parser.add_argument("--device", default="cpu", help="device of the model (default cpu)")
 
 
 def search(arguments: argparse.Namespace) -> int:

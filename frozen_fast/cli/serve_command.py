@@ -22,7 +22,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-host", action="append", default=[], metavar="NAME", help="additional host name that requests may use"
     )
     parser.add_argument("--checkpoint", metavar="PATH", help="path of the model, if it was moved")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default cpu)")
+    parser.add_argument("--device", default="cpu", help="device of the model (default cpu)")
 
 
 def serve(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
-"""Agreement of ranks over a CPU-only process group, separate from the device's collectives.
+"""Agreement of ranks over a CPU-only process group, apart from the device's collectives.
 
-Once per step the ranks exchange stop requests, errors and small counts. An error on one rank therefore reaches the
-others at the next step, instead of leaving them waiting in a collective.
+Once per step the ranks tell each other whether one was told to stop, whether one has failed, and small counts. So an
+error on one rank reaches the others at the next step instead of leaving them in a collective.
 """
 
 from __future__ import annotations

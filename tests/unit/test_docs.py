@@ -59,8 +59,6 @@ BANNED = (
     r"\bfor ever\b",
     r"\bmodel comes in\b",
     r"\b(?:timed|measurement) in turns\b",
-    r"\bsays? nothing\b",
-    r"\bas they stand\b",
     r"\bstands still\b",
     r"\bclip meets\b",
     r"\bkeep what\b",

@@ -56,7 +56,7 @@ class PackedAttention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.backend = backend
-        self.backend_at: dict[tuple[int, int], str] = {}  # (B, S) -> the backend that "auto" chose before compilation
+        self.backend_at: dict[tuple[int, int], str] = {}  # (B, S) -> what "auto" chose beforehand
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)

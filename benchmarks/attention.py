@@ -223,7 +223,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--patches", type=int, default=196)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-width", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's default")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's own choice")
     parser.add_argument("--output", type=Path, default=Path("attention_results"), help="folder for the results")
     return parser.parse_args(arguments)
 

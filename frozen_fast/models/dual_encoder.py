@@ -108,7 +108,7 @@ class DualEncoder(VideoSide):
 
     @property
     def vector_width(self) -> int:
-        """Return the width of the common space."""
+        """The width of the common space."""
         return self.embedding_width
 
     def vectors(self, features: Features) -> Tensor:

@@ -202,7 +202,7 @@ class RetrievalModel(nn.Module, ABC):
 
     @property
     def vector_width(self) -> int:
-        """Return D of vectors().
+        """D of vectors().
 
         Raises:
             UserError: as vectors.

@@ -154,7 +154,7 @@ class Parallel(RankAgreement):
 
     @property
     def _fused_kernel_skips(self) -> bool:
-        """Return whether the optimizer's kernel skips the update if its found_inf is 1, as for fp16."""
+        """Whether the optimizer's kernel skips the update if its found_inf is 1, as for fp16."""
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         knows = type(self.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         return knows and fused and WEIGHT_AVERAGE not in self._optimizer_kind.state_keys

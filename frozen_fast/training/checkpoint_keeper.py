@@ -107,7 +107,7 @@ class CheckpointKeeper:
 
     @property
     def is_due(self) -> bool:
-        """Return whether checkpoints.every_minutes have passed since the last checkpoint, by rank 0's clock."""
+        """Whether checkpoints.every_minutes have passed since the last checkpoint, by rank 0's clock."""
         minutes = self._config.checkpoints.every_minutes
         return bool(minutes) and self._parallel.is_main and time.monotonic() - self._saved_seconds >= 60 * minutes
 

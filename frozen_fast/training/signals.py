@@ -54,7 +54,7 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
-        """Return whether a stop was requested."""
+        """Whether a stop was requested."""
         if self._launcher is not None and os.getppid() != self._launcher and not self._event.is_set():
             log.warning("the launcher has died: stopping after this step, with a checkpoint")
             self._event.set()

@@ -262,7 +262,7 @@ class Clip2Video(RetrievalModel):
 
     @property
     def vector_width(self) -> int:
-        """Return the width of the global and the aligned vector together."""
+        """The width of the global and the aligned vector together."""
         return 2 * self.clip.size.embedding
 
     def vectors(self, features: Features) -> Tensor:

@@ -34,7 +34,7 @@ VIDEO: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "S3D-G": (
         "torchvision_video s3d",
         lambda: TorchvisionVideo("s3d"),
-        "torchvision's S3D has no gates; what the printed number counts is not said",
+        "torchvision's S3D has no gates; the paper does not say what its number includes",
     ),
     "R(3D)-101": ("torchvision_video r3d_101", lambda: TorchvisionVideo("r3d_101"), ""),
     "S-Tformer B/16": (

@@ -20,6 +20,7 @@ import torch
 from attention import table as attention_table
 from curriculum import markdown as curriculum_table
 from model_step import table as model_step_table
+from parameter_counts import as_text as parameter_table
 from pretrained_start import table as pretrained_table
 from throughput_agreement import table as agreement_table
 from throughput_report import markdown, projected_rows, row_table, stage_table
@@ -188,14 +189,6 @@ SEARCH_COLUMNS = {
     "own memory, GiB": "{own_gib:.2f}",
     "pages of mapped files, GiB": "{file_gib:.2f}",
 }
-PARAMETER_COLUMNS = {
-    "paper's table": "{table}",
-    "row": "{row}",
-    "tower": "{tower}",
-    "parameters": "{parameters:,}",
-    "the paper's, millions": "{millions}",
-    "remark": "{remark}",
-}
 EMBED_COLUMNS = {
     "way": "{way}",
     "clips/s": "{clips_per_second:.2f}",
@@ -210,14 +203,6 @@ STALL_COLUMNS = {
     "of the time at the default interval, %": "{interval_percent:.3f}",
     "peak memory, GiB": "{peak_gib:.2f}",
 }
-
-
-def parameter_text(result: dict[str, Any]) -> str:
-    """benchmarks/parameter_counts.py's result."""
-    rows = [
-        {**row, "millions": "n/a" if row["printed"] is None else f"{row['printed'] / 1e6:g}"} for row in result["rows"]
-    ]
-    return rows_table(rows, PARAMETER_COLUMNS)
 
 
 def search_text(result: dict[str, Any]) -> str:
@@ -264,7 +249,7 @@ def form_of(result: dict[str, Any]) -> Callable[[dict[str, Any]], str] | None:
     if "recall_at_10" in rows[0]:
         return search_text
     if "printed" in rows[0]:
-        return parameter_text
+        return lambda counted: parameter_table(counted["rows"]).strip()
     if "way" in rows[0]:
         return lambda measured: rows_table(measured["rows"], EMBED_COLUMNS)
     if "clips_per_cpu_second" in rows[0]:

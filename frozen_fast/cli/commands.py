@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from frozen_fast.cli.train_repeats import train_repeats
+from frozen_fast.cli.repeats import evaluate_splits, train_repeats
 from frozen_fast.config import (
     ExperimentConfig,
     check_for_evaluation,
@@ -114,6 +114,11 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="PATH", help="checkpoint folder, run folder or released file (model.checkpoint)"
     )
     parser.add_argument("--output", metavar="FILE", help="also write the numbers to this JSON file")
+    parser.add_argument(
+        "--splits",
+        metavar="1,2,3",
+        help="evaluate once per split_version of the sources and add the mean; each split's own run of train --splits",
+    )
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -129,9 +134,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise UserError(
             "--checkpoint: got none; allowed: a checkpoint folder, a run folder or a released .pth/.pth.tar file"
         )
-    from frozen_fast.training.run import evaluate_checkpoint
+    if arguments.splits is not None:
+        result = evaluate_splits(arguments.config, overrides, arguments.splits, arguments.output)
+    else:
+        from frozen_fast.training.run import evaluate_checkpoint
 
-    result = evaluate_checkpoint(config, config.model.checkpoint, arguments.output)
+        result = evaluate_checkpoint(config, config.model.checkpoint, arguments.output)
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0

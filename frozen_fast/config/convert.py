@@ -61,7 +61,7 @@ def _lines(cls: type, error: ErrorDetails, origins: Origins) -> list[str]:
     if kind == UNKNOWN_NAME and names is not None:
         return [f"{unknown_name(path, got, names)}{_where(path, origins)}"]
     if get_origin(hint) is Literal and isinstance(got, str):
-        return [f"{unknown_name(path, got, get_args(hint))}{_where(path, origins)}"]
+        return [f"{unknown_name(path, got, map(str, get_args(hint)))}{_where(path, origins)}"]
     if kind in _RANGES:
         return [f"{path}: got {got!r}; allowed: {fields.range_in_words(limits)}{_where(path, origins)}"]
     if kind == "string_pattern_mismatch":

@@ -123,7 +123,7 @@ def optional_type(hint: Any) -> Any | None:
 def is_text(hint: Any) -> bool:
     """Whether a key of this type is a text."""
     hint = optional_type(hint) or hint
-    return hint is str or get_origin(hint) is Literal
+    return hint is str or (get_origin(hint) is Literal and all(isinstance(value, str) for value in get_args(hint)))
 
 
 def type_in_words(hint: Any) -> str:

@@ -439,7 +439,7 @@ class EvaluationConfig:
     linear_head: bool = key(False, "action recognition: fit a linear layer on the frozen model's clip embeddings of the training split (the entry of data.sources with the format, path and split_version of the evaluation source) and classify with it")
     linear_head_smoothing: float = key(0.1, "linear_head: label smoothing", ge=0, lt=1)
     linear_head_decay: float = key(0.01, "linear_head: weight decay of its objective, on standardised features", gt=0)
-    average_sources: bool = key(False, "the report adds the mean over the sources: the folds of COCO's 1k protocol, the splits of UCF101 and HMDB51")
+    average_sources: bool = key(False, "the report and the output of evaluate add mean and deviation over the sources: the folds of COCO's 1k protocol, the splits of UCF101 and HMDB51")
     frames: int | None = key(None, "frames per window, at most the number that the model has learned so far; null: those of the stage, or of the checkpoint", ge=1)
     stride_seconds: float = key(2.0, "seconds between test windows inside a segment; 0: one window in the middle", ge=0)
     max_windows: int = key(0, "largest number of windows per clip, evenly spread, 0: all", ge=0)

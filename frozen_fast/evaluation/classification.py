@@ -14,6 +14,8 @@ from torch import Tensor
 from frozen_fast.errors import UserError
 
 PLACE = "{}"
+ACCURACIES = ("top1", "top5", "mean_class_accuracy")
+"""Numbers of a Classification that are metrics, in percent."""
 
 
 @dataclass(frozen=True)

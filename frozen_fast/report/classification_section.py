@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from frozen_fast.evaluation.classification import ACCURACIES
 from frozen_fast.report.document import Block, Plot, Section, Table, Text, count, number
 from frozen_fast.report.plots import matrix_plot
 from frozen_fast.report.run_data import RunData
@@ -13,7 +14,6 @@ from frozen_fast.report.wording import after_text
 
 WORST = 10
 KINDS = {"classification": "zero-shot", "linear_head": "linear head", "finetuned": "trained"}
-SHOWN = ("top1", "top5", "mean_class_accuracy")
 
 
 def classification_section(run: RunData) -> Section | None:
@@ -27,7 +27,7 @@ def classification_section(run: RunData) -> Section | None:
         cells = [after_text(run, entry), entry["source"], KINDS[name]]
         cells += [str(entry["frames"]), count(entry["windows"]), count(found["clips"])]
         cells += [count(len(found["classes"])), number(100 / len(found["classes"]))]
-        rows.append(cells + [number(found[figure]) for figure in SHOWN])
+        rows.append(cells + [number(found[figure]) for figure in ACCURACIES])
     header = [
         "After",
         "Set",
@@ -62,7 +62,7 @@ def _epochs_table(run: RunData) -> Table:
             after_text(run, row),
             row["source"],
             number(row.get("loss"), 3),
-            *(number(row["metrics"].get(name)) for name in SHOWN),
+            *(number(row["metrics"].get(name)) for name in ACCURACIES),
         ]
         for row in run.evaluations
     ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from frozen_fast.evaluation.spread import spread_over
 from frozen_fast.report.document import Section, Table, Text, number
 from frozen_fast.report.run_data import RunData
 
@@ -14,23 +13,12 @@ def mean_over_sources_section(run: RunData) -> Section | None:
         return None
     last = [row for row in run.evaluations if row["step"] == run.evaluations[-1]["step"]]
     rows = []
-    for protocol in dict.fromkeys(row["protocol"] for row in last):
-        own = [row for row in last if row["protocol"] == protocol]
-        for metric in _numbers(own[0]):
-            values = [_numbers(row)[metric] for row in own if metric in _numbers(row)]
-            spread = f"{number(min(values))} to {number(max(values))}"
-            rows.append([protocol, metric, str(len(values)), number(sum(values) / len(values)), spread])
+    for group in spread_over(last, ("protocol",)):
+        for metric, found in group["metrics"].items():
+            mean, deviation = number(found["mean"]), number(found["deviation"])
+            spread = f"{number(found['smallest'])} to {number(found['largest'])}"
+            rows.append([group["protocol"], metric, str(found["count"]), mean, deviation, spread])
     sources = ", ".join(dict.fromkeys(row["source"] for row in last))
-    text = Text(f"Mean over {sources}, after step {last[0]['step']:,}.")
-    header = ["Protocol", "Metric", "Sets", "Mean", "Smallest to largest"]
+    text = Text(f"Mean and standard deviation of the sample over {sources}, after step {last[0]['step']:,}.")
+    header = ["Protocol", "Metric", "Sets", "Mean", "Deviation", "Smallest to largest"]
     return Section("Mean over sets", [text, Table(header, rows, words=2)])
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """An evaluation's metrics, including classification if its source has classes."""
-    numbers = dict(row["metrics"])
-    for kind in ("classification", "linear_head"):
-        found = row.get(kind) or {}
-        names = [name for name in ("top1", "top5", "mean_class_accuracy") if name in found]
-        numbers |= {f"{kind}/{name}": found[name] for name in names}
-    return numbers

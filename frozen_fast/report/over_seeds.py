@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from frozen_fast.evaluation.classification import ACCURACIES
 from frozen_fast.evaluation.published import published_row
 from frozen_fast.report.document import Bullets, Document, Section, Table, number
 from frozen_fast.report.run_data import RunData
 
 SHOWN = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR", "Geom")
-ACCURACIES = ("top1", "top5", "mean_class_accuracy")
 
 
 def chosen_rows(run: RunData) -> list[dict[str, Any]]:

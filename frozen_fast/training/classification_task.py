@@ -18,7 +18,7 @@ from frozen_fast.common.ranks import mean_over_ranks
 from frozen_fast.config import ExperimentConfig
 from frozen_fast.data import Clip, Source
 from frozen_fast.errors import UserError
-from frozen_fast.evaluation.classification import classify
+from frozen_fast.evaluation.classification import ACCURACIES, classify
 from frozen_fast.evaluation.metric_table import VALIDATION_LOSS
 from frozen_fast.models.classifier import Classifier
 from frozen_fast.models.retrieval_model import Features, RetrievalModel, VideoInput
@@ -29,7 +29,6 @@ from frozen_fast.training.signals import StopRequest
 from frozen_fast.training.task import Task
 
 PROTOCOL = "classification"
-METRICS = ("top1", "top5", "mean_class_accuracy")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class ClassificationTask(Task):
 
     def directions(self) -> dict[str, bool]:
         """Accuracies, and the validation loss."""
-        return {VALIDATION_LOSS: False, **dict.fromkeys(METRICS, True)}
+        return {VALIDATION_LOSS: False, **dict.fromkeys(ACCURACIES, True)}
 
     @torch.no_grad()
     def evaluate(
@@ -132,7 +131,7 @@ class ClassificationTask(Task):
             "num_videos": len(classes),
             "bad_clips": len(clips.bad_clips),
             "protocol": PROTOCOL,
-            "metrics": {name: getattr(found, name) for name in METRICS},
+            "metrics": {name: getattr(found, name) for name in ACCURACIES},
             "loss": float(F.cross_entropy(logits_VC, torch.tensor(classes))),
             "finetuned": asdict(found),
             "seconds": time.perf_counter() - began,

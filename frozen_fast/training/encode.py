@@ -138,10 +138,13 @@ def encode_texts(
 ) -> Features:
     """Encode some queries; features are fp32 on the CPU, and empty without queries."""
     parts = []
+    tell = progress("evaluate", len(queries), unit="caption", last_line=False) if parallel.is_main else None
     for first in range(0, len(queries), batch_size):
         text = inputs(queries[first : first + batch_size])
         with parallel.autocast():
             parts.append(on_cpu(model.text_features(text)))
+        if tell is not None:
+            tell(min(batch_size, len(queries) - first), 0)
     return stack_features(parts)
 
 

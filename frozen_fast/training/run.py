@@ -21,6 +21,7 @@ from frozen_fast.config import (
     to_plain,
 )
 from frozen_fast.errors import UserError
+from frozen_fast.evaluation.spread import spread_over
 from frozen_fast.optimizers import build_optimizer, divergence_advice
 from frozen_fast.parallel.base import Parallel
 from frozen_fast.parallel.start import start_parallel
@@ -116,8 +117,9 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
         output: JSON file to write, from rank 0.
 
     Returns:
-        {"checkpoint", "evaluations": [as in metrics.json, without step and stage]}, and on rank 0 with
-        evaluation.gallery "galleries", the paths of the retrieval pages.
+        {"checkpoint", "evaluations": [as in metrics.json, without step and stage]}; with evaluation.average_sources
+        also "mean_over_sources", as spread_over by protocol; on rank 0 with evaluation.gallery also "galleries", the
+        paths of the retrieval pages.
 
     Raises:
         UserError: a mistake in config, checkpoint or data, or a signal stopped it.
@@ -148,6 +150,8 @@ def evaluate_checkpoint(config: ExperimentConfig, checkpoint: str, output: str |
                 rows += found.rows
                 pages += [] if found.gallery is None else [found.gallery]
             result: dict[str, Any] = {"checkpoint": checkpoint, "evaluations": rows}
+            if config.evaluation.average_sources:
+                result["mean_over_sources"] = spread_over(rows, ("protocol",))
             with parallel.together():
                 if pages:
                     folder = Path(output).parent if output else Path(config.run_folder.format(name=config.name))

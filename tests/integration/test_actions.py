@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,8 +25,10 @@ from frozen_fast.records.checkpoint import read_tensors
 from frozen_fast.report.write_report import write_report
 from frozen_fast.training.journal import Journal
 from frozen_fast.training.run import evaluate_checkpoint, train
+from support.action_runs import mapping, row_of
+from support.data_set_folders import write_hmdb51
 from support.ordered_clips import CLASSES, make_ordered
-from support.runs import REPOSITORY, environment, losses, read_json, without_reports
+from support.runs import REPOSITORY, environment, losses, read_json, without_reports, write_clip
 
 pytestmark = pytest.mark.integration
 
@@ -36,54 +39,13 @@ TRAIN, TEST = 96, 42
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("orders")
     return {
-        "train": make_ordered(folder / "train", TRAIN),
-        "test": make_ordered(folder / "test", TEST, first=10_000),
+        "train": make_ordered(folder / "train", CLASSES * (TRAIN // len(CLASSES))),
+        "test": make_ordered(folder / "test", CLASSES * (TEST // len(CLASSES)), first=10_000),
     }
-
-
-def mapping(data: dict[str, Path], folder: Path, **sections: Any) -> dict[str, Any]:
-    """A classifier of six orders of colours from scratch; sections are merged into it, one level deep."""
-    tree: dict[str, Any] = {
-        "name": "orders",
-        "run_folder": str(folder),
-        "model": {
-            "kind": "classifier",
-            "video": {
-                "size": "pico_patch16_32",
-                "attention": "sdpa",
-                "time_init": "random",
-                "position_init_std": 1.0,
-                "temporal_init_std": 1.0,
-            },
-        },
-        "data": {
-            "sources": [{"name": "clips", "path": str(data["train"]), "split": ""}],
-            "decode": {"backend": "pyav", "threads": 1},
-            "augmentation": {"crop_scale": [1.0, 1.0], "crop_ratio": [1.0, 1.0], "horizontal_flip": 0.0},
-        },
-        "curriculum": {"stages": [{"frames": 4, "global_batch_size": 8, "steps": 6}]},
-        "optimizer": {"learning_rate": 2e-3, "gradient_clip_norm": 1.0},
-        "training": {"precision": "fp32", "device": "cpu"},
-        "checkpoints": {"every_steps": 0},
-        "evaluation": {
-            "every": "end",
-            "sources": [{"name": "held_out", "path": str(data["test"]), "split": ""}],
-            "stride_seconds": 0.0,
-            "resize": 224,
-        },
-    }
-    for name, section in sections.items():
-        tree[name] = {**tree[name], **section} if isinstance(section, dict) and name in tree else section
-    return tree
 
 
 def experiment(data: dict[str, Path], folder: Path, **sections: Any) -> ExperimentConfig:
     return config_from_mapping(mapping(data, folder, **sections))
-
-
-def row_of(run: Path) -> dict[str, Any]:
-    (row,) = read_json(run / "metrics.json")["evaluations"]
-    return dict(row)
 
 
 def learned(data: dict[str, Path], folder: Path, stages: list[dict[str, Any]]) -> Path:
@@ -215,6 +177,43 @@ def test_mistakes_are_told_by_their_key(data: dict[str, Path], tmp_path: Path) -
         train(experiment(data, tmp_path / "classes", classification={"classes": str(few)}))
     with pytest.raises(UserError, match="^model.checkpoint|^--checkpoint|^checkpoint"):
         evaluate_checkpoint(experiment(data, tmp_path), str(tmp_path / "nothing"))
+
+
+def test_splits_are_trained_evaluated_and_summarised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two splits of an HMDB51 folder of 12 clips; a video that split 1 tests is in no list of split 2."""
+    root, runs, file = tmp_path / "HMDB51", tmp_path / "runs", tmp_path / "experiment.yaml"
+    write_hmdb51(root, 6, write_clip)
+    unused = root / "testTrainMulti_7030_splits" / "cartwheel_test_split2.txt"
+    unused.write_text(unused.read_text(encoding="utf-8").replace("cartwheel_test_1.avi 2", "cartwheel_test_1.avi 0"))
+    source = {"format": "hmdb51", "path": str(root), "split_version": "1", "split_counts": "off"}
+    tree = mapping({"train": root, "test": root}, runs)
+    tree["data"]["sources"] = [{"name": "hmdb51", "split": "train", **source}]
+    tree["evaluation"]["sources"] = [{"name": "held_out", "split": "test", **source}]
+    tree["curriculum"] = {"stages": [{"frames": 2, "global_batch_size": 4, "steps": 1}]}
+    file.write_text(dump_yaml(config_from_mapping(tree)), encoding="utf-8")
+    assert main(["train", "--config", str(file), "--splits", "1,2"]) == 0
+    rows = [row_of(runs / f"split_{number}") for number in (1, 2)]
+    assert [row["finetuned"]["clips"] for row in rows] == [6, 5]
+    top1 = [row["metrics"]["top1"] for row in rows]
+    (trained,) = read_json(runs / "splits.json")
+    assert trained["mean"]["top1"] == pytest.approx(sum(top1) / 2) and trained["splits"] == [1, 2]
+
+    evaluate = ["evaluate", "--config", str(file), "--checkpoint", str(runs), "--splits", "1,2"]
+    assert main([*evaluate, "--output", str(tmp_path / "out.json")]) == 0
+    found = read_json(tmp_path / "out.json")
+    assert [(one["split"], Path(one["checkpoint"]).name) for one in found["splits"]] == [(1, "split_1"), (2, "split_2")]
+    (mean,) = found["mean_over_splits"]
+    assert (mean["source"], mean["protocol"]) == ("held_out", "classification")
+    assert mean["metrics"]["top1"]["mean"] == pytest.approx(trained["mean"]["top1"])
+    assert mean["metrics"]["top1"]["deviation"] == pytest.approx(trained["deviation"]["top1"])
+
+    capsys.readouterr()
+    assert main([*evaluate[:-1], "1,3"]) == 2
+    assert re.search("^error: --splits: got '1,3', but '.*split_3' does not exist", capsys.readouterr().err)
+    one_run = [*evaluate[:4], str(runs / "split_1"), *evaluate[5:], "--output", str(tmp_path / "one.json")]
+    assert main(one_run) == 0
+    clips = [one["evaluations"][0]["finetuned"]["clips"] for one in read_json(tmp_path / "one.json")["splits"]]
+    assert clips == [6, 5], "one checkpoint on the test set of each split"
 
 
 STRATEGIES = ["cpu_2", "cpu_2_zero2", "cpu_2_fsdp2"]

@@ -1,12 +1,13 @@
-"""Clips whose class is the order of three colours: each colour fills a third of the clip.
+"""Clips whose class is an order of colours, each shown for as long as the others.
 
-Every clip shows each colour for as long as the others, so that a single frame has the same distribution in every class
-and says nothing of it.
+Three colours in six orders: a single frame has the same distribution in every class and says nothing of it. 734 orders
+of four out of six colours: a single frame shows one colour, so whatever classifies it names one of six classes.
 """
 
 from __future__ import annotations
 
-from itertools import permutations
+from collections.abc import Sequence
+from itertools import pairwise, permutations, product
 from pathlib import Path
 
 import av
@@ -15,12 +16,23 @@ import numpy as np
 from support.datasets import write_manifest
 
 SIDE, FRAMES = 32, 12
-COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
-CLASSES = tuple(" then ".join(order) for order in permutations(COLOURS))
+COLOURS = {
+    "red": (200, 40, 40),
+    "green": (40, 200, 40),
+    "blue": (40, 40, 200),
+    "yellow": (200, 200, 40),
+    "white": (200, 200, 200),
+    "black": (20, 20, 20),
+}
+CLASSES = tuple(" then ".join(order) for order in permutations(("red", "green", "blue")))
+MANY = tuple(
+    " then ".join(order) for order in product(COLOURS, repeat=4) if all(one != other for one, other in pairwise(order))
+)[:734]
 
 
 def write_ordered(path: Path, label: str, number: int) -> None:
     """A Motion JPEG clip of twelve frames, each of one colour with noise and a brightness of the clip's own."""
+    order = label.split(" then ")
     rng = np.random.default_rng(number)
     brightness = rng.uniform(0.6, 1.2)
     with av.open(str(path), "w") as container:
@@ -28,18 +40,17 @@ def write_ordered(path: Path, label: str, number: int) -> None:
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuvj420p"
         for frame in range(FRAMES):
-            colour = np.array(COLOURS[label.split(" then ")[3 * frame // FRAMES]])
+            colour = np.array(COLOURS[order[len(order) * frame // FRAMES]])
             picture = np.clip(brightness * colour + rng.normal(0, 20, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
 
 
-def make_ordered(folder: Path, clips: int, *, first: int = 0) -> Path:
-    """A manifest of `clips` clips, the classes in turn."""
+def make_ordered(folder: Path, labels: Sequence[str], *, first: int = 0) -> Path:
+    """A manifest of a clip of each of these classes, in their order; `first` is the seed of the first clip."""
     (folder / "clips").mkdir(parents=True)
     rows = []
-    for number in range(clips):
-        label = CLASSES[number % len(CLASSES)]
+    for number, label in enumerate(labels):
         path = folder / "clips" / f"m{number}.avi"
         write_ordered(path, label, first + number)
         row = {"id": path.stem, "path": f"clips/{path.name}", "captions": [f"colours: {label}"], "kind": "video"}

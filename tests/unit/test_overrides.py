@@ -37,13 +37,18 @@ def test_values_are_yaml() -> None:
             "optimizer.betas=[0.8, 0.9]",
             "optimizer.betas[1]=0.95",
             "optimizer.fused=on",
+            "evaluation.crops=3",
         ],
     )
     assert config.optimizer.learning_rate == 1e-4
     assert config.training.compile is True and config.training.expected_world_size == 2
     assert config.model.checkpoint is None
     assert config.optimizer.betas == (0.8, 0.95)
-    assert config.optimizer.fused == "on"
+    assert config.optimizer.fused == "on" and config.evaluation.crops == 3
+    with pytest.raises(UserError, match="^evaluation.crops: got 2, an integer; allowed: 1, 3"):
+        config_from_mapping(TREE, ["evaluation.crops=2"])
+    with pytest.raises(UserError, match="^evaluation.crops: got 'three'; allowed: 1, 3"):
+        config_from_mapping(TREE, ["evaluation.crops=three"])
 
 
 def test_text_keys_take_numbers_as_typed() -> None:

@@ -113,7 +113,7 @@ def test_the_mean_over_sources(run: RunData) -> None:
     config = {"average_sources": True}
     section = mean_over_sources_section(with_config(run, [earlier, *folds], evaluation=config))
     assert section is not None
-    assert section.blocks[1].rows == [["plain", "t2v/R@1", "3", "30.0", "10.0 to 60.0"]]
+    assert section.blocks[1].rows == [["plain", "t2v/R@1", "3", "30.0", "26.5", "10.0 to 60.0"]]
     assert mean_over_sources_section(with_config(run, folds, evaluation={"average_sources": False})) is None
 
 

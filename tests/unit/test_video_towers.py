@@ -230,12 +230,13 @@ def test_the_backbones_of_table_a2_have_configs(name: str) -> None:
 
 def test_weights_are_as_many_as_the_paper_prints() -> None:
     rows = {(row["table"], row["row"]): row for row in parameter_counts.measure()}
-    same = ["R(3D)-101", "S-Tformer B/16", "distilbert-base-uncased", "bert-base-uncased"]
     for (_, name), row in rows.items():
-        if name in same:
-            assert row["parameters"] == pytest.approx(row["printed"], rel=0.005), name
-    resnet = rows["Table A.2", "ResNet-101"]
-    assert resnet["parameters"] + 1000 * (2048 + 1) == pytest.approx(resnet["printed"], rel=0.012)
+        rounding = 5e5 if row["table"] == "Table A.2" else 5e4  # the tables print whole millions and tenths of them
+        if name == "S3D-G":
+            assert row["counted"] < row["printed"] / 9, "the printed 76 million are of something else than S3D"
+        else:
+            assert row["counted"] == pytest.approx(row["printed"], rel=0.01, abs=rounding), name
+    assert rows["Table A.2", "ResNet-101"]["counted"] - rows["Table A.2", "ResNet-101"]["parameters"] == 1000 * 2049
     assert {table for table, _ in rows} == {"Table A.2", "Table A.3"} and len(rows) == 8
     committed = json.loads((ROOT / "benchmarks/results/parameter_counts.json").read_text(encoding="utf-8"))["rows"]
     assert committed == list(rows.values())

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,7 +33,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-import frozen_kernels
 from frozen_fast.common.files import write_json
 from frozen_kernels.attention import triton as attention
 from frozen_kernels.fused import triton_bias_gelu, triton_layer_norm
@@ -82,8 +81,8 @@ class Launch:
 def attention_case(axis: str, frames: int, patches: int, head_width: int, dtype: torch.dtype) -> None:
     """Forward and backward of the attention backend triton."""
     qkv = torch.empty(2, 1 + frames * patches, 3, 12, head_width, dtype=dtype, device="meta")
-    out, lse, cls_lse = attention.triton_forward._init_fn(qkv, frames, axis)
-    attention.triton_backward._init_fn(torch.empty_like(out), qkv, out, lse, cls_lse, frames, axis)
+    out, lse, cls_lse = attention.launch_forward(qkv, frames, axis)
+    attention.launch_backward(torch.empty_like(out), qkv, out, lse, cls_lse, frames, axis)
 
 
 def layer_norm_case(width: int, stream: torch.dtype, branch: torch.dtype | None) -> None:
@@ -273,11 +272,12 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def sources_hash() -> str:
-    """Of the Triton kernels and their launchers: a table of other sources says nothing of these."""
+def sources_hash(launches: Iterable[Launch]) -> str:
+    """Of all that machine code follows from, the kernels' sources and how they are launched."""
     digest = hashlib.sha256()
-    for path in sorted(Path(frozen_kernels.__file__).parent.rglob("triton*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for one in launches:
+        made_of = (one.function.cache_key, one.signature, one.constants, one.aligned, one.options)
+        digest.update(repr(made_of).encode())
     return digest.hexdigest()[:16]
 
 
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = {
         "command": ["python", "benchmarks/kernel_resources.py", *(sys.argv[1:] if arguments is None else arguments)],
         "triton": triton.__version__,
-        "sources": sources_hash(),
+        "sources": sources_hash(launches.values()),
         "architectures": {str(one.capability): asdict(one) for one in chosen},
         "kernels": rows,
     }

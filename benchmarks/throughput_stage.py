@@ -181,9 +181,13 @@ def measure(options: argparse.Namespace, config: ExperimentConfig, parallel: Par
         compiling.compile_towers(model)
     parallel.prepare(model, build_optimizer(model, config.optimizer))
     expand_frames(parallel, model, options.frames, config.model.expansion)
-    if config.training.compile:
-        rows = options.batch_size // parallel.world_size
-        compiling.begin_stage(model, {options.frames: rows}, device=parallel.device, precision=parallel.precision)
+    compiling.begin_stage(
+        model,
+        {options.frames: options.batch_size // parallel.world_size},
+        device=parallel.device,
+        precision=parallel.precision,
+        compiled=config.training.compile,
+    )
     setup = Setup(
         config=config,
         parallel=parallel,

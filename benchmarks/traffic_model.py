@@ -183,7 +183,7 @@ def as_on_cuda(variant: Variant) -> Iterator[None]:
     form = "triton" if variant.fused else "plain"
     with ExitStack() as stack:
         for module in (api, forms):
-            stack.enter_context(mock.patch.object(module, "unavailable_backends", lambda *_: {}))
+            stack.enter_context(mock.patch.object(module, "why_not", lambda *_: ""))
         stack.enter_context(mock.patch.object(blocks, "_form", lambda _: form))
         # PyTorch 2.15 draws again until every value is within the bounds, which needs values.
         stack.enter_context(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor))

@@ -37,18 +37,23 @@ def compile_towers(model: RetrievalModel, *, backend: str = "inductor") -> None:
             module.compile(dynamic=dynamic, backend=backend)
 
 
-def begin_stage(model: RetrievalModel, batch_sizes: Mapping[int, int], *, device: torch.device, precision: str) -> None:
+def begin_stage(
+    model: RetrievalModel, batch_sizes: Mapping[int, int], *, device: torch.device, precision: str, compiled: bool
+) -> None:
     """Drop the compiled code of the previous stage, and choose the tower's kernels for this stage's shapes.
 
-    Kernels cannot be measured under torch.compile, so they are chosen before the first step.
+    Kernels are chosen before the first step because they cannot be measured under torch.compile, and so that they are
+    measured with the stage's batch size and dtype.
 
     Args:
-        model: its towers compiled.
+        model: the bare model.
         batch_sizes: frames -> clips of one forward pass on this rank.
         device: device of the model.
         precision: "bf16" or "fp32", the dtype of attention.
+        compiled: compile_towers was called.
     """
-    torch.compiler.reset()
+    if compiled:
+        torch.compiler.reset()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model.choose_kernels(batch_sizes, device, dtype)
 

@@ -112,9 +112,14 @@ class Engine:
         self.keeper.settle()  # what is being written tells of the model's frames
         with meter.section("warmup"):
             expand_frames(parallel, model, plan.frames, config.model.expansion)
-            if config.training.compile:
-                sizes = {frames: plan.micro_batch_sizes[name] for name, frames in plan.source_frames.items()}
-                compiling.begin_stage(model, sizes, device=parallel.device, precision=parallel.precision)
+            sizes = {frames: plan.micro_batch_sizes[name] for name, frames in plan.source_frames.items()}
+            compiling.begin_stage(
+                model,
+                sizes,
+                device=parallel.device,
+                precision=parallel.precision,
+                compiled=config.training.compile,
+            )
         graphs = compiling.compiled_graphs()
         if done < plan.steps:
             if state is not None and not state.evaluated and not self._evaluate_inside(stage, done):

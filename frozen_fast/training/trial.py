@@ -65,9 +65,13 @@ def run_steps(config: ExperimentConfig, memory_bytes: int | None) -> dict[str, A
         parallel.prepare(model, build_optimizer(model, config.optimizer))
         expand_frames(parallel, model, stage.frames, config.model.expansion)
         batch_size = stage.global_batch_size
-        if config.training.compile:
-            sizes = {stage.frames: batch_size}
-            compiling.begin_stage(model, sizes, device=parallel.device, precision=parallel.precision)
+        compiling.begin_stage(
+            model,
+            {stage.frames: batch_size},
+            device=parallel.device,
+            precision=parallel.precision,
+            compiled=config.training.compile,
+        )
         side = model.video_model.resolution
         video_BTCHW = torch.randn(batch_size, stage.frames, 3, side, side, device=parallel.device)
         task = build_task(config)

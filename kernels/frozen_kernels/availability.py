@@ -24,18 +24,19 @@ def unavailable_backends(device: torch.device | str, dtype: torch.dtype) -> dict
         dtype: float32, bfloat16 or float16; another dtype makes every backend unavailable.
     """
     device = torch.device(device)
-    if dtype not in FLOAT_DTYPES:
-        return dict.fromkeys(BACKEND_NAMES, f"no backend computes in {dtype}")
-    reasons = {
-        "cpu_c": _why_not_cpu_c(device),
-        "xformers": _why_not_xformers(device, dtype),
-        "triton": _why_not_triton(device, dtype),
-    }
+    reasons = {name: why_not(name, device, dtype) for name in BACKEND_NAMES}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _why_not_cpu_c(device: torch.device) -> str:
-    return why_not_cpu_c() if device.type == "cpu" else f"it is C for CPUs, and the device is {device.type}"
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why one of BACKEND_NAMES cannot run on a device in a dtype; empty if it can. Cheap: ops ask in every call."""
+    if dtype not in FLOAT_DTYPES:
+        return f"no backend computes in {dtype}"
+    if name == "cpu_c":
+        return why_not_cpu_c() if device.type == "cpu" else f"it is C for CPUs, and the device is {device.type}"
+    if name == "xformers":
+        return _why_not_xformers(device, dtype)
+    return _why_not_triton(device, dtype) if name == "triton" else ""
 
 
 @torch.compiler.assume_constant_result
@@ -56,8 +57,14 @@ def _import_error(module: str) -> str:
     return ""
 
 
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
 def _why_not_bf16(device: torch.device, dtype: torch.dtype) -> str:
-    if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if dtype == torch.bfloat16 and device.type == "cuda" and _capability(device) < (8, 0):
         return "the GPU does not support bfloat16 (compute capability below 8.0)"
     return ""
 

@@ -153,14 +153,28 @@ def test_safe_under_compile_and_checkpointing(backend, axis):
 
 
 def test_registered_operators_keep_torchs_rules():
-    """Fake shapes, autograd registration and no hidden mutation, as torch's own checker sees them."""
-    from frozen_kernels.attention.cpu_c import space_forward, time_forward
+    """Fake shapes and no hidden mutation, as torch's own checker sees them."""
+    from frozen_kernels.attention.cpu_c import space_backward, space_forward, time_backward, time_forward
 
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    checks = ("test_schema", "test_faketensor")
     for frames in (1, 2):
-        qkv, _ = make_case(1, frames, 3, 2, 4)
-        torch.library.opcheck(time_forward, (qkv.requires_grad_(), frames), test_utils=checks)
+        qkv, grad = make_case(1, frames, 3, 2, 4)
+        torch.library.opcheck(time_forward, (qkv, frames), test_utils=checks)
         torch.library.opcheck(space_forward, (qkv, frames, True), test_utils=checks)
+        state = time_forward(qkv, frames)[1]
+        torch.library.opcheck(time_backward, (grad, qkv, state, frames), test_utils=checks)
+        saved = space_forward(qkv, frames, True)[1:]
+        torch.library.opcheck(space_backward, (grad, qkv, *saved, frames), test_utils=checks)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_second_derivative_is_refused(axis):
+    qkv, grad = make_case(1, 2, 3, 2, 4)
+    qkv.requires_grad_()
+    out = divided_attention(qkv, 2, axis, backend="cpu_c")
+    (first,) = torch.autograd.grad(out, qkv, grad.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize(

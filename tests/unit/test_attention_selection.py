@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,59 @@ def test_a_case_that_does_not_fit_is_not_stored(fresh_choices, monkeypatch):
     assert selection.choose_backend(x, read_layout(x, 2, "time"), "time", compute) == "cpu_c"
     assert chosen_backends()[0]["failed"]["sdpa"] == "OutOfMemoryError: no room"
     assert not (fresh_choices / selection.CACHE_FILE).exists()
+
+
+def test_cuda_is_timed_by_events_around_a_queue_of_runs(monkeypatch):
+    """With a fake device: nothing waits for it between the runs, and the time is the events', divided by the runs."""
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("record")
+
+        def synchronize(self):
+            told.append("wait for the event")
+
+        def elapsed_time(self, end):
+            assert end is not self
+            return 50.0 * selection.QUEUED_RUNS  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("wait for the device"))
+    seconds = selection._time(lambda: told.append("run"), torch.device("cuda"))
+    assert seconds == pytest.approx(0.05) and selection.QUEUED_RUNS >= 20
+    runs = ["run"] * selection.QUEUED_RUNS
+    assert told == ["wait for the device", "record", *runs, "record", "wait for the event"]
+
+
+def test_a_cpu_is_timed_by_the_clock_one_run_at_a_time(monkeypatch):
+    clock = iter([1.0, 1.25])
+    monkeypatch.setattr(selection.time, "perf_counter", lambda: next(clock))
+    runs = []
+    assert selection._time(lambda: runs.append(1), torch.device("cpu")) == 0.25 and len(runs) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "whole_batch", "batch"),
+    [("cuda", True, 300), ("cuda", False, 166), ("cpu", True, 10), ("cpu", False, 10)],
+)
+def test_a_stage_is_measured_at_its_own_batch_on_cuda(device, whole_batch, batch, monkeypatch):
+    """300 clips of one frame are 59,100 tokens: more than other calls measure."""
+    monkeypatch.setattr(selection, "_device_name", lambda device: device.type)
+    monkeypatch.setattr(selection, "available_candidates", lambda *_: ["triton", "sdpa"])
+    measured = []
+    monkeypatch.setattr(
+        selection, "_measure", lambda *arguments: measured.append(arguments) or ({"triton": 1.0, "sdpa": 2.0}, {})
+    )
+    x = torch.empty((), device="meta", dtype=torch.bfloat16).expand(300, 197, 3, 12, 64)
+    layout = read_layout(x, 1, "space")
+    x = types.SimpleNamespace(device=torch.device(device), dtype=x.dtype)
+    assert selection.choose_backend(x, layout, "space", None, whole_batch=whole_batch) == "triton"
+    ((_, _, dtype, case, _),) = measured
+    assert (case.batch, case.dtype, dtype) == (batch, "bfloat16", torch.bfloat16)
 
 
 def test_measuring_leaves_the_caller_alone(monkeypatch):

@@ -61,7 +61,7 @@ def test_clip_models_compile_to_the_same_numbers(name: str, tmp_path: Path, monk
         models.append(Clip2Video(size) if name == "clip2video" else DualEncoder(*towers, embedding_width=0))
     compiled, plain = models
     compiling.compile_towers(compiled, backend="aot_eager")
-    compiling.begin_stage(compiled, {6: 2}, device=torch.device("cpu"), precision="fp32")
+    compiling.begin_stage(compiled, {6: 2}, device=torch.device("cpu"), precision="fp32", compiled=True)
     started = compiling.compiled_graphs()
     graphs = []
     for tokens in (5, 9, 7):
@@ -94,7 +94,7 @@ def test_caption_lengths_compile_nothing_anew_and_a_stage_change_no_more_than_it
         for model in (plain, compiled):
             model.expand_frames(frames, "zero")
         shapes = {1: 6, frames: 4}
-        compiling.begin_stage(compiled, shapes, device=torch.device("cpu"), precision="fp32")
+        compiling.begin_stage(compiled, shapes, device=torch.device("cpu"), precision="fp32", compiled=True)
         started = compiling.compiled_graphs()
         assert set(compiled.video_model.blocks[0].timeattn.backend_at.values()) <= {"sdpa", "cpu_c"}
         seen = []

@@ -148,5 +148,5 @@ def test_which_form_runs(monkeypatch):
         fused_form("triton", cpu, torch.float32)
     with pytest.raises(ValueError, match="backend: got 'fast'; allowed: auto, plain, triton, cpu_c"):
         fused_form("fast", cpu, torch.float32)
-    monkeypatch.setattr(forms, "unavailable_backends", lambda *_: {"cpu_c": "no C compiler"})
+    monkeypatch.setattr(forms, "why_not", lambda *_: "no C compiler")
     assert fused_form("auto", cpu, torch.float32) == "plain"

@@ -56,7 +56,7 @@ class PackedAttention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.backend = backend
-        self.backend_at: dict[tuple[int, int], str] = {}  # (B, S) -> what "auto" chose beforehand
+        self.backend_at: dict[tuple[int, int, str, torch.dtype], str] = {}  # B, S, device, dtype -> "auto"'s choice
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -77,7 +77,10 @@ class PackedAttention(nn.Module):
             return self.out_proj(self._first_row(x_BSD))
         qkv_BS3ND = F.linear(x_BSD, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         if mask is None and not self.causal and x_BSD.shape[1] > 1:
-            backend = self.backend_at.get((x_BSD.shape[0], x_BSD.shape[1]), self.backend)
+            backend = self.backend
+            if backend == "auto":
+                shape = (x_BSD.shape[0], x_BSD.shape[1], qkv_BS3ND.device.type, qkv_BS3ND.dtype)
+                backend = self.backend_at.get(shape, backend)
             return self.out_proj(divided_attention(qkv_BS3ND, 1, "space", backend=backend))
         query, key, value = (part.transpose(1, 2) for part in qkv_BS3ND.unbind(2))
         mask = None if mask is None else mask.to(query.dtype)
@@ -101,7 +104,8 @@ def settle_sequences(module: nn.Module, batch: int, tokens: int, device: torch.d
         if isinstance(attention, PackedAttention) and not attention.causal and tokens > 1:
             shape = (batch, tokens, 3, attention.heads, attention.out_proj.in_features // attention.heads)
             like = torch.empty((), device=device, dtype=dtype)
-            attention.backend_at[batch, tokens] = settle_attention(attention.backend, shape, 1, "space", like)
+            name = settle_attention(attention.backend, shape, 1, "space", like)
+            attention.backend_at[batch, tokens, device.type, dtype] = name
 
 
 class ClipMlp(nn.Module):

@@ -191,7 +191,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.axis = axis
         self.backend = backend
-        self.backend_at: dict[int, str] = {}  # frames -> what "auto" chose beforehand, where it cannot while it runs
+        self.backend_at: dict[tuple[int, str, torch.dtype], str] = {}  # frames, device, dtype -> what "auto" chose
         self.qkv = QkvLinear(width, fused_ops)
         self.proj = BranchLinear(width, width, fused_ops)
 
@@ -199,7 +199,9 @@ class Attention(nn.Module):
         """[B, S, D] -> BranchLinear's [B, S, D] and bias; [B, 1, D] with cls_only, the query of CLS on all tokens."""
         if not cls_only:
             qkv_BSE, value_bias = self.qkv(x_BSD)
-            backend = self.backend_at.get(num_frames, self.backend)
+            backend = self.backend
+            if backend == "auto":
+                backend = self.backend_at.get((num_frames, qkv_BSE.device.type, qkv_BSE.dtype), backend)
             qkv_BS3ND = qkv_BSE.unflatten(-1, (3, self.heads, -1))
             return self.proj(divided_attention(qkv_BS3ND, num_frames, self.axis, backend=backend), value_bias)
         (query_B1D, kv_BSD), value_bias = self.qkv(x_BSD, cls_only=True)

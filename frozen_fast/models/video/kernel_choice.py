@@ -18,13 +18,13 @@ def settle_attention(backend: str, shape: tuple[int, ...], frames: int, axis: st
 
     Args:
         backend: "auto" or a backend of frozen_kernels.
-        shape: of qkv_BS3ND.
+        shape: of qkv_BS3ND, with the stage's own batch: that is what is measured on CUDA.
         frames: T.
         axis: "time" or "space".
         like: a tensor of the device and dtype.
     """
     # Only sizes, dtype and device are read, so one number stands for all.
-    name = resolve_backend(backend, like.new_empty(()).expand(shape), frames, axis)
+    name = resolve_backend(backend, like.new_empty(()).expand(shape), frames, axis, whole_batch=True)
     load_backend(name, like.device, like.dtype)
     return name
 

@@ -276,7 +276,7 @@ class SpaceTimeTransformer(VideoTower):
             for attention in self.modules():
                 if isinstance(attention, Attention):
                     name = settle_attention(attention.backend, shape, frames, attention.axis, like)
-                    attention.backend_at[frames] = name
+                    attention.backend_at[frames, device.type, dtype] = name
 
     def kernels_used(self, device: torch.device, *, compiled: bool) -> dict[str, Any]:
         """Return the attention backends chosen so far, and the form of the fused ops."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frozen_kernels.attention.qkv_layout import Layout, read_layout
 from frozen_kernels.attention.selection import choose_backend, default_backend
-from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends
+from frozen_kernels.availability import BACKEND_NAMES, unavailable_backends, why_not
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend
         return _loaded[name]
     if name not in BACKEND_NAMES:
         raise ValueError(f"backend: got {name!r}; allowed: auto, {', '.join([*BACKEND_NAMES, *_loaded])}")
-    reason = unavailable_backends(device, dtype).get(name)
+    reason = why_not(name, device, dtype)
     if reason:
         usable = [other for other in BACKEND_NAMES if other not in unavailable_backends(device, dtype)]
         raise ValueError(f"backend: got {name!r}, which cannot run here: {reason}; allowed: auto, {', '.join(usable)}")
@@ -71,8 +71,11 @@ def load_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend
     return _loaded[name]
 
 
-def resolve_backend(backend: str, qkv_BS3ND: Tensor, num_frames: int, axis: str) -> str:
+def resolve_backend(backend: str, qkv_BS3ND: Tensor, num_frames: int, axis: str, *, whole_batch: bool = False) -> str:
     """Return the backend that runs: `backend` itself, or the choice of `auto`, which measures a new case.
+
+    On CUDA, `auto` measures a batch rounded up to a power of two and cut to 32,768 tokens, so that many batch sizes
+    need few measurements. With whole_batch, it measures the tensor's own batch.
 
     Under torch.compile, `auto` cannot measure and returns the device's default. To use the measured choice, call this
     with a tensor of the stage's shape before compiling.
@@ -80,9 +83,11 @@ def resolve_backend(backend: str, qkv_BS3ND: Tensor, num_frames: int, axis: str)
     layout = read_layout(qkv_BS3ND, num_frames, axis)
     if backend != "auto":
         return backend
+    if qkv_BS3ND.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _deterministic_backend(backend)
     if torch.compiler.is_compiling() or (qkv_BS3ND.is_cuda and torch.cuda.is_current_stream_capturing()):
         return default_backend(qkv_BS3ND.device, qkv_BS3ND.dtype)
-    return choose_backend(qkv_BS3ND, layout, axis, _compute)
+    return choose_backend(qkv_BS3ND, layout, axis, _compute, whole_batch=whole_batch)
 
 
 def _compute(backend: str, qkv_BS3ND: Tensor, num_frames: int, axis: str) -> Tensor:

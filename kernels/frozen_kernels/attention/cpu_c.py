@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from frozen_kernels.attention.qkv_layout import Layout, read_layout
 from frozen_kernels.cpu_c.library import KINDS, in_parallel, load_kernels
+from frozen_kernels.operators import define_operator
 
 CHUNKS = 8
 """Number of tasks per clip on the time axis; each task handles a range of positions."""
@@ -50,8 +52,7 @@ def _open_time(qkv: Tensor, layout: Layout) -> tuple[ctypes.CDLL, _Sizes]:
     return load_kernels("attention_time.c", macros), sizes
 
 
-@torch.library.custom_op("frozen_kernels::cpu_c_time", mutates_args=(), device_types="cpu")
-def time_forward(qkv: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+def _time_forward(qkv: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
     """Output [B, S, E], and the CLS row with its log-sum-exp in fp32 [B, N, D+1]."""
     layout = read_layout(qkv, num_frames, "time")
     library, sizes = _open_time(qkv, layout)
@@ -63,8 +64,7 @@ def time_forward(qkv: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
     return out, state
 
 
-@torch.library.custom_op("frozen_kernels::cpu_c_time_backward", mutates_args=(), device_types="cpu")
-def time_backward(grad_out: Tensor, qkv: Tensor, state: Tensor, num_frames: int) -> Tensor:
+def _time_backward(grad_out: Tensor, qkv: Tensor, state: Tensor, num_frames: int) -> Tensor:
     """The gradient of qkv, packed as qkv is."""
     layout = read_layout(qkv, num_frames, "time")
     library, sizes = _open_time(qkv, layout)
@@ -77,28 +77,31 @@ def time_backward(grad_out: Tensor, qkv: Tensor, state: Tensor, num_frames: int)
     return grad_qkv
 
 
-@time_forward.register_fake
-def _(qkv: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+def _fake_time_forward(qkv: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
     layout = read_layout(qkv, num_frames, "time")
     return qkv.new_empty(layout.batch, layout.tokens, layout.width), _cls_tensors(qkv, layout, 1)[1]
 
 
-@time_backward.register_fake
-def _(grad_out: Tensor, qkv: Tensor, state: Tensor, num_frames: int) -> Tensor:
+def _fake_time_backward(grad_out: Tensor, qkv: Tensor, state: Tensor, num_frames: int) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _save_time(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.num_frames = inputs
-    ctx.set_materialize_grads(False)  # the saved state has no gradient
-    ctx.save_for_backward(qkv, output[1])
+time_forward = define_operator("cpu_c_time", _time_forward, _fake_time_forward, dispatch_key="CPU")
+time_backward = define_operator("cpu_c_time_backward", _time_backward, _fake_time_backward, dispatch_key="CPU")
 
 
-def _differentiate_time(ctx: Any, grad_out: Tensor, unused: None) -> tuple[Tensor, None]:
-    return time_backward(grad_out, *ctx.saved_tensors, ctx.num_frames), None
+class _TimeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_frames: int) -> Tensor:
+        out, state = time_forward(qkv, num_frames)
+        ctx.save_for_backward(qkv, state)
+        ctx.num_frames = num_frames
+        return out
 
-
-time_forward.register_autograd(_differentiate_time, setup_context=_save_time)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return time_backward(grad_out, *ctx.saved_tensors, ctx.num_frames), None
 
 
 # Space axis --------------------------------------------------------------------------------------------------
@@ -149,8 +152,7 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | Non
     return torch.baddbmm(unread, left, right, beta=0, alpha=scale, out=out)
 
 
-@torch.library.custom_op("frozen_kernels::cpu_c_space", mutates_args=(), device_types="cpu")
-def space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, S, E]; with keep the probabilities; at several frames the CLS row's state (see _kept)."""
     layout = read_layout(qkv, num_frames, "space")
     library, sizes = _open_space(qkv, layout)
@@ -173,8 +175,7 @@ def space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Ten
     return out, saved, state
 
 
-@torch.library.custom_op("frozen_kernels::cpu_c_space_backward", mutates_args=(), device_types="cpu")
-def space_backward(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, num_frames: int) -> Tensor:
+def _space_backward(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, num_frames: int) -> Tensor:
     """The gradient of qkv, packed as qkv is."""
     layout = read_layout(qkv, num_frames, "space")
     library, sizes = _open_space(qkv, layout)
@@ -201,34 +202,39 @@ def space_backward(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, 
     return grad_qkv
 
 
-@space_forward.register_fake
-def _(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_space_forward(qkv: Tensor, num_frames: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     layout = read_layout(qkv, num_frames, "space")
     return qkv.new_empty(layout.batch, layout.tokens, layout.width), *_kept(qkv, layout, keep)
 
 
-@space_backward.register_fake
-def _(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, num_frames: int) -> Tensor:
+def _fake_space_backward(grad_out: Tensor, qkv: Tensor, saved: Tensor, state: Tensor, num_frames: int) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _save_space(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    qkv, ctx.num_frames, keep = inputs
-    assert keep, "a differentiated call keeps its probabilities"
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, output[1], output[2])
+space_forward = define_operator("cpu_c_space", _space_forward, _fake_space_forward, dispatch_key="CPU")
+space_backward = define_operator("cpu_c_space_backward", _space_backward, _fake_space_backward, dispatch_key="CPU")
 
 
-def _differentiate_space(ctx: Any, grad_out: Tensor, *unused: None) -> tuple[Tensor, None, None]:
-    return space_backward(grad_out, *ctx.saved_tensors, ctx.num_frames), None, None
+class _SpaceAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_frames: int, keep: bool) -> Tensor:
+        out, saved, state = space_forward(qkv, num_frames, keep)
+        ctx.save_for_backward(qkv, saved, state)
+        ctx.num_frames = num_frames
+        return out
 
-
-space_forward.register_autograd(_differentiate_space, setup_context=_save_space)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return space_backward(grad_out, *ctx.saved_tensors, ctx.num_frames), None, None
 
 
 def attention_cpu_c(qkv_BS3ND: Tensor, layout: Layout, axis: str) -> Tensor:
     """Divided attention of all tokens on a CPU -> [B, S, E]; fp32, bf16 or fp16; first derivatives only."""
+    out: Tensor
     if axis == "time":
-        return time_forward(qkv_BS3ND, layout.frames)[0]
+        out = _TimeAttention.apply(qkv_BS3ND, layout.frames)  # type: ignore[no-untyped-call]
+        return out
     keep = torch.is_grad_enabled() and qkv_BS3ND.requires_grad
-    return space_forward(qkv_BS3ND, layout.frames, keep)[0]
+    out = _SpaceAttention.apply(qkv_BS3ND, layout.frames, keep)  # type: ignore[no-untyped-call]
+    return out

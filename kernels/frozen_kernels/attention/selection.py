@@ -1,11 +1,11 @@
 """`auto`: the measured choice of an attention backend per device, dtype and shape, kept on disk.
 
 The first use of a shape times the backends that can run there, forward and backward, on random data of that
-shape; the choice is written to a JSON file in the user's cache folder (FROZEN_FAST_CACHE, by default
-~/.cache/frozen_fast), so a resumed run computes what the run computed; other kernels are measured again. Where the
-folder cannot be written, nothing is measured and the default is taken. A backend that fails while it is measured is
-left out, whatever it raises; where all fail, nothing is stored. Of two processes that measure at once, the first to
-write decides.
+shape, on CUDA many of them queued between two events; the choice is written to a JSON file in the user's cache folder
+(FROZEN_FAST_CACHE, by default ~/.cache/frozen_fast), so a resumed run computes what the run computed; other kernels are
+measured again. Where the folder cannot be written, nothing is measured and the default is taken. A backend that fails
+while it is measured is left out, whatever it raises; where all fail, nothing is stored. Of two processes that measure
+at once, the first to write decides.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ CANDIDATES = {"cpu": ("cpu_c", "sdpa"), "cuda": ("xformers", "triton", "sdpa")}
 """Per device, the default first: another one must beat it by MARGIN."""
 MARGIN = 0.05
 TOKENS_MEASURED = {"cpu": 2048, "cuda": 32_768}
-"""The batch of a measurement is cut to about this number of tokens."""
+"""The batch of a measurement is cut to about this number of tokens, on CUDA not that of a stage."""
 REPEATS = 3
+QUEUED_RUNS = 20
+"""Runs of one measurement on CUDA: the device does not wait for the host between them, as in training."""
 
 Compute = Callable[[str, Tensor, int, str], Tensor]
 """(backend, qkv_BS3ND, num_frames, axis) -> out_BSE."""
@@ -85,6 +87,7 @@ def chosen_backends() -> list[dict[str, Any]]:
 def forget_choices() -> None:
     """Clear this process's choices; the file on disk does not change."""
     _chosen.clear()
+    _case_of.cache_clear()
 
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:
@@ -98,7 +101,7 @@ def available_candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
     return [name for name in CANDIDATES.get(device.type, ("sdpa",)) if name not in missing]
 
 
-def choose_backend(qkv_BS3ND: Tensor, layout: Layout, axis: str, compute: Compute) -> str:
+def choose_backend(qkv_BS3ND: Tensor, layout: Layout, axis: str, compute: Compute, *, whole_batch: bool = False) -> str:
     """The backend for a tensor: remembered, read from disk, or measured now.
 
     Args:
@@ -106,9 +109,11 @@ def choose_backend(qkv_BS3ND: Tensor, layout: Layout, axis: str, compute: Comput
         layout: its sizes.
         axis: "time" or "space".
         compute: runs a named backend.
+        whole_batch: on CUDA, measure this very batch; otherwise one that stands for others too.
     """
     device, dtype = qkv_BS3ND.device, qkv_BS3ND.dtype
-    case = _case_of(device, dtype, layout, axis)
+    on_cpu = device.type == "cpu"
+    case = _case_of(device, dtype, layout, axis, torch.get_num_threads() if on_cpu else 0, whole_batch and not on_cpu)
     choice = _chosen.get(case)
     if choice is None:
         candidates = available_candidates(device, dtype)
@@ -129,19 +134,25 @@ def choose_backend(qkv_BS3ND: Tensor, layout: Layout, axis: str, compute: Comput
     return str(choice["backend"])
 
 
-def _case_of(device: torch.device, dtype: torch.dtype, layout: Layout, axis: str) -> Case:
-    """The case of a tensor; batches are rounded up to powers of two and cut to what is measured."""
+@lru_cache(maxsize=256)
+def _case_of(
+    device: torch.device, dtype: torch.dtype, layout: Layout, axis: str, threads: int, whole_batch: bool
+) -> Case:
+    """The case of a tensor; unless the whole batch counts, it is rounded up to a power of two and cut.
+
+    Kept, because every layer of every step asks for it.
+    """
     largest = max(1, TOKENS_MEASURED.get(device.type, 2048) // layout.tokens)
     return Case(
         device=_device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         axis=axis,
-        batch=min(1 << (layout.batch - 1).bit_length(), largest),
+        batch=layout.batch if whole_batch else min(1 << (layout.batch - 1).bit_length(), largest),
         frames=layout.frames,
         patches=layout.patches,
         heads=layout.heads,
         head_width=layout.head_width,
-        threads=torch.get_num_threads() if device.type == "cpu" else 0,
+        threads=threads,
         torch=torch.__version__,
         candidates=",".join(available_candidates(device, dtype)),
         sources=_sources_hash(),
@@ -290,11 +301,16 @@ def _step(compute: Compute, name: str, qkv: Tensor, grad: Tensor, case: Case) ->
 
 
 def _time(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one run, the device idle at both ends."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    """Seconds of one run: on CUDA the mean of QUEUED_RUNS between two events of the stream, elsewhere by the clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(QUEUED_RUNS):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / QUEUED_RUNS

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from frozen_kernels.attention import triton_cls, triton_space, triton_time, triton_time_one
 from frozen_kernels.attention.qkv_layout import Layout, read_layout
+from frozen_kernels.operators import define_operator
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 MAX_FRAMES = 16
@@ -298,8 +300,7 @@ def _saved_shape(layout: Layout, axis: str) -> tuple[int, ...]:
     return (0,) if axis == "time" else (layout.batch, layout.heads, layout.tokens - 1)
 
 
-@torch.library.custom_op("frozen_kernels::triton_attention", mutates_args=())
-def triton_forward(qkv: Tensor, num_frames: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(qkv: Tensor, num_frames: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, S, E]; log2 sums of exponentials of the patches (space only); natural ones of CLS [B, N]."""
     layout = read_layout(qkv, num_frames, axis)
     qkv = _rows_in_line(qkv)
@@ -315,8 +316,7 @@ def triton_forward(qkv: Tensor, num_frames: int, axis: str) -> tuple[Tensor, Ten
     return out, lse, cls_lse
 
 
-@torch.library.custom_op("frozen_kernels::triton_attention_backward", mutates_args=())
-def triton_backward(
+def launch_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cls_lse: Tensor, num_frames: int, axis: str
 ) -> Tensor:
     """The gradient of qkv, packed and contiguous."""
@@ -334,29 +334,34 @@ def triton_backward(
     return grad_qkv
 
 
-@triton_forward.register_fake
-def _(qkv: Tensor, num_frames: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(qkv: Tensor, num_frames: int, axis: str) -> tuple[Tensor, Tensor, Tensor]:
     layout = read_layout(qkv, num_frames, axis)
     out = qkv.new_empty(layout.batch, layout.tokens, layout.width)
     return out, _fp32(qkv, *_saved_shape(layout, axis)), _fp32(qkv, layout.batch, layout.heads)
 
 
-@triton_backward.register_fake
-def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cls_lse: Tensor, num_frames: int, axis: str) -> Tensor:
+def _fake_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cls_lse: Tensor, num_frames: int, axis: str
+) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, int, str], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    qkv, ctx.num_frames, ctx.axis = inputs
-    ctx.save_for_backward(qkv, *output)
+_forward = define_operator("triton_attention", launch_forward, _fake_forward)
+_backward = define_operator("triton_attention_backward", launch_backward, _fake_backward)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, *unused: Tensor) -> tuple[Tensor, None, None]:
-    qkv, out, lse, cls_lse = ctx.saved_tensors
-    return triton_backward(grad_out, qkv, out, lse, cls_lse, ctx.num_frames, ctx.axis), None, None
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, num_frames: int, axis: str) -> Tensor:
+        out, lse, cls_lse = _forward(qkv, num_frames, axis)
+        ctx.save_for_backward(qkv, out, lse, cls_lse)
+        ctx.num_frames, ctx.axis = num_frames, axis
+        return out
 
-
-triton_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _backward(grad_out, *ctx.saved_tensors, ctx.num_frames, ctx.axis), None, None
 
 
 def attention_triton(qkv_BS3ND: Tensor, layout: Layout, axis: str) -> Tensor:
@@ -366,4 +371,5 @@ def attention_triton(qkv_BS3ND: Tensor, layout: Layout, axis: str) -> Tensor:
         ValueError: for more than 16 frames or heads wider than 128.
     """
     check_limits(layout)
-    return triton_forward(qkv_BS3ND, layout.frames, axis)[0]
+    out: Tensor = _Attention.apply(qkv_BS3ND, layout.frames, axis)  # type: ignore[no-untyped-call]
+    return out

@@ -6,15 +6,18 @@ the widest activations of a block. Axis letters: R rows (all axes but the last),
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
 from frozen_kernels.fused.forms import APPROXIMATE, fused_form
+from frozen_kernels.operators import define_operator
 
 
 def gelu_reference(x: Tensor, approximate: str = "none") -> Tensor:
@@ -27,41 +30,43 @@ def bias_gelu_reference(x: Tensor, bias_D: Tensor, approximate: str = "none") ->
     return gelu_reference(x.float() + bias_D.float(), approximate).to(x.dtype)
 
 
+@cache
 def _kernels(form: str) -> ModuleType:
     """Return the module of a form."""
     return import_module(f"frozen_kernels.fused.{form}_bias_gelu")
 
 
-@torch.library.custom_op("frozen_kernels::bias_gelu", mutates_args=())
-def _forward(x: Tensor, bias: Tensor, approximate: str, form: str) -> Tensor:
+def _launch_forward(x: Tensor, bias: Tensor, approximate: str, form: str) -> Tensor:
     return _kernels(form).launch_forward(x, bias, approximate)
 
 
-@_forward.register_fake
-def _(x: Tensor, bias: Tensor, approximate: str, form: str) -> Tensor:
+def _fake_forward(x: Tensor, bias: Tensor, approximate: str, form: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("frozen_kernels::bias_gelu_backward", mutates_args=())
-def _backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str, form: str) -> tuple[Tensor, Tensor]:
+def _launch_backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str, form: str) -> tuple[Tensor, Tensor]:
     return _kernels(form).launch_backward(grad_out, x, bias, approximate)
 
 
-@_backward.register_fake
-def _(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str, form: str) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str, form: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(bias)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, str, str], output: Tensor) -> None:
-    x, bias, ctx.approximate, ctx.form = inputs
-    ctx.save_for_backward(x, bias)
+_forward = define_operator("bias_gelu", _launch_forward, _fake_forward)
+_backward = define_operator("bias_gelu_backward", _launch_backward, _fake_backward)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    return *_backward(grad_out, *ctx.saved_tensors, ctx.approximate, ctx.form), None, None
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, approximate: str, form: str) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.approximate, ctx.form = approximate, form
+        return _forward(x, bias, approximate, form)
 
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        return *_backward(grad_out, *ctx.saved_tensors, ctx.approximate, ctx.form), None, None
 
 
 def bias_gelu(x: Tensor, bias_D: Tensor, *, approximate: str = "none", backend: str = "auto") -> Tensor:
@@ -85,4 +90,7 @@ def bias_gelu(x: Tensor, bias_D: Tensor, *, approximate: str = "none", backend: 
     if bias_D.shape != x.shape[-1:]:
         raise ValueError(f"bias: got shape {tuple(bias_D.shape)}; allowed: [{x.shape[-1]}]")
     form = fused_form(backend, x.device, x.dtype)
-    return bias_gelu_reference(x, bias_D, approximate) if form == "plain" else _forward(x, bias_D, approximate, form)
+    if form == "plain":
+        return bias_gelu_reference(x, bias_D, approximate)
+    out: Tensor = _BiasGelu.apply(x, bias_D, approximate, form)  # type: ignore[no-untyped-call]
+    return out

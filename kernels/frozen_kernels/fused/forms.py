@@ -6,9 +6,10 @@ from typing import Literal, get_args
 
 import torch
 
-from frozen_kernels.availability import unavailable_backends
+from frozen_kernels.availability import why_not
 
 FusedForm = Literal["plain", "triton", "cpu_c"]
+FORMS: tuple[FusedForm, ...] = get_args(FusedForm)
 
 APPROXIMATE = {"none": 0, "sigmoid": 1, "tanh": 2}
 """Forms of GELU by name -> their number in the kernels."""
@@ -25,16 +26,15 @@ def fused_form(backend: str, device: torch.device, dtype: torch.dtype) -> FusedF
     Raises:
         ValueError: for an unknown name, or for a form that cannot run here (with the reason).
     """
-    forms: tuple[FusedForm, ...] = get_args(FusedForm)
-    if backend not in ("auto", *forms):
-        raise ValueError(f"backend: got {backend!r}; allowed: auto, {', '.join(forms)}")
-    missing = unavailable_backends(device, dtype)
     if backend == "auto":
         fastest: FusedForm = "triton" if device.type == "cuda" else "cpu_c"
-        return "plain" if fastest in missing else fastest
-    if backend in missing:
-        usable = [form for form in forms if form not in missing]
+        return "plain" if why_not(fastest, device, dtype) else fastest
+    if backend not in FORMS:
+        raise ValueError(f"backend: got {backend!r}; allowed: auto, {', '.join(FORMS)}")
+    reason = "" if backend == "plain" else why_not(backend, device, dtype)
+    if reason:
+        usable = [form for form in FORMS if form == "plain" or not why_not(form, device, dtype)]
         raise ValueError(
-            f"backend: got {backend!r}, which cannot run here: {missing[backend]}; allowed: auto, {', '.join(usable)}"
+            f"backend: got {backend!r}, which cannot run here: {reason}; allowed: auto, {', '.join(usable)}"
         )
-    return next(form for form in forms if form == backend)
+    return backend

@@ -6,15 +6,18 @@ cpu_c_layer_norm. Axis letters: R rows (all axes but the last), D width.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm
 
 from frozen_kernels.fused.forms import fused_form
+from frozen_kernels.operators import define_operator
 
 
 def add_layer_norm_reference(
@@ -36,6 +39,7 @@ def add_layer_norm_reference(
     return total if keep_sum else x, normed.to(out_dtype)
 
 
+@cache
 def _kernels(form: str) -> ModuleType:
     """Return the module of a form."""
     return import_module(f"frozen_kernels.fused.{form}_layer_norm")
@@ -46,8 +50,7 @@ def sum_dtype(x: Tensor, branch: Tensor | None) -> torch.dtype:
     return x.dtype if branch is None else torch.promote_types(x.dtype, branch.dtype)
 
 
-@torch.library.custom_op("frozen_kernels::add_layer_norm", mutates_args=())
-def _forward(
+def _launch_forward(
     x: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
@@ -61,8 +64,7 @@ def _forward(
     return _kernels(form).launch_forward(x, branch, branch_bias, weight, bias, eps, out_dtype, keep_sum)
 
 
-@_forward.register_fake
-def _(
+def _fake_forward(
     x: Tensor,
     branch: Tensor | None,
     branch_bias: Tensor | None,
@@ -77,8 +79,7 @@ def _(
     return total, x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("frozen_kernels::add_layer_norm_backward", mutates_args=())
-def _backward(
+def _launch_backward(
     grad_stream: Tensor | None,
     grad_normed: Tensor,
     stream: Tensor,
@@ -96,8 +97,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     grad_stream: Tensor | None,
     grad_normed: Tensor,
     stream: Tensor,
@@ -113,6 +113,10 @@ def _(
     grad_branch = torch.empty_like(stream, dtype=branch_dtype) if branch_dtype else stream.new_empty(0)
     grad_branch_bias = weight.new_empty(stream.shape[-1] if sum_branch else 0, dtype=torch.float32)
     return torch.empty_like(stream), grad_branch, torch.empty_like(weight), torch.empty_like(weight), grad_branch_bias
+
+
+_forward = define_operator("add_layer_norm", _launch_forward, _fake_forward)
+_backward = define_operator("add_layer_norm_backward", _launch_backward, _fake_backward)
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -142,6 +146,7 @@ class _AddLayerNorm(torch.autograd.Function):
         return x.view_as(x), normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_stream, grad_normed = grads
         stream, branch, branch_bias, weight, statistics = ctx.saved_tensors

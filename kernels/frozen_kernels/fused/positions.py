@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from frozen_kernels.operators import define_operator
 
 
 def add_positions_reference(patches_BTPD: Tensor, cls_11D: Tensor, pos_1KD: Tensor, temporal_1TD: Tensor) -> Tensor:
@@ -23,8 +26,7 @@ def add_positions_reference(patches_BTPD: Tensor, cls_11D: Tensor, pos_1KD: Tens
     return torch.cat([cls_token, patches_BTPD.flatten(1, 2) + (tiled + repeated)], dim=1)
 
 
-@torch.library.custom_op("frozen_kernels::add_positions", mutates_args=())
-def _forward(patches: Tensor, cls_token: Tensor, pos: Tensor, temporal: Tensor) -> Tensor:
+def _compute(patches: Tensor, cls_token: Tensor, pos: Tensor, temporal: Tensor) -> Tensor:
     batch, frames, count, width = patches.shape
     out = pos.new_empty(batch, 1 + frames * count, width)
     positions = pos[:, None, 1:] + temporal[:, :frames, None]
@@ -33,27 +35,30 @@ def _forward(patches: Tensor, cls_token: Tensor, pos: Tensor, temporal: Tensor) 
     return out
 
 
-@_forward.register_fake
-def _(patches: Tensor, cls_token: Tensor, pos: Tensor, temporal: Tensor) -> Tensor:
+def _fake(patches: Tensor, cls_token: Tensor, pos: Tensor, temporal: Tensor) -> Tensor:
     batch, frames, count, width = patches.shape
     return pos.new_empty(batch, 1 + frames * count, width)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
-    patches, _, _, temporal = inputs
-    ctx.frames, ctx.count, ctx.dtype, ctx.learned = patches.shape[1], patches.shape[2], patches.dtype, temporal.shape[1]
+_operator = define_operator("add_positions", _compute, _fake)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    over_batch = grad.sum(dim=0, keepdim=True)
-    grid = over_batch[:, 1:].unflatten(1, (ctx.frames, ctx.count))
-    grad_pos = torch.cat([over_batch[:, :1], grid.sum(dim=1)], dim=1)
-    grad_temporal = torch.nn.functional.pad(grid.sum(dim=2), (0, 0, 0, ctx.learned - ctx.frames))
-    grad_patches = grad[:, 1:].unflatten(1, (ctx.frames, ctx.count)).to(ctx.dtype)
-    return grad_patches, over_batch[:, :1].clone(), grad_pos, grad_temporal
+class _AddPositions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, cls_token: Tensor, pos: Tensor, temporal: Tensor) -> Tensor:
+        ctx.frames, ctx.count, ctx.learned = patches.shape[1], patches.shape[2], temporal.shape[1]
+        ctx.dtype = patches.dtype
+        return _operator(patches, cls_token, pos, temporal)
 
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        over_batch = grad.sum(dim=0, keepdim=True)
+        grid = over_batch[:, 1:].unflatten(1, (ctx.frames, ctx.count))
+        grad_pos = torch.cat([over_batch[:, :1], grid.sum(dim=1)], dim=1)
+        grad_temporal = torch.nn.functional.pad(grid.sum(dim=2), (0, 0, 0, ctx.learned - ctx.frames))
+        grad_patches = grad[:, 1:].unflatten(1, (ctx.frames, ctx.count)).to(ctx.dtype)
+        return grad_patches, over_batch[:, :1].clone(), grad_pos, grad_temporal
 
 
 def add_positions(patches_BTPD: Tensor, cls_11D: Tensor, pos_1KD: Tensor, temporal_1TD: Tensor) -> Tensor:
@@ -83,4 +88,5 @@ def add_positions(patches_BTPD: Tensor, cls_11D: Tensor, pos_1KD: Tensor, tempor
         raise ValueError("positions: got parameters of different dtypes; allowed: one dtype")
     if torch.compiler.is_exporting():  # an exported program must run without this library
         return add_positions_reference(patches_BTPD, cls_11D, pos_1KD, temporal_1TD)
-    return _forward(patches_BTPD, cls_11D, pos_1KD, temporal_1TD)
+    tokens: Tensor = _AddPositions.apply(patches_BTPD, cls_11D, pos_1KD, temporal_1TD)  # type: ignore[no-untyped-call]
+    return tokens

@@ -1,14 +1,14 @@
 """Agreement of ranks over a CPU-only process group, apart from the device's collectives.
 
-Once per step the ranks tell each other whether one was told to stop, whether one has failed, and small counts. So an
-error on one rank reaches the others at the next step instead of leaving them in a collective.
+Once per forward pass, the ranks exchange whether one was told to stop, whether one has failed, and small counts. So an
+error on one rank reaches the others at the next pass instead of leaving them in a collective.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -59,25 +59,43 @@ class RankAgreement:
             UserError: another rank's mistake in data, config or arguments.
             PeerError: another rank's other error.
         """
-        if self._control is None:
-            if error is not None:
-                raise error
-            return stop, list(counts)
+        return self.begin_agreement(error, stop=stop, counts=counts)()
+
+    def begin_agreement(
+        self, error: BaseException | None = None, *, stop: bool = False, counts: Sequence[int] = ()
+    ) -> Callable[[], tuple[bool, list[int]]]:
+        """Start agree() and return a function that waits for its result; the exchange runs in the background.
+
+        Every rank must call both, in the same order among its other collectives over the CPU-only group.
+        """
         row = torch.tensor([error is not None, stop, *counts], dtype=torch.int64)
-        dist.all_reduce(row, group=self._control)
-        failed, stopped, *sums = row.tolist()
-        if failed:
-            self.failure_is_shared = True
-            kind = type(error).__name__
-            own = None if error is None else (isinstance(error, UserError), f"{kind}: {error}", str(error))
-            reports = self.gather_objects(own)
-            if error is not None:
-                raise error
-            failed_rank, report = next((index, report) for index, report in enumerate(reports) if report is not None)
-            if report[0]:
-                raise UserError(report[2])
-            raise PeerError(f"rank {failed_rank} failed: {report[1]}")
-        return bool(stopped), sums
+        exchange = None if self._control is None else dist.all_reduce(row, group=self._control, async_op=True)
+
+        def end() -> tuple[bool, list[int]]:
+            if exchange is not None:
+                exchange.wait()
+            failed, stopped, *sums = row.tolist()
+            if failed:
+                self._raise_failure(error)
+            return bool(stopped), sums
+
+        return end
+
+    def _raise_failure(self, error: BaseException | None) -> NoReturn:
+        """Raise this rank's own error, or report another rank's; a collective."""
+        if self._control is None:
+            assert error is not None
+            raise error
+        self.failure_is_shared = True
+        kind = type(error).__name__
+        own = None if error is None else (isinstance(error, UserError), f"{kind}: {error}", str(error))
+        reports = self.gather_objects(own)
+        if error is not None:
+            raise error
+        failed_rank, report = next((index, report) for index, report in enumerate(reports) if report is not None)
+        if report[0]:
+            raise UserError(report[2])
+        raise PeerError(f"rank {failed_rank} failed: {report[1]}")
 
     def all_ranks(self, condition: bool) -> bool:
         """Whether a condition holds on every rank; a collective."""

@@ -93,6 +93,7 @@ class StepTime:
     _ready: Any = field(default=None, repr=False)
     _done: Any = field(default=None, repr=False)
     _forwards: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
+    _waits_ahead: list[tuple[float, Any, Any]] = field(default_factory=list, repr=False)
 
     @contextmanager
     def stall(self) -> Iterator[None]:
@@ -106,8 +107,15 @@ class StepTime:
                 self._ready = self._timer.mark()
 
     @contextmanager
+    def stall_ahead(self) -> Iterator[None]:
+        """Wrap the wait for the next pass's batch while the device computes; it is a stall once the device is idle."""
+        begin, first = self._clock(), self._timer.mark()
+        yield
+        self._waits_ahead.append((self._clock() - begin, first, self._timer.mark()))
+
+    @contextmanager
     def reading(self) -> Iterator[None]:
-        """Wrap this rank's own wait for a batch, inside stall(), which may also wait for other ranks."""
+        """Wrap this rank's own wait for a batch, inside stall() or stall_ahead()."""
         begin = self._clock()
         try:
             yield
@@ -306,7 +314,9 @@ class StageMeter:
         self._pending[-1].seconds += self._clock() - begin
         previous = None
         for step in self._pending:
-            step.stall_seconds = min(self._device_stall(previous, step), step.seconds)
+            waits, step._waits_ahead = step._waits_ahead, []
+            ahead = sum(self._idle(*wait) for wait in waits)
+            step.stall_seconds = min(self._device_stall(previous, step) + ahead, step.seconds)
             pairs, step._forwards = step._forwards, []
             step.forward_seconds += sum(self._timer.seconds_between(*pair) or 0.0 for pair in pairs)
             self._total(step)
@@ -321,8 +331,12 @@ class StageMeter:
         """
         if previous is None or step._ready is None or previous._done is None:
             return step.stall_seconds
-        idle = self._timer.seconds_between(previous._done, step._ready)
-        return step.stall_seconds if idle is None else min(step.stall_seconds, max(0.0, idle))
+        return self._idle(step.stall_seconds, previous._done, step._ready)
+
+    def _idle(self, waited: float, first: Any, second: Any) -> float:
+        """The part of a host's wait in which the device had nothing to do, from the marks around it."""
+        idle = self._timer.seconds_between(first, second)
+        return waited if idle is None else min(waited, max(0.0, idle))
 
     def _total(self, step: StepTime) -> None:
         if step.warmup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from frozen_fast.config import ExperimentConfig, StagePlan
 from frozen_fast.data import BadClipLedger, Batch, DataPosition, plan_steps, twin_pairs
@@ -22,8 +23,19 @@ class StepGivenUp(Exception):
     """Raised by every rank at the same pass if a rank that was told to stop has lost its loader."""
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A batch, or None if this rank has none, and the function that waits for the ranks' agreement on it."""
+
+    batch: Batch | None
+    agreed: Callable[[], tuple[bool, list[int]]]
+
+
 class BatchFeed:
     """Yields a stage's batches; for each, the ranks exchange errors and signals.
+
+    With several ranks, the next pass's batch is read and its exchange started while the device computes a pass, so that
+    no rank waits for the messages. A signal may then take effect one pass later, at the same step on all ranks.
 
     Attributes:
         position: the sources' position at the end of the last complete step.
@@ -54,9 +66,16 @@ class BatchFeed:
         self.decode_backends: dict[str, Counter[str]] = {name: Counter() for name in parts.sources}
         self.stopped = False
         self.save_wanted = False
+        self._ahead: _Read | None = None
+        self._passes_left = 0
 
     def batches(self, plan: StagePlan, done: int) -> Iterator[Batch]:
-        """Yield the batches of a stage after `done` steps; reading starts with the first one."""
+        """Return the batches of a stage after `done` steps; reading starts with the first one."""
+        self._ahead = None
+        self._passes_left = (plan.steps - done) * plan.accumulation
+        return self._planned(plan, done)
+
+    def _planned(self, plan: StagePlan, done: int) -> Iterator[Batch]:
         config, sources, teachers = self._config, self._parts.sources, self._parts.teachers
         specs = plan_steps(
             {name: len(source) for name, source in sources.items()},
@@ -74,6 +93,33 @@ class BatchFeed:
         )
         yield from self._parts.loader.batches(specs)
 
+    def read_ahead(self, batches: Iterator[Batch], timing: StepTime) -> None:
+        """Read the batch of the stage's next pass and start the ranks' agreement on it.
+
+        Call it while the device has work. It does nothing after the last pass, after a stop, or with one process.
+        """
+        if self._parallel.world_size > 1 and self._passes_left and not self.stopped:
+            with timing.stall_ahead():
+                self._ahead = self._read(batches, timing)
+
+    def _read(self, batches: Iterator[Batch], timing: StepTime) -> _Read:
+        """Read the next batch, and start the agreement on it or on this rank's error."""
+        error: Exception | None = None
+        batch: Batch | None = None
+        self._passes_left -= 1
+        try:
+            with timing.reading():
+                batch = next(batches)
+        except StopIteration:
+            error = RuntimeError("the loader ended before the stage did")
+        except Exception as caught:  # told to the other ranks, then raised by next_batch
+            error = caught
+        if error is not None and stop_explains(error, lambda: self._stop.asked):
+            error = None
+        wanted = self._stop.take_save_request() or self._checkpoint_is_due()
+        counts = (0 if batch is None else len(batch.bad_clips), int(batch is None), int(wanted))
+        return _Read(batch, self._parallel.begin_agreement(error, stop=self._stop.asked, counts=counts))
+
     def next_batch(self, batches: Iterator[Batch], timing: StepTime) -> tuple[Batch, int]:
         """Return the next batch and its number of bad clips over all ranks; the ranks exchange errors first.
 
@@ -81,21 +127,10 @@ class BatchFeed:
             UserError: a clip that cannot be read under policy error, or too many of them; on every rank.
             StepGivenUp: a rank that was told to stop has lost its loader; on every rank.
         """
-        error: Exception | None = None
-        batch: Batch | None = None
         with timing.stall():
-            try:
-                with timing.reading():
-                    batch = next(batches)
-            except StopIteration:
-                error = RuntimeError("the loader ended before the stage did")
-            except Exception as caught:  # sent to the other ranks, then raised by agree()
-                error = caught
-            if error is not None and stop_explains(error, lambda: self._stop.asked):
-                error = None
-            wanted = self._stop.take_save_request() or self._checkpoint_is_due()
-            counts = (0 if batch is None else len(batch.bad_clips), int(batch is None), int(wanted))
-            stop, (bad, without, save) = self._parallel.agree(error, stop=self._stop.asked, counts=counts)
+            read, self._ahead = self._ahead or self._read(batches, timing), None
+            stop, (bad, without, save) = read.agreed()
+        batch = read.batch
         self.stopped = self.stopped or stop
         self.save_wanted = self.save_wanted or save > 0
         if without:

@@ -80,6 +80,7 @@ class OptimizerStep:
                     total += self._pass(batch, plan, timing, last=pass_index == plan.accumulation - 1)
                 except torch.OutOfMemoryError:
                     raise self.batch_parts.error(batch, plan) from None
+                feed.read_ahead(batches, timing)
                 clips, tokens = plan.batch_sizes[batch.source], batch.text_tokens
                 frames = min(batch.frames, plan.frames)  # a teacher may read more frames
                 timing.count(clips, frames, self._parts.flops_per_clip(frames, tokens, clips))

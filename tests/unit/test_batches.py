@@ -14,7 +14,7 @@ import torch
 from frozen_fast.config.schema import AugmentationConfig, DecodeConfig
 from frozen_fast.data.load.training_loader import MAX_ATTEMPTS, Batch, ClipReader, TrainingLoader
 from frozen_fast.data.plan.samplers import BatchSpec, DataPosition, plan_steps
-from frozen_fast.data.sources import CaptionRule, Clip, PackedClips, Source
+from frozen_fast.data.sources import CaptionRule, Clip, PackedClips, Source, twin_pairs
 from frozen_fast.errors import UserError
 from support.fake_decoding import SIZE, FakeDecoder, clip_code, fake_probe, fake_tokenizer
 
@@ -183,6 +183,17 @@ def test_replacements_do_not_depend_on_rank_or_threads() -> None:
     parts = [make_reader(source).read(make_specs(source, rank=rank, world_size=2)[0]) for rank in range(2)]
     assert parts[0].clip_ids + parts[1].clip_ids == whole.clip_ids
     assert same(make_reader(source, threads=4).read(make_specs(source)[0]), whole)
+
+
+def test_a_replacement_avoids_the_clips_of_all_ranks_also_among_twins() -> None:
+    clips = [Clip(f"c{n}", f"/x/c{n}.mp4", ("one",), twin=f"c{n ^ 1}") for n in range(40)]
+    source = Source("web", "manifest", PackedClips(clips), "video", CaptionRule())
+    reader = make_reader(source)
+    for pairs in ({}, {"web": twin_pairs(source)}):
+        plans = [make_specs(source, steps=12, pairs=pairs, rank=rank, world_size=4) for rank in range(4)]
+        for specs in zip(*plans, strict=True):
+            whole = {clip for spec in specs for clip in spec.clip_indices}
+            assert len(whole) == 8 and all(reader._batch_clips(spec, source) == whole for spec in specs)
 
 
 def test_a_chain_of_bad_clips_is_followed_and_each_is_named() -> None:

@@ -158,7 +158,9 @@ def test_a_batch_is_read_in_parts_of_eight_clips_or_more(clips: int, workers: in
     parts = parts_of(spec, workers)
     assert [len(part.positions) for part in parts] == counts
     assert sum((part.clip_indices for part in parts), ()) == spec.clip_indices
-    assert all(part.batch_clips == spec.batch_clips for part in parts), "a replacement avoids the whole batch's clips"
+    assert all(part.batch_positions == spec.batch_positions for part in parts), (
+        "a replacement avoids the whole batch's clips"
+    )
 
 
 class SlowDecoder(FakeDecoder):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections import Counter
 from itertools import islice
 from typing import Any
@@ -49,8 +50,9 @@ def test_ranks_partition_every_batch_exactly(world_size: int, order: str) -> Non
     ranks = [plan(order=order, accumulation=2, rank=rank, world_size=world_size) for rank in range(world_size)]
     for number, spec in enumerate(whole):
         parts = [specs[number] for specs in ranks]
-        assert sum((part.clip_indices for part in parts), ()) == spec.clip_indices == spec.batch_clips
-        assert sum((part.positions for part in parts), ()) == spec.positions
+        assert sum((part.clip_indices for part in parts), ()) == spec.clip_indices
+        assert sum((part.positions for part in parts), ()) == spec.positions == tuple(spec.batch_positions)
+        assert all(part.batch_positions == spec.batch_positions for part in parts)
         assert len({len(part.positions) for part in parts}) == 1
         assert all(part.after == spec.after and part.source == spec.source for part in parts)
 
@@ -140,12 +142,32 @@ def test_pairs_stay_together_and_a_batch_never_repeats_a_clip(clips: int) -> Non
 def test_pairs_pass_through_the_plan_of_every_rank() -> None:
     pairs = np.arange(50).reshape(-1, 2)[:, ::-1]
     whole = [spec for spec in plan(pairs={"video": pairs}) if spec.source == "video"]
-    assert all({clip ^ 1 for clip in spec.batch_clips} == set(spec.batch_clips) for spec in whole)
+    assert all({clip ^ 1 for clip in spec.clip_indices} == set(spec.clip_indices) for spec in whole)
     images = [spec.clip_indices for spec in plan(pairs={"video": pairs}) if spec.source == "image"]
     assert images == [spec.clip_indices for spec in plan() if spec.source == "image"]
     halves = [plan(pairs={"video": pairs}, rank=rank, world_size=2) for rank in range(2)]
     parts = [a.clip_indices + b.clip_indices for a, b in zip(*halves, strict=True) if a.source == "video"]
     assert parts == [spec.clip_indices for spec in whole]
+
+
+def test_a_rank_builds_its_own_part_of_a_batch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank holds and hands to its loader processes does not grow with the number of ranks."""
+    asked: list[tuple[int, int]] = []
+    real = SourceStream.clips
+
+    def clips(self: SourceStream, first: int, count: int) -> tuple[int, ...]:
+        asked.append((first, count))
+        return real(self, first, count)
+
+    monkeypatch.setattr(SourceStream, "clips", clips)
+    sizes: dict[str, Any] = {"source_sizes": {"s": 1 << 15}, "weights": {"s": 1.0}, "num_steps": 1}
+    bytes_of = {}
+    for world_size in (1, 8, 64):
+        asked.clear()
+        (spec,) = plan(**sizes, batch_sizes={"s": 16 * world_size}, rank=world_size - 1, world_size=world_size)
+        assert asked == [(16 * (world_size - 1), 16)]
+        bytes_of[world_size] = len(pickle.dumps(spec))
+    assert max(bytes_of.values()) < 1.2 * bytes_of[1]
 
 
 def test_streams_do_not_depend_on_other_sources_or_batch_sizes() -> None:

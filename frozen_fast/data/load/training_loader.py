@@ -25,10 +25,10 @@ from frozen_fast.data.load.prefetch import Prefetcher, ThreadPrefetcher, WorkerP
 from frozen_fast.data.load.reading import probe
 from frozen_fast.data.load.transfer import CudaTransfer, Transfer
 from frozen_fast.data.plan.frame_sampling import FixedRate, train_frames
-from frozen_fast.data.plan.samplers import BatchSpec
+from frozen_fast.data.plan.samplers import BatchSpec, SourceStream
 from frozen_fast.data.plan.seeds import keyed_rng
 from frozen_fast.data.plan.views import draw_train_view
-from frozen_fast.data.sources import Clip, Source
+from frozen_fast.data.sources import Clip, Source, twin_pairs
 from frozen_fast.errors import UserError
 
 T = TypeVar("T")
@@ -183,6 +183,7 @@ class ClipReader:
     threads: int = 1
     prober: Prober = probe
     rule: FixedRate | None = None
+    _streams: dict[tuple[str, int, bool], SourceStream] = field(default_factory=dict, init=False, repr=False)
 
     def read(self, spec: BatchSpec) -> Batch:
         """Read a batch.
@@ -273,13 +274,21 @@ class ClipReader:
             )
         rng = keyed_rng(spec.seed, "replacement", source.name, slot.position, slot.attempt)
         index = int(rng.integers(len(source)))
-        taken = set(spec.batch_clips)
+        taken = self._batch_clips(spec, source)
         for _ in range(_DRAWS_FOR_A_NEW_CLIP if len(taken) < len(source) else 0):
             if index not in taken:
                 break
             index = int(rng.integers(len(source)))
         slot.clip = source.clips[index]
         return BadClip(source.name, bad.id, bad.path, error.cause, error.message, slot.clip.id)
+
+    def _batch_clips(self, spec: BatchSpec, source: Source) -> set[int]:
+        """Indices of the clips of all ranks; worked out only for a bad clip, so that a spec stays small."""
+        key = (spec.source, spec.seed, spec.twins_together)
+        if key not in self._streams:
+            pairs = twin_pairs(source) if spec.twins_together else None
+            self._streams[key] = SourceStream(spec.source, len(source), spec.seed, pairs)
+        return set(self._streams[key].clips(spec.batch_positions.start, len(spec.batch_positions)))
 
     def close(self) -> None:
         """Close the decoder."""

@@ -55,7 +55,8 @@ class BatchSpec:
         source: name of the source, the same on all ranks and for all passes of a step.
         positions: stream positions of this rank's clips.
         clip_indices: indices of this rank's clips in the source.
-        batch_clips: indices of the clips of all ranks (a replacement of a bad clip avoids them).
+        batch_positions: stream positions of the clips of all ranks.
+        twins_together: the stream holds the clips in pairs.
         frames: frames per video clip of the stage.
         seed: the run's seed.
         last_pass_of_step: the optimizer steps after this pass.
@@ -67,7 +68,8 @@ class BatchSpec:
     source: str
     positions: tuple[int, ...]
     clip_indices: tuple[int, ...]
-    batch_clips: tuple[int, ...]
+    batch_positions: range
+    twins_together: bool
     frames: int
     seed: int
     last_pass_of_step: bool
@@ -130,15 +132,28 @@ def plan_steps(
         for step in range(start.step + 1, start.step + num_steps + 1):
             name = next(names)
             size = batch_sizes[name]
-            own = slice(rank * (size // world_size), (rank + 1) * (size // world_size))
+            share = size // world_size
             for pass_index in range(accumulation):
                 first = streams[name].batch_start(consumed[name], size)
-                positions = tuple(range(first, first + size))
-                clips = streams[name].clips(first, size)
+                positions = range(first, first + size)
+                own = positions[rank * share : (rank + 1) * share]
+                clips = streams[name].clips(own.start, share)
                 consumed[name] = first + size
                 last = pass_index == accumulation - 1
                 after = DataPosition(step if last else step - 1, dict(consumed))
-                yield BatchSpec(step, pass_index, name, positions[own], clips[own], clips, frames, seed, last, after)
+                yield BatchSpec(
+                    step,
+                    pass_index,
+                    name,
+                    tuple(own),
+                    clips,
+                    positions,
+                    name in pairs,
+                    frames,
+                    seed,
+                    last,
+                    after,
+                )
 
     return specs()
 

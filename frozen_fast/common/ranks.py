@@ -73,33 +73,35 @@ class _GatherRows(torch.autograd.Function):
     """All ranks' rows; the backward pass sums all ranks' gradients for this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows_BD: Tensor) -> Tensor:
-        gathered = rows_BD.new_empty(world_size() * rows_BD.shape[0], *rows_BD.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows_BD.contiguous())
-        return gathered
+    def forward(ctx: Any, rows_BD: Tensor, dtype: torch.dtype | None) -> Tensor:
+        sent = rows_BD.to(dtype or rows_BD.dtype).contiguous()
+        gathered = sent.new_empty(world_size() * sent.shape[0], *sent.shape[1:])
+        dist.all_gather_into_tensor(gathered, sent)
+        return gathered.to(rows_BD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient = gradients[0].contiguous()
         rows = gradient.shape[0] // world_size()
         if gradient.device.type == "cpu":
             # gloo has no reduce_scatter: reduce everything and take this rank's part.
             gradient = gradient.clone()
             dist.all_reduce(gradient)
-            return gradient[rank() * rows : (rank() + 1) * rows]
+            return gradient[rank() * rows : (rank() + 1) * rows], None
         own = gradient.new_empty(rows, *gradient.shape[1:])
         dist.reduce_scatter_tensor(own, gradient)
-        return own
+        return own, None
 
 
-def gather_with_gradient(rows_BD: Tensor) -> Tensor:
+def gather_with_gradient(rows_BD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Concatenate every rank's rows in rank order; the gradient flows back to the rank that owns a row.
 
     Args:
         rows_BD: this rank's rows [B, D]; B must be equal on all ranks (the caller checks).
+        dtype: dtype that the rows are rounded to and sent in; None: their own.
 
     Returns:
-        [world_size * B, D]. The backward pass sums the gradients that all ranks hold for a row,
+        [world_size * B, D] in the dtype of rows_BD. The backward pass sums the gradients that all ranks hold for a row,
         unlike a gather whose backward slices the local gradient (which is too small by a factor of world_size).
     """
-    return _GatherRows.apply(rows_BD) if is_distributed() else rows_BD
+    return _GatherRows.apply(rows_BD, dtype) if is_distributed() else rows_BD

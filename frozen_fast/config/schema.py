@@ -336,6 +336,7 @@ class LossConfig:
     margin: float = key(0.2, "max_margin: margin between the similarities of matching and other pairs", ge=0)
     local: bool = key(True, "each rank computes the rows of its own clips only (same value and gradient)")
     chunk_rows: int = key(0, "rows of logits computed at once, 0: all", ge=0)
+    gather: Literal["fp32", "bf16"] = key("fp32", "dtype in which ranks send each other their features; bf16 halves the bytes and rounds the features; their gradients are summed in fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

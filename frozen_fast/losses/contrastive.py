@@ -49,8 +49,9 @@ def gathered_contrastive_loss(
     *,
     local: bool = True,
     chunk_rows: int = 0,
+    gather_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """contrastive_loss with the clips of all ranks as negatives; `local` and `chunk_rows` as in gathered_loss.
+    """contrastive_loss with the clips of all ranks as negatives; the options are those of gathered_loss.
 
     Returns:
         (loss to backpropagate on this rank, value of the whole batch's loss, detached and equal on all ranks).
@@ -64,7 +65,9 @@ def gathered_contrastive_loss(
         return cosine_similarities(text["embedding"], video["embedding"])[None]
 
     text, video = {"embedding": text_BD}, {"embedding": video_BD}
-    return gathered_loss(compare, InfoNCE(temperature), text, video, local=local, chunk_rows=chunk_rows)
+    return gathered_loss(
+        compare, InfoNCE(temperature), text, video, local=local, chunk_rows=chunk_rows, gather_dtype=gather_dtype
+    )
 
 
 class InfoNCE(RetrievalLoss):

@@ -45,6 +45,7 @@ def gathered_loss(
     *,
     local: bool = True,
     chunk_rows: int = 0,
+    gather_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A retrieval loss with the clips and captions of all ranks as candidates.
 
@@ -62,6 +63,8 @@ def gathered_loss(
             computes all G * G of them.
         chunk_rows: number of anchors computed at once and recomputed in the backward pass, so that at most
             chunk_rows * G similarities are in memory; 0: all.
+        gather_dtype: what ranks send each other their features in; they are rounded to it, this rank's own too, and
+            their gradients are not. None: fp32 (fp64 for fp64 features).
 
     Returns:
         (loss to backpropagate on this rank, value of the whole batch's loss, detached and equal on all ranks). Both in
@@ -74,7 +77,7 @@ def gathered_loss(
     parameters = parameters or {}
     clips, device = _check(text, video, chunk_rows)
     with without_autocast(device.type):
-        all_text, all_video = _gather(text, video)
+        all_text, all_video = _gather(text, video, gather_dtype)
         alone = not is_distributed()
         if not chunk_rows and (alone or not local):
             sim_KGG = compare(all_text, all_video)
@@ -119,7 +122,7 @@ def anchors_loss(
     return torch.stack(shares).sum()
 
 
-def _gather(text: Features, video: Features) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _gather(text: Features, video: Features, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gather the features of all ranks in rank order, with one collective."""
     named = [("text", name, tensor) for name, tensor in text.items()]
     named += [("video", name, tensor) for name, tensor in video.items()]
@@ -127,7 +130,7 @@ def _gather(text: Features, video: Features) -> tuple[dict[str, Tensor], dict[st
     wide = [tensor.to(torch.float64 if double else torch.float32) for _, _, tensor in named]
     if is_distributed():
         flat = [tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in wide]
-        rows = gather_with_gradient(torch.cat(flat, dim=1)).split([part.shape[1] for part in flat], dim=1)
+        rows = gather_with_gradient(torch.cat(flat, dim=1), dtype).split([part.shape[1] for part in flat], dim=1)
         wide = [row.reshape(len(row), *tensor.shape[1:]) for row, tensor in zip(rows, wide, strict=True)]
     sides: dict[str, dict[str, Tensor]] = {"text": {}, "video": {}}
     for (side, name, _), tensor in zip(named, wide, strict=True):

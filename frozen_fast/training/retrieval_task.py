@@ -49,6 +49,7 @@ class RetrievalTask(Task):
             parameters,
             local=settings.local,
             chunk_rows=settings.chunk_rows,
+            gather_dtype=torch.bfloat16 if settings.gather == "bf16" else None,
         )
 
     def rehearsal_loss(

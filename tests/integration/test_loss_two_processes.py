@@ -56,6 +56,16 @@ def test_gradients_and_value_equal_one_process(
         )
 
 
+def test_features_sent_in_bf16_change_the_gradient_by_their_rounding(two_ranks: dict) -> None:
+    """A feature keeps 8 bits: value and gradients move by a share of that order, and the gradient's direction stays."""
+    exact, rounded = (two_ranks["results"][str(gather)] for gather in loss_worker.GATHERS)
+    assert exact["value"] != rounded["value"]
+    torch.testing.assert_close(rounded["value"], exact["value"], rtol=0.01, atol=0)
+    ours, theirs = (torch.cat([g.flatten() for g in one["gradients"].values()]) for one in (rounded, exact))
+    assert 0 < (ours - theirs).norm() / theirs.norm() < 0.05
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.999
+
+
 def test_unequal_batches_are_refused_on_every_rank(two_ranks: dict) -> None:
     for message in two_ranks["uneven"]:
         assert message == "clips per rank: got [3, 4]; allowed: the same number on each of the 2 ranks"

@@ -20,6 +20,7 @@ from frozen_fast.losses import gathered_contrastive_loss
 GLOBAL_BATCH = 10
 TEMPERATURE = 0.07
 CASES = list(itertools.product((torch.float64, torch.float32), (True, False), (0, 3)))
+GATHERS = (None, torch.bfloat16)
 
 
 class TwoTowers(nn.Module):
@@ -65,6 +66,13 @@ def main() -> None:
             "requires_grad": value.requires_grad,
             "gradients": {name: parameter.grad for name, parameter in model.named_parameters()},
         }
+    for gather in GATHERS:
+        model, video, text = build(torch.float32)
+        parallel = DistributedDataParallel(model)
+        loss, value = gathered_contrastive_loss(*parallel(video[share], text[share]), TEMPERATURE, gather_dtype=gather)
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results[str(gather)] = {"value": value, "gradients": gradients}
     uneven = torch.randn(3 + rank, 5)
     try:
         gathered_contrastive_loss(uneven, uneven)

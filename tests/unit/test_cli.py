@@ -87,7 +87,7 @@ def test_a_mistake_as_a_user_sees_it(config_file: Path) -> None:
     assert result.stderr == (
         "error: loss.temprature: got an unknown key (did you mean loss.temperature?); "
         "allowed in loss: name, temperature, learnable_temperature, max_logit_scale, sigmoid_bias, average_directions, "
-        "margin, local, chunk_rows (command line)\n"
+        "margin, local, chunk_rows, gather (command line)\n"
     )
 
 

@@ -80,7 +80,7 @@ setup(
     ],
     package_data={
         "frozen_fast": ["py.typed", "**/*.yaml", "**/*.html", "**/*.css", "**/*.js", "**/*.json"],
-        "frozen_kernels": ["py.typed", "cpu_c/*.c", "cpu_c/*.h"],
+        "frozen_kernels": ["py.typed", "cpu_c/*.c", "cpu_c/*.h", "attention/*.json"],
     },
     install_requires=[
         "torch>=2.10,<3",

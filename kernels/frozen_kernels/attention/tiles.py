@@ -87,7 +87,7 @@ def _settled(
 
 
 def rule(axis: Axis, layout: Layout, dtype: torch.dtype) -> Tile:
-    """The tile of a case that nobody has measured.
+    """Return the tile of a case without a measurement.
 
     Time: few enough positions that tiles [T, rows, D] stay in registers (no spills on sm_90). Space: at least 16
     queries and keys, as matrix units want; wide heads load nothing ahead, so that their tiles fit the 100 KiB of shared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from frozen_fast.config import ExperimentConfig, StagePlan
 from frozen_fast.data import BadClipLedger, Batch, DataPosition, plan_steps, twin_pairs
@@ -29,6 +29,8 @@ class _Read:
 
     batch: Batch | None
     agreed: Callable[[], tuple[bool, list[int]]]
+    saved: bool = False
+    """A checkpoint has been written since; it answers the requests in the agreement."""
 
 
 class BatchFeed:
@@ -102,6 +104,11 @@ class BatchFeed:
             with timing.stall_ahead():
                 self._ahead = self._read(batches, timing)
 
+    def checkpoint_saved(self) -> None:
+        """Drop the requests for a checkpoint that were made before the one just written; every rank calls it."""
+        self.save_wanted = False
+        self._ahead = None if self._ahead is None else replace(self._ahead, saved=True)
+
     def _read(self, batches: Iterator[Batch], timing: StepTime) -> _Read:
         """Read the next batch, and start the agreement on it or on this rank's error."""
         error: Exception | None = None
@@ -132,7 +139,7 @@ class BatchFeed:
             stop, (bad, without, save) = read.agreed()
         batch = read.batch
         self.stopped = self.stopped or stop
-        self.save_wanted = self.save_wanted or save > 0
+        self.save_wanted = self.save_wanted or (save > 0 and not read.saved)
         if without:
             raise StepGivenUp
         assert batch is not None

@@ -175,7 +175,6 @@ class Engine:
                 inside = index + 1 < plan.steps
                 if feed.stopped or (inside and (feed.save_wanted or (every and self.step % every == 0))):
                     self._save(stage, index + 1)
-                    feed.save_wanted = False
                 if feed.stopped or (inside and not self._evaluate_inside(stage, index + 1)):
                     return False
             self._journal.flush(stage.meter)
@@ -217,3 +216,4 @@ class Engine:
                 bad_clips=self._feed.ledger.to_json(),
                 batch_parts=self._optimizer_step.batch_parts.numbers,
             )
+        self._feed.checkpoint_saved()

@@ -1,4 +1,4 @@
-"""Python kernels as PyTorch operators, so that torch.compile, fake tensors and profilers see a call of one.
+"""Registration of Python kernels as PyTorch operators, for torch.compile, fake tensors and profilers.
 
 torch.library.custom_op does the same with 40 us more of Python per call: it checks every call for aliases and runs
 derivatives through an autograd.Function of its own. A training step has some 150 of these calls.
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("frozen_kernels", "FRAGMENT")  # noqa: TOR901  it lives as long as the process
+_LIBRARY = torch.library.Library("frozen_kernels", "FRAGMENT")
 
 
 def define_operator(
     name: str, kernel: Callable[..., Any], fake: Callable[..., Any], *, dispatch_key: str = "CompositeExplicitAutograd"
 ) -> Callable[..., Any]:
-    """Define frozen_kernels::name; it has no derivative, which is the matter of the autograd.Function that calls it.
+    """Define the operator frozen_kernels::name. It has no derivative: an autograd.Function calls it and has one.
 
     Args:
         name: of the operator.

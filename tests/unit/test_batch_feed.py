@@ -91,6 +91,22 @@ def test_a_stop_counts_at_the_next_agreement_and_then_nothing_is_read_ahead() ->
     assert told[-3:] == ["read 3", "begin", "end"]
 
 
+def test_a_checkpoint_answers_the_requests_made_before_it() -> None:
+    told: list[str] = []
+    asked = iter([True, True, False, True])
+    feed, stop = feed_of(told, Ranks(told))
+    stop.take_save_request = lambda: next(asked)
+    batches = feed.batches(PLAN, 0)  # type: ignore[arg-type]
+    wanted = []
+    for _ in range(4):
+        feed.next_batch(batches, StepTime())
+        wanted.append(feed.save_wanted)
+        feed.read_ahead(batches, StepTime())
+        if feed.save_wanted:
+            feed.checkpoint_saved()
+    assert wanted == [True, False, False, True], "the second request came before the first checkpoint"
+
+
 def test_an_error_and_a_missing_batch_are_raised_at_their_own_pass() -> None:
     told: list[str] = []
     ranks = Ranks(told)

@@ -60,7 +60,7 @@ def _import_error(module: str) -> str:
 @lru_cache
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """A CUDA device's compute capability, such as (9, 0)."""
-    return torch.cuda.get_devicecompute_capability(device)
+    return torch.cuda.get_device_capability(device)
 
 
 @torch.compiler.assume_constant_result

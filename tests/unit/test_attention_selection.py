@@ -247,6 +247,22 @@ def test_a_missing_or_broken_package_is_a_reason(monkeypatch):
     assert "importing triton fails: ZeroDivisionError" in unavailable_backends("cpu", torch.float32)["triton"]
 
 
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "does not support bfloat16"), ((9, 0), "")])
+def test_bf16_needs_compute_capability_8(capability, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(availability, "_why_not_import", lambda module: "")
+    availability.compute_capability.cache_clear()
+    try:
+        gpu = torch.device("cuda", 0)
+        assert availability.compute_capability(gpu) == capability
+        for name in ("xformers", "triton"):
+            assert reason in availability.why_not(name, gpu, torch.bfloat16)
+            assert bool(availability.why_not(name, gpu, torch.bfloat16)) == bool(reason)
+            assert availability.why_not(name, gpu, torch.float32) == ""
+    finally:
+        availability.compute_capability.cache_clear()
+
+
 def test_deterministic_on_cuda():
     from frozen_kernels.attention.api import _deterministic_backend
 

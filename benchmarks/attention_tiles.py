@@ -56,7 +56,7 @@ def sweep(
         axis: "time" or "space".
         direction: the launch that `run` makes.
         tiles: what to try; the first one's result is what the others are compared with.
-        run: computes a result anew.
+        run: computes a result again.
         device: where.
         timer: as measure.time_in_turns.
 

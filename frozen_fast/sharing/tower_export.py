@@ -117,6 +117,7 @@ def _save(program: torch.export.ExportedProgram, path: Path, format: str) -> Non
     if format == "torch":
         torch.export.save(program, path)
         return
-    exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, output_names=["embedding"])
+    output = f"{path.stem}_embedding"  # PyTorch 2.15 names a value inside the text program "embedding"
+    exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, output_names=[output])
     assert exported is not None
     exported.save(path)

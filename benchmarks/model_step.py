@@ -188,7 +188,7 @@ def table(rows: list[dict[str, Any]], device: torch.device) -> str:
 
 
 def backend_of(contender: str) -> str:
-    """What stands before the suffixes."""
+    """Backend of a contender, without its suffixes."""
     return contender.split("+")[0]
 
 

@@ -5,7 +5,7 @@ set -euo pipefail
 
 usage() {
     echo "usage: bash launch/demo.sh [--fresh] [key=value ...]"
-    echo "  --fresh     train anew, in place of the run that is there"
+    echo "  --fresh     delete the present run and train again"
     echo "  key=value   changes to configs/demo.yaml, such as seed=1 run_folder=runs/demo_seed1"
 }
 
@@ -33,7 +33,7 @@ if [ "$fresh" = 1 ]; then
 fi
 state="$("$bin/python" launch/run_state.py "${experiment[@]}")"
 if [ "$state" = "done" ]; then
-    echo "demo: this run is finished already; --fresh trains anew"
+    echo "demo: this run is finished already; --fresh trains it again"
 else
     bash launch/single_node.sh --accelerate configs/accelerate/cpu.yaml "${experiment[@]}"
 fi

@@ -13,7 +13,7 @@
 # usage: sbatch [--nodes N ...] launch/slurm.sh EXPERIMENT.yaml [key=value ...]
 #        DRY_RUN=1 bash launch/slurm.sh EXPERIMENT.yaml     prints the commands, outside Slurm too
 #
-# Slurm sends TERM 180 s before the end (or when it preempts the job); it goes on to train.py, which saves a
+# Slurm sends TERM 180 s before the end (or when it preempts the job); it is passed on to train.py, which saves a
 # checkpoint and leaves "stopped" in the run folder's status.json; the job is then put back into the queue under the
 # same number and `--resume auto` continues from that checkpoint. A run that crashed or was killed (a lost node, no
 # memory) goes back too, unless three starts in a row have saved no checkpoint (FROZEN_FAST_FUTILE_STARTS=3); one that

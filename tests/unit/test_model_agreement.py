@@ -165,8 +165,8 @@ def test_heads_of_a_released_file_are_guessed_aloud_and_can_be_set(
     model = build_model(experiment({"checkpoint": str(released), "text": text}), CPU)
     assert isinstance(model, DualEncoder)
     assert model.video_model.size.heads == 2
-    assert "took 2 (width 128 / 64); model.video.heads sets it" in caplog.text
-    assert "took 2 (width 128 / 64); model.text.heads sets it" in caplog.text
+    assert "using 2 (width 128 / 64); model.video.heads sets it" in caplog.text
+    assert "using 2 (width 128 / 64); model.text.heads sets it" in caplog.text
     said = {"checkpoint": str(released), "video": {"heads": 4}, "text": {**text, "heads": 8}}
     model = build_model(experiment(said), CPU)
     assert isinstance(model, DualEncoder)

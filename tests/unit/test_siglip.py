@@ -126,9 +126,9 @@ def test_the_scale_and_the_bias_of_its_loss_are_learned(folder: Path) -> None:
 
 
 def test_mistakes_are_told(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds a SigLIP, whose ViT has no CLS token; allowed: a CLIP"):
+    with pytest.raises(UserError, match="contains a SigLIP, whose ViT has no CLS token; allowed: a CLIP"):
         read_clip(folder)
-    with pytest.raises(UserError, match="holds a SigLIP, whose ViT has no CLS token"):
+    with pytest.raises(UserError, match="contains a SigLIP, whose ViT has no CLS token"):
         build(folder, tower="clip_divided")
     with pytest.raises(UserError, match="model.video.size: got 'base-patch16-225' .*did you mean 'base-patch16-224'"):
         build(folder, weights="none", size="base-patch16-225")

@@ -54,6 +54,17 @@ SEARCH_ROW = {
     "anonymous_bytes": 2**29,
     "file_bytes": 3 * 2**29,
 }
+EMBED_ROW = {
+    "way": "shards bf16",
+    "clips_per_second": 1.631,
+    "times_released": 3.069,
+    "least_cosine_to_released": 0.9992,
+}
+METRICS = dict.fromkeys(("t2v/R@1", "t2v/R@5", "t2v/MdR", "v2t/R@10"), 1.0)
+START_RUNS = [
+    {"arm": arm, "seed": 0, "training_minutes": 2.0, "queries": 50, "metrics": {**METRICS, "t2v/R@10": recall}}
+    for arm, recall in (("pretrained", 40.0), ("scratch", 25.0))
+]
 STALL_ROW = {
     "step_seconds": 2.0,
     "stall_seconds": 0.05,
@@ -81,6 +92,8 @@ def test_each_file_gives_its_table_with_its_own_figures(results_tables: ModuleTy
     (tmp_path / "hours.json").write_text(json.dumps(throughput_result()))
     (tmp_path / "search.json").write_text(json.dumps({"machine": MACHINE, "rows": [SEARCH_ROW]}))
     (tmp_path / "stall.json").write_text(json.dumps({"machine": MACHINE, "rows": {"by a thread": STALL_ROW}}))
+    (tmp_path / "embed.json").write_text(json.dumps({"machine": MACHINE, "rows": [EMBED_ROW]}))
+    (tmp_path / "start.json").write_text(json.dumps({"machine": MACHINE, "runs": START_RUNS}))
     (tmp_path / "other.json").write_text(json.dumps({"figures": [1, 2]}))
     text = results_tables.tables(tmp_path)
     assert text.index("### hours.json") < text.index("### other.json") < text.index("### step.json")
